@@ -1,0 +1,1 @@
+"""N:M sparsity on one tensor: no graph, no model."""

@@ -1,0 +1,94 @@
+"""Weight -> mask: exactly N kept in every group, the largest magnitudes, the earlier position on ties."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nmfx.errors import VerificationError
+from nmfx.sparsity import select
+from nmfx.sparsity.layout import Grouping
+
+
+def top_mask(score: Tensor, n: int, dim: int) -> Tensor:
+    """Mask of the `n` largest scores along `dim`; on ties the earlier position is kept, and NaN counts as largest.
+
+    The plain statement of what a mask is: the fast paths below fall back to it, and torch.compile gets it.
+    """
+    order = torch.argsort(score, dim=dim, descending=True, stable=True)
+    kept = order.narrow(dim, 0, min(n, score.shape[dim]))
+    return torch.zeros_like(score, dtype=torch.bool).scatter(dim, kept, True)
+
+
+def make_mask(weight: Tensor, n: int, grouping: Grouping) -> Tensor:
+    """Bool mask shaped as `weight`, true = kept: the `n` largest magnitudes of every group (domino.md, sections 2 and 4)."""
+    lines = grouping.as_lines(weight.detach().abs().contiguous())
+    masks = [top_mask(block, n, dim=2).flatten(1, 2) for block in grouping.blocks(lines)]
+    return grouping.from_lines(torch.cat(masks, dim=1), tuple(weight.shape))
+
+
+@torch.no_grad()
+def update_mask(weight: Tensor, n: int, grouping: Grouping, mask: Tensor, masked: Tensor) -> None:
+    """Recompute `mask` and ``masked = where(mask, weight, 0)`` in place, in one pass over the weight.
+
+    Near the cost of reading and writing the three tensors: no sort, and scratch memory of a few cache-sized chunks.
+
+    Args:
+        mask: bool, shaped and strided as `weight`.
+        masked: of `weight`'s dtype, shaped and strided as `weight`.
+    """
+    if grouping.flat:  # groups do not follow the axes: work on a reordered copy (the stem and little else)
+        lines = grouping.as_lines(weight)
+        line_mask, line_masked = torch.empty_like(lines, dtype=torch.bool), torch.empty_like(lines)
+        _update_blocks(lines, n, grouping, line_mask, line_masked)
+        mask.copy_(grouping.from_lines(line_mask, tuple(mask.shape)))
+        masked.copy_(grouping.from_lines(line_masked, tuple(mask.shape)))
+    else:
+        _update_blocks(*(grouping.as_lines(weight), n, grouping, grouping.as_lines(mask), grouping.as_lines(masked)))
+
+
+def _update_blocks(lines: Tensor, n: int, grouping: Grouping, mask: Tensor, masked: Tensor) -> None:
+    zero = lines.new_zeros(())
+    for block, block_mask, block_masked in zip(*map(grouping.blocks, (lines, mask, masked)), strict=True):
+        outer, count, size, inner = block.shape
+        if size <= n:
+            block_mask.fill_(True)
+            block_masked.copy_(block)
+            continue
+        step = max(1, select.CHUNK // (count * inner))
+        scratch = block.new_empty(size, min(step, outer), count, inner)
+        spare = block.new_empty(min(step, outer), count, inner)
+        magnitude = block.new_empty(min(step, outer), count, size, inner)
+        for start in range(0, outer, step):
+            part, part_mask = block[start : start + step], block_mask[start : start + step]
+            a = torch.abs(part, out=magnitude[: len(part)])
+            rows = scratch[:, : len(part)].copy_(a.movedim(2, 0))
+            ranked = select.run(list(rows.unbind(0)), (n - 1, n), spare[: len(part)])
+            torch.ge(a, ranked[n - 1].unsqueeze(2), out=part_mask)
+            # A threshold keeps more than n where the n-th and the next are equal, and nothing where one is NaN.
+            tied = ~(ranked[n] < ranked[n - 1])
+            if tied.any():
+                at = tied.nonzero(as_tuple=True)
+                where = (at[0], at[1], slice(None), at[2])
+                part_mask[where] = top_mask(a[where], n, dim=1)
+            torch.where(part_mask, part, zero, out=block_masked[start : start + step])
+
+
+def check_groups(name: str, weight: Tensor, n: int, grouping: Grouping) -> int:
+    """Number of groups of `weight`, after checking that each holds at most `n` non-zeros.
+
+    Raises:
+        VerificationError: naming the first group that holds more.
+    """
+    lines = grouping.as_lines(weight.detach().contiguous() != 0)
+    checked = 0
+    for block in grouping.blocks(lines):
+        counts = block.sum(dim=2)  # outer, groups, inner
+        if (bad := (counts > n).nonzero()).numel():
+            outer, index, inner = bad[0].tolist()
+            raise VerificationError(
+                f"{name}: group {index} of row {outer * counts.shape[2] + inner} holds {int(counts[outer, index, inner])} "
+                f"non-zeros, expected at most {n} of {block.shape[2]}"
+            )
+        checked += counts.numel()
+    return checked
