@@ -1,0 +1,313 @@
+"""Which parameters are used as weights: every one is followed through a forward pass into matmul-like operations.
+
+A dispatch mode sees each aten operation of one eval and one train forward. Storage identity says which parameter an operand
+is a view of; an operation on parameters alone (weight standardisation, a cast, a concatenation of projections) passes its
+origin on. The stride of the contracted dimension gives the group axis. No module type is asked for anything, so functional
+calls, attention projections, LSTMs and weights inside fx leaves are found alike.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from nmfx.errors import TraceError
+from nmfx.graph.masked import throw_away_copy
+from nmfx.graph.site import Site, Sites, Skipped
+from nmfx.sparsity.layout import Rows
+from nmfx.zoo import Example, example_for
+
+log = logging.getLogger(__name__)
+
+# Parameters that take part in a matmul as data, by the name of their attribute: position tables, tokens, learned queries.
+POSITION_TABLE = re.compile(r"(^|_)(rel|pos|relative|position|tokens?|latents?)(_|\d*$)|pos_?emb|rel_?pos|bias_table")
+
+
+@dataclass(frozen=True)
+class Operand:
+    """One operand of a matmul-like operation that may be a weight.
+
+    `length` entries, `stride` apart in memory, are contracted with the activations: they are the group axis.
+    """
+
+    tensor: Tensor
+    length: int
+    stride: int
+    macs: int
+    kind: str = "matmul"
+
+
+def _along(tensor: Tensor, dim: int, macs: int, kind: str = "matmul") -> Operand:
+    length = tensor.shape[dim]
+    return Operand(tensor, length, tensor.stride(dim) if length > 1 else 1, macs, kind)
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor) -> list[Operand]:
+    macs = out.numel() * a.shape[-1]
+    return [_along(b, -2 if b.dim() > 1 else -1, macs), _along(a, -1, macs)]
+
+
+def _convolution(args: tuple[Any, ...], out: Tensor) -> list[Operand]:
+    x, weight, transposed, conv_groups = args[0], args[1], args[6], args[8]
+    taps = math.prod(weight.shape[2:])
+    moved = x if transposed else out  # every position of it meets each weight once
+    macs = moved.numel() // weight.shape[0] * weight.numel()
+    kind = f"conv{'_transpose' if transposed else ''}{weight.dim() - 2}d"
+    if transposed:  # (in, out / g, *kernel): in / g consecutive input channels feed one group of outputs
+        return [Operand(weight, weight.shape[0] // conv_groups, weight.shape[1] * taps, macs, kind)]
+    return [Operand(weight, weight.shape[1], weight.stride(1) if weight.shape[1] > 1 else taps, macs, kind)]
+
+
+def _deform_convolution(args: tuple[Any, ...], out: Tensor) -> list[Operand]:
+    weight = args[1]
+    return [Operand(weight, weight.shape[1], math.prod(weight.shape[2:]), out.numel() // len(weight) * weight.numel(), "conv2d")]
+
+
+OPERATIONS: dict[str, Callable[[tuple[Any, ...], Tensor], list[Operand]]] = {
+    "aten::mm": lambda args, out: _product(args[0], args[1], out),
+    "aten::mv": lambda args, out: _product(args[0], args[1], out),
+    "aten::bmm": lambda args, out: _product(args[0], args[1], out),
+    "aten::addmm": lambda args, out: _product(args[1], args[2], out),
+    "aten::addmv": lambda args, out: _product(args[1], args[2], out),
+    "aten::baddbmm": lambda args, out: _product(args[1], args[2], out),
+    "aten::linear": lambda args, out: [_along(args[1], -1, out.numel() * args[1].shape[-1])],
+    "aten::convolution": _convolution,
+    "aten::_trilinear": lambda args, out: [_along(args[1], -1, args[0].shape[0] * args[1].numel(), "bilinear")],
+    "torchvision::deform_conv2d": _deform_convolution,
+}
+
+READ_AS = {  # why a parameter that no matmul reads as a weight is left out, by the first operation that names it
+    "embedding": "looked up as a table (embedding)",
+    "index": "a table, read by index",
+    "gather": "a table, read by index",
+    "upsample": "a table, interpolated",
+    "add": "added to activations (position, token or bias)",
+    "mul": "multiplied elementwise (a scale)",
+    "cat": "joined to activations (a token)",
+    "expand": "joined to activations (a token)",
+    "copy": "joined to activations (a token)",
+    "norm": "scale of a normalisation",
+}
+
+
+@dataclass
+class _Use:
+    """What one parameter was seen doing."""
+
+    kind: str = ""
+    rows: Rows | None = None
+    macs: int = 0
+    calls: int = 0
+    operations: list[str] = field(default_factory=list)
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+class Census(TorchDispatchMode):
+    """Records how a forward pass uses the parameters of a model. `uses` maps each parameter's id to what was seen."""
+
+    def __init__(self, parameters: list[nn.Parameter], inputs: Any) -> None:
+        super().__init__()
+        self.uses = {id(p): _Use() for p in parameters}
+        self.sources: dict[int, tuple[nn.Parameter, ...]] = {_storage(p): (p,) for p in parameters}
+        self.own = set(self.sources)
+        self.tainted = {_storage(t) for t in _tensors(inputs)}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name, inputs, outputs = func._schema.name, _tensors((args, kwargs)), _tensors(out)
+        operands = OPERATIONS[name](args, outputs[0]) if name in OPERATIONS else []
+        for operand in operands:
+            if _storage(operand.tensor) in self.sources:
+                self._record_weight(operand)
+                break  # the second operand of a product of two parameters is data (a learned query)
+        else:
+            self._record_reads(name, inputs, outputs)
+        self._follow(inputs, outputs, is_matmul=bool(operands))
+        return out
+
+    def _record_weight(self, operand: Operand) -> None:
+        sources = self.sources[_storage(operand.tensor)]
+        total = sum(p.numel() for p in sources)
+        row = operand.length * operand.stride
+        for parameter in sources:
+            use, numel = self.uses[id(parameter)], parameter.numel()
+            if use.rows is None and row and numel % row == 0:
+                use.rows = (numel // row, operand.length, operand.stride)
+                linear = operand.kind == "matmul" and parameter.dim() == 2 and operand.stride == 1
+                use.kind = "linear" if linear else operand.kind
+            use.macs += operand.macs * numel // total
+            use.calls += 1
+
+    def _record_reads(self, name: str, inputs: list[Tensor], outputs: list[Tensor]) -> None:
+        if any(_storage(out) in map(_storage, inputs) for out in outputs):
+            return  # a view or an in-place write reads nothing by itself
+        for tensor in inputs:
+            for parameter in self.sources.get(_storage(tensor), ()):
+                self.uses[id(parameter)].operations.append(name.removeprefix("aten::"))
+
+    def _follow(self, inputs: list[Tensor], outputs: list[Tensor], *, is_matmul: bool) -> None:
+        """Mark what the outputs are: activations, values derived from parameters alone, or neither."""
+        ids = [_storage(tensor) for tensor in inputs]
+        activation = any(i in self.tainted for i in ids)
+        sources = tuple(dict.fromkeys(p for i in ids for p in self.sources.get(i, ()) if p.dim() > 1))
+        for out in outputs:
+            key = _storage(out)
+            if activation and key not in self.own:
+                self.tainted.add(key)
+                self.sources.pop(key, None)
+            elif key not in ids:  # new memory: whatever stood at this address before is gone
+                self.tainted.discard(key)
+                self.sources.pop(key, None)
+                if derived := () if is_matmul else _same_size(out, sources):
+                    self.sources[key] = derived
+
+
+def _same_size(out: Tensor, sources: tuple[nn.Parameter, ...]) -> tuple[nn.Parameter, ...]:
+    """The parameters whose weights `out` still holds: one that was standardised or cast, or several that were joined."""
+    whole = tuple(p for p in sources if p.numel() == out.numel())
+    return whole[:1] or (sources if out.numel() == sum(p.numel() for p in sources) else ())
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor) and leaf.layout == torch.strided]
+
+
+@contextlib.contextmanager
+def _plain_attention() -> Iterator[None]:
+    """The fused attention path of eval mode hides its projections in one operation."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+def _run(model: nn.Module, example: Example, *, train: bool) -> Census:
+    model.train(train)
+    census = Census(list(model.parameters()), (example.args, example.kwargs))
+    with torch.random.fork_rng(devices=[]), torch.enable_grad(), _plain_attention(), census:
+        model(*example.args, **example.kwargs)
+    return census
+
+
+def take_census(model: nn.Module, example: Example) -> tuple[nn.Module, Census, Census | None]:
+    """Follow all parameters of a throw-away copy of `model` through one eval and one train forward.
+
+    Runs on the meta device; a model that asks for values on the way (detectors) runs on the CPU.
+
+    Returns:
+        The copy, the eval census, and the train census (None when the model cannot run in train mode on this input).
+
+    Raises:
+        TraceError: the forward fails on the CPU too.
+    """
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    for device in ("meta", "cpu"):
+        try:
+            copy = throw_away_copy(model, device if device == "meta" else None)
+            copy = copy if device == "meta" else copy.cpu()
+            placed = example.to(device, dtype)
+            with torch.device(device):
+                census = _run(copy, placed, train=False)
+            break
+        except Exception as error:
+            if device == "cpu":
+                raise TraceError(
+                    f"{type(model).__name__}: the forward pass fails on {example}: {type(error).__name__}: {error}. "
+                    f"Give example_input= (--input-size) as the model expects it"
+                ) from error
+            log.debug("census on the meta device failed, running on the CPU: %r", error)
+    try:
+        with torch.device(device):
+            return copy, census, _run(copy, placed.doubled(), train=True)
+    except Exception as error:
+        log.debug("no train-mode census: %r", error)
+        return copy, census, None
+
+
+def find_sites(model: nn.Module, example_input: Any = None) -> Sites:
+    """Every weight of `model` that can take a pattern, by use, and every other parameter with the reason.
+
+    Args:
+        example_input: a tensor, a tuple of positional or a dict of keyword arguments of the forward pass; only shapes and
+            dtypes matter. None: from the model's own configuration, else 1x3x224x224.
+
+    Returns:
+        Sites in module order. MACs are per sample, of the eval forward. Depthwise convolutions are sites with a group axis of
+        length 1: they count in every total, and stay dense by the policy of the scheme.
+
+    Raises:
+        TraceError: the forward pass fails on the example input.
+
+    The model is not changed: a copy runs on the meta device (CPU memory is used only by models that need values).
+    """
+    example = Example.of(example_input) if example_input is not None else example_for(model)
+    copied, census, training = take_census(model, example)
+    owners: dict[int, list[tuple[str, str]]] = {}
+    for path, module in copied.named_modules():
+        for attr, parameter in module._parameters.items():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append((path, attr))
+    sites: list[Site] = []
+    skipped: list[Skipped] = []
+    for name, parameter in copied.named_parameters():
+        use = census.uses[id(parameter)]
+        late = training.uses[id(parameter)] if training is not None else _Use()
+        train_only = use.rows is None and late.rows is not None
+        rows, kind = (late.rows, late.kind) if train_only else (use.rows, use.kind)
+        if reason := _reason(copied, name, parameter, use, late, owners[id(parameter)]):
+            if parameter.dim() > 1:
+                skipped.append(Skipped(name, tuple(parameter.shape), reason))
+            continue
+        assert rows is not None
+        rows, kind = _expert_rows(copied.get_submodule(name.rpartition(".")[0]), parameter, rows, kind)
+        macs, calls = (0, late.calls) if train_only else (use.macs // example.batch, use.calls)
+        size = parameter.numel() * parameter.element_size()
+        places = tuple(owners[id(parameter)])
+        sites.append(Site(name, kind, tuple(parameter.shape), rows, macs, calls, size, places, train_only))
+    notes = () if training is not None else ("train mode does not run on the example input: auxiliary heads were not seen",)
+    return Sites(tuple(sites), tuple(skipped), notes, type(model).__name__)
+
+
+def _reason(
+    model: nn.Module, name: str, parameter: nn.Parameter, use: _Use, late: _Use, owners: list[tuple[str, str]]
+) -> str | None:
+    """Why a parameter is not a site; None when it is one."""
+    if any(isinstance(model.get_submodule(path), torch.jit.ScriptModule) for path, _ in owners):
+        return "inside a TorchScript module: its class cannot be swapped"
+    if use.rows is None and late.rows is None:
+        operations = use.operations + late.operations
+        if not operations:
+            return "never read by the forward pass"
+        for operation in operations:
+            for word, reason in READ_AS.items():
+                if word in operation:
+                    return reason
+        return f"read by {', '.join(sorted(set(operations)))} only, not as a weight"
+    if parameter.dim() < 2:
+        return "a vector"
+    if POSITION_TABLE.search(name.rpartition(".")[2]):
+        return "a position table or token inside a matmul"
+    return None
+
+
+def _expert_rows(owner: nn.Module, parameter: nn.Parameter, rows: Rows, kind: str) -> tuple[Rows, str]:
+    """CondConv mixes a bank of flattened kernels (experts, out * in * k * k): its rows run along `in` of each kernel."""
+    shape = getattr(owner, "weight_shape", None)
+    if parameter.dim() == 2 and shape is not None and math.prod(shape) == parameter.shape[1]:
+        return (parameter.shape[0] * shape[0], shape[1], math.prod(shape[2:])), f"conv{len(shape) - 2}d"
+    return rows, kind

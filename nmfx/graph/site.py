@@ -1,0 +1,120 @@
+"""Sites: the weights of a model that can take a pattern, found by use, and what was left out with the reason."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from nmfx.errors import SchemeError
+from nmfx.sparsity.layout import Rows
+
+
+@dataclass(frozen=True)
+class Site:
+    """One weight that a convolution, a linear or a matmul reads as its weight.
+
+    Attributes:
+        name: state-dict key.
+        kind: the operation that reads it: ``conv2d``, ``conv_transpose2d``, ``linear``, ``matmul``, ``bilinear``, ...
+        shape: shape of the parameter.
+        rows: ``(outer, length, inner)``; groups run along the ``length`` input channels (see `Grouping`).
+        macs: multiply-adds per sample, one multiply-add is one MAC, summed over all calls in eval mode.
+        calls: how often one forward reads it as a weight.
+        bytes: size of the dense weight.
+        owners: ``(module path, attribute)`` of every module that holds the parameter; several when it is tied.
+        train_only: read in train mode only (auxiliary heads).
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    rows: Rows
+    macs: int
+    calls: int
+    bytes: int
+    owners: tuple[tuple[str, str], ...]
+    train_only: bool = False
+
+    @property
+    def weights(self) -> int:
+        """Number of weights, kept or not."""
+        return math.prod(self.shape)
+
+    @property
+    def length(self) -> int:
+        """Length of the group axis: input channels of one convolution group, or input features."""
+        return self.rows[1]
+
+    @property
+    def axis(self) -> int | None:
+        """Index of the group axis in `shape`; None when it is part of a flattened dimension."""
+        for index, size in enumerate(self.shape):
+            if size == self.length and math.prod(self.shape[index + 1 :]) == self.rows[2]:
+                return index
+        return None
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A parameter with two or more dimensions that is not a site, and why."""
+
+    name: str
+    shape: tuple[int, ...]
+    reason: str
+
+    @property
+    def weights(self) -> int:
+        """Number of entries."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Sites:
+    """All sites of a model in module order; ``sites["layer1.0.conv1.weight"]``, iteration and ``len`` work as expected."""
+
+    sites: tuple[Site, ...]
+    skipped: tuple[Skipped, ...] = ()
+    notes: tuple[str, ...] = ()
+    model: str = ""
+    _index: dict[str, Site] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        self._index.update({site.name: site for site in self.sites})
+
+    def __iter__(self) -> Iterator[Site]:
+        return iter(self.sites)
+
+    def __len__(self) -> int:
+        return len(self.sites)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._index
+
+    def __getitem__(self, name: str) -> Site:
+        """The site called `name`.
+
+        Raises:
+            SchemeError: there is none; says why when the parameter was skipped.
+        """
+        if name in self._index:
+            return self._index[name]
+        reason = next((f"skipped: {s.reason}" for s in self.skipped if s.name == name), "the model has no such weight")
+        raise SchemeError(f"{name}: not a site ({reason}); `nmfx inspect MODEL` lists the sites")
+
+    @property
+    def weights(self) -> int:
+        """Weights of all sites."""
+        return sum(site.weights for site in self)
+
+    @property
+    def macs(self) -> int:
+        """MACs per sample of all sites."""
+        return sum(site.macs for site in self)
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of names, shapes and rows: two models with the same one take the same schemes."""
+        text = "\n".join(f"{site.name} {site.shape} {site.rows}" for site in self)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
