@@ -2,13 +2,13 @@
 
 **Values** are the kept weights, bit for bit, in the row-major order of the weight.
 
-**Positions** say which weights of each group are kept. A group that keeps the positions ``p1 < p2 < ... < pn`` is coded by
-its rank in the combinatorial number system, ``C(p1, 1) + C(p2, 2) + ... + C(pn, n)``: the number of choices of n positions
-that are smaller when read as binary numbers (position p is bit p). Ranks run from 0 to ``C(size, n) - 1`` and take
-``ceil(log2 C(size, n))`` bits each, 11 for 4:16, none where there is no choice. They are laid end to end, without gaps,
+**Positions** say which weights of a group are kept. A group that keeps ``p1 < p2 < ... < pn`` is coded by its rank in
+the combinatorial number system, ``C(p1, 1) + C(p2, 2) + ... + C(pn, n)``: the number of choices of n positions that are
+smaller when read as binary numbers (position p is bit p). Ranks run from 0 to ``C(size, n) - 1`` and take
+``ceil(log2 C(size, n))`` bits each: 11 for 4:16, none where there is no choice. They are laid end to end, without gaps,
 in the order of the flattened ``(outer, groups, inner)`` of `Grouping.blocks`, the least significant bit first: bit i of
-the stream is bit ``i % 8`` (of weight ``2 ** (i % 8)``) of byte ``i // 8``. Full groups make one stream and short last
-groups another; each starts on a byte and its last byte is filled with zeros.
+the stream is bit ``i % 8`` (worth ``1 << i % 8``) of byte ``i // 8``. Full groups make one stream and short last groups
+another; each starts on a byte, and its last byte is filled with zeros.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +27,8 @@ from nmfx.errors import CheckpointError
 from nmfx.sparsity.layout import Grouping
 from nmfx.sparsity.pattern import MAX_M
 
-Array = NDArray[np.generic]
+Bytes = NDArray[np.uint8]
+Words = NDArray[np.integer[Any]]
 
 _CHUNK = 1 << 13  # groups a pass, so that the arithmetic stays in cache; a multiple of 8, so that a pass ends on a byte
 _LOW = 16  # positions decoded by one table look-up
@@ -47,18 +49,16 @@ def pack(weight: Tensor, mask: Tensor, n: int, grouping: Grouping) -> tuple[Tens
     """
     if mask.dtype != torch.bool or mask.shape != weight.shape or mask.numel() != grouping.numel:
         raise CheckpointError(
-            f"expected a weight and a bool mask of one shape that fit rows {grouping.rows}, got {tuple(weight.shape)} and "
-            f"{mask.dtype} {tuple(mask.shape)}"
+            f"expected a weight and a bool mask of one shape that fit rows {grouping.rows}, "
+            f"got {tuple(weight.shape)} and {mask.dtype} {tuple(mask.shape)}"
         )
     mask = mask.detach().contiguous()
     streams = []
     for index, block in enumerate(grouping.blocks(grouping.as_lines(mask))):
-        size, bits = block.shape[2], block.movedim(2, 3).numpy().view(np.uint8)  # outer, groups, inner, size
-        choices = _to_words(bits)
+        size, choices = block.shape[2], _to_words(_group_bits(block))  # choices: outer, groups, inner
         _check_kept(np.bitwise_count(choices), min(n, size), size, first=index * (grouping.lines[1] // grouping.m))
-        width = _rank_bits(size, n)
-        ranks = (_rank(choices.ravel()[part]) for part in _chunks(choices.size))
-        streams += [np.packbits(_to_bits(part, width), bitorder="little") for part in ranks]
+        width, parts = _rank_bits(size, n), np.split(choices.ravel(), range(_CHUNK, choices.size, _CHUNK))
+        streams += [np.packbits(_to_bits(_rank(part), width), bitorder="little") for part in parts]
     kept = _flat(weight.detach().contiguous()).take(np.flatnonzero(mask.numpy()))
     positions = np.concatenate([np.empty(0, np.uint8), *streams])
     return torch.from_numpy(kept).view(weight.dtype), torch.from_numpy(positions)
@@ -81,8 +81,8 @@ def unpack(
     for block, (count, size) in zip(grouping.blocks(lines), grouping.sizes, strict=True):
         coded, stream = np.split(stream, [_stream_bytes(count, size, n)])
         parts = [_to_bits(_unrank(ranks, size, n), size) for ranks in _read_ranks(coded, count, size, n)]
-        bits = block.movedim(2, 3).numpy()  # outer, groups, inner, size
-        bits[...] = np.concatenate([np.empty((0, size)), *parts], dtype=np.bool_, casting="unsafe").reshape(bits.shape)
+        bits = _group_bits(block)
+        bits[...] = np.concatenate(parts).reshape(bits.shape)
     mask = grouping.from_lines(lines, shape).contiguous()
     weight = torch.zeros(shape, dtype=values.dtype)
     _flat(weight)[np.flatnonzero(mask.numpy())] = _flat(values.detach().contiguous())
@@ -104,17 +104,17 @@ def _stream_bytes(count: int, size: int, n: int) -> int:
     return -(-count * _rank_bits(size, n) // 8)
 
 
-def _flat(tensor: Tensor) -> Array:
+def _flat(tensor: Tensor) -> Words:
     """The bits of a contiguous tensor as a flat view of integers."""
     return tensor.view(-1).view(_INTEGERS[tensor.element_size()]).numpy()
 
 
-def _chunks(count: int) -> Iterator[slice]:
-    """Slices that cover `count` groups."""
-    return (slice(start, min(start + _CHUNK, count)) for start in range(0, count, _CHUNK))
+def _group_bits(block: Tensor) -> Bytes:
+    """A view ``(outer, groups, inner, size)`` of a bool block ``(outer, groups, size, inner)``."""
+    return block.movedim(2, 3).numpy().view(np.uint8)
 
 
-def _to_words(bits: Array) -> Array:
+def _to_words(bits: Bytes) -> Words:
     """Bits ``(..., width)``, the lowest first -> unsigned words ``(...)`` of the narrowest type that holds them."""
     *lead, width = bits.shape
     word = max(8, 1 << (width - 1).bit_length())
@@ -123,10 +123,14 @@ def _to_words(bits: Array) -> Array:
     return np.packbits(padded, bitorder="little").view(f"u{word // 8}").reshape(lead)
 
 
-def _to_bits(words: Array, width: int) -> Array:
+def _bytes(words: Words) -> Bytes:
+    """The bytes of `words` ``(count,)``, the lowest first: ``(count, itemsize)``."""
+    return words.view(np.uint8).reshape(len(words), words.itemsize)
+
+
+def _to_bits(words: Words, width: int) -> Bytes:
     """The lowest `width` bits of `words` ``(count,)``, the lowest first: uint8 ``(count, width)``."""
-    bytes_ = words.view(np.uint8).reshape(len(words), words.itemsize)
-    return np.unpackbits(bytes_, axis=1, count=width, bitorder="little")
+    return np.unpackbits(_bytes(words), axis=1, count=width, bitorder="little")
 
 
 @cache
@@ -139,11 +143,8 @@ def _binomials() -> NDArray[np.int64]:
 def _byte_ranks() -> NDArray[np.int64]:
     """``[b, k, v]``: what byte b of a choice, of value v, adds to its rank when the bytes below keep k positions."""
     bits = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")  # v, bit
-    order = np.arange(MAX_M - 7)[:, None, None] + bits.cumsum(
-        axis=1, dtype=np.int64
-    )  # k, v, bit: p is the order-th position kept
-    positions = np.arange(MAX_M).reshape(-1, 8)
-    return np.stack([(bits * _binomials()[p, order]).sum(axis=2) for p in positions])
+    order = np.arange(MAX_M - 7)[:, None, None] + bits.cumsum(axis=1, dtype=np.int64)  # k, v, bit: its i in C(p, i)
+    return np.stack([(bits * _binomials()[p, order]).sum(axis=2) for p in np.arange(MAX_M).reshape(-1, 8)])
 
 
 @cache
@@ -154,10 +155,10 @@ def _low_choices() -> tuple[NDArray[np.uint16], NDArray[np.int64]]:
     return np.argsort(counts, kind="stable").astype(np.uint16), starts
 
 
-def _rank(choices: Array) -> NDArray[np.int64]:
+def _rank(choices: Words) -> NDArray[np.int64]:
     """Rank of each choice (unsigned words, position p is bit p), byte by byte."""
     ranks, kept = np.zeros((2, len(choices)), np.int64)
-    for table, byte in zip(_byte_ranks(), choices.view(np.uint8).reshape(len(choices), -1).T, strict=False):
+    for table, byte in zip(_byte_ranks(), _bytes(choices).T, strict=False):
         ranks += table.ravel().take(256 * kept + byte)
         kept += np.bitwise_count(byte)
     return ranks
@@ -177,26 +178,24 @@ def _unrank(ranks: NDArray[np.int64], size: int, n: int) -> NDArray[np.uint64]:
     return (choices << np.uint64(_LOW)) | low.take(starts.take(left) + ranks)
 
 
-def _read_ranks(stream: Array, count: int, size: int, n: int) -> Iterator[NDArray[np.int64]]:
+def _read_ranks(stream: Bytes, count: int, size: int, n: int) -> Iterator[NDArray[np.int64]]:
     """The `count` ranks of one stream, chunk by chunk."""
     width, choices = _rank_bits(size, n), math.comb(size, min(n, size))
     if (spare := -count * width % 8) and stream[-1] >> (8 - spare):
         raise CheckpointError(f"corrupt positions: the last {spare} bits of a stream of {count} ranks should be zeros")
-    for part in _chunks(count):
-        length = part.stop - part.start
-        coded = stream[part.start * width // 8 : -(-part.stop * width // 8)]
-        bits = np.unpackbits(coded, count=length * width, bitorder="little").reshape(length, width)
-        ranks = _to_words(bits).astype(np.int64)
-        if ranks.max() >= choices:
-            at = int(ranks.argmax())
+    for start in range(0, max(count, 1), _CHUNK):  # at least one pass, were it empty
+        length = min(_CHUNK, count - start)
+        bits = np.unpackbits(stream[start * width // 8 :], count=length * width, bitorder="little")
+        ranks = _to_words(bits.reshape(length, width)).astype(np.int64)
+        if (bad := np.flatnonzero(ranks >= choices)).size:
             raise CheckpointError(
-                f"corrupt positions: the rank of group {part.start + at} is {ranks[at]}, expected less than "
-                f"C({size}, {n}) = {choices}"
+                f"corrupt positions: rank {start + bad[0]} of {count} is {ranks[bad[0]]}, "
+                f"expected less than C({size}, {n}) = {choices}"
             )
         yield ranks
 
 
-def _check_kept(counts: Array, n: int, size: int, first: int) -> None:
+def _check_kept(counts: Words, n: int, size: int, first: int) -> None:
     """Raise unless every group keeps `n`; counts ``(outer, groups, inner)`` start at group `first` of their row."""
     if (bad := np.argwhere(counts != n)).size:
         outer, index, inner = bad[0]
@@ -210,9 +209,9 @@ def _check_lengths(values: Tensor, positions: Tensor, n: int, grouping: Grouping
     """Raise unless the parts and the shape fit the pattern."""
     if math.prod(shape) != grouping.numel:
         raise CheckpointError(f"shape {tuple(shape)} does not fit rows {grouping.rows}")
-    expected = tuple((size,) for size in packed_sizes(n, grouping))
-    if (tuple(values.shape), tuple(positions.shape)) != expected or positions.dtype != torch.uint8:
+    kept, coded = packed_sizes(n, grouping)
+    if values.shape != (kept,) or positions.shape != (coded,) or positions.dtype != torch.uint8:
         raise CheckpointError(
-            f"{n}:{grouping.m} over rows {grouping.rows} takes {expected[0][0]} values and {expected[1][0]} position bytes, "
+            f"{n}:{grouping.m} over rows {grouping.rows} takes {kept} values and {coded} position bytes, "
             f"got values {tuple(values.shape)} and {positions.dtype} positions {tuple(positions.shape)}"
         )

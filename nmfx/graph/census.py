@@ -45,6 +45,7 @@ class Operand:
     stride: int
     macs: int
     kind: str = "matmul"
+    conv_groups: int = 1
 
 
 def _along(tensor: Tensor, dim: int, macs: int, kind: str = "matmul") -> Operand:
@@ -64,8 +65,9 @@ def _convolution(args: tuple[Any, ...], out: Tensor) -> list[Operand]:
     macs = moved.numel() // weight.shape[0] * weight.numel()
     kind = f"conv{'_transpose' if transposed else ''}{weight.dim() - 2}d"
     if transposed:  # (in, out / g, *kernel): in / g consecutive input channels feed one group of outputs
-        return [Operand(weight, weight.shape[0] // conv_groups, weight.shape[1] * taps, macs, kind)]
-    return [Operand(weight, weight.shape[1], weight.stride(1) if weight.shape[1] > 1 else taps, macs, kind)]
+        return [Operand(weight, weight.shape[0] // conv_groups, weight.shape[1] * taps, macs, kind, conv_groups)]
+    stride = weight.stride(1) if weight.shape[1] > 1 else taps
+    return [Operand(weight, weight.shape[1], stride, macs, kind, conv_groups)]
 
 
 def _deform_convolution(args: tuple[Any, ...], out: Tensor) -> list[Operand]:
@@ -108,6 +110,7 @@ class _Use:
     rows: Rows | None = None
     macs: int = 0
     calls: int = 0
+    conv_groups: int = 1
     operations: list[str] = field(default_factory=list)
 
 
@@ -147,7 +150,7 @@ class Census(TorchDispatchMode):
             if use.rows is None and row and numel % row == 0:
                 use.rows = (numel // row, operand.length, operand.stride)
                 linear = operand.kind == "matmul" and parameter.dim() == 2 and operand.stride == 1
-                use.kind = "linear" if linear else operand.kind
+                use.kind, use.conv_groups = "linear" if linear else operand.kind, operand.conv_groups
             use.macs += operand.macs * numel // total
             use.calls += 1
 
@@ -204,6 +207,18 @@ def _run(model: nn.Module, example: Example, *, train: bool) -> Census:
     return census
 
 
+def _with_values(model: nn.Module) -> nn.Module:
+    """The model on the CPU; weights that were on the meta device become small random numbers."""
+    values = [t for t in (*model.parameters(), *model.buffers()) if t.device.type == "meta"]
+    if not values:
+        return model.cpu()
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.normal_(std=0.02) if tensor.is_floating_point() else tensor.zero_()
+    return model
+
+
 def take_census(model: nn.Module, example: Example) -> tuple[nn.Module, Census, Census | None]:
     """Follow all parameters of a throw-away copy of `model` through one eval and one train forward.
 
@@ -218,8 +233,7 @@ def take_census(model: nn.Module, example: Example) -> tuple[nn.Module, Census, 
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     for device in ("meta", "cpu"):
         try:
-            copy = throw_away_copy(model, device if device == "meta" else None)
-            copy = copy if device == "meta" else copy.cpu()
+            copy = throw_away_copy(model, "meta") if device == "meta" else _with_values(throw_away_copy(model, None))
             placed = example.to(device, dtype)
             with torch.device(device):
                 census = _run(copy, placed, train=False)
@@ -267,18 +281,28 @@ def find_sites(model: nn.Module, example_input: Any = None) -> Sites:
     for name, parameter in copied.named_parameters():
         use = census.uses[id(parameter)]
         late = training.uses[id(parameter)] if training is not None else _Use()
-        train_only = use.rows is None and late.rows is not None
-        rows, kind = (late.rows, late.kind) if train_only else (use.rows, use.kind)
         if reason := _reason(copied, name, parameter, use, late, owners[id(parameter)]):
             if parameter.dim() > 1:
                 skipped.append(Skipped(name, tuple(parameter.shape), reason))
             continue
-        assert rows is not None
-        rows, kind = _expert_rows(copied.get_submodule(name.rpartition(".")[0]), parameter, rows, kind)
-        macs, calls = (0, late.calls) if train_only else (use.macs // example.batch, use.calls)
-        size = parameter.numel() * parameter.element_size()
-        places = tuple(owners[id(parameter)])
-        sites.append(Site(name, kind, tuple(parameter.shape), rows, macs, calls, size, places, train_only))
+        train_only = use.rows is None
+        seen = late if train_only else use
+        owner = copied.get_submodule(name.rpartition(".")[0])
+        rows, kind = _expert_rows(owner, parameter, seen)
+        sites.append(
+            Site(
+                name,
+                kind,
+                tuple(parameter.shape),
+                rows,
+                macs=use.macs // example.batch,
+                calls=seen.calls,
+                bytes=parameter.numel() * parameter.element_size(),
+                owners=tuple(owners[id(parameter)]),
+                conv_groups=seen.conv_groups,
+                train_only=train_only,
+            )
+        )
     notes = () if training is not None else ("train mode does not run on the example input: auxiliary heads were not seen",)
     return Sites(tuple(sites), tuple(skipped), notes, type(model).__name__)
 
@@ -305,9 +329,10 @@ def _reason(
     return None
 
 
-def _expert_rows(owner: nn.Module, parameter: nn.Parameter, rows: Rows, kind: str) -> tuple[Rows, str]:
+def _expert_rows(owner: nn.Module, parameter: nn.Parameter, use: _Use) -> tuple[Rows, str]:
     """CondConv mixes a bank of flattened kernels (experts, out * in * k * k): its rows run along `in` of each kernel."""
     shape = getattr(owner, "weight_shape", None)
     if parameter.dim() == 2 and shape is not None and math.prod(shape) == parameter.shape[1]:
         return (parameter.shape[0] * shape[0], shape[1], math.prod(shape[2:])), f"conv{len(shape) - 2}d"
-    return rows, kind
+    assert use.rows is not None  # _reason has ruled this out
+    return use.rows, use.kind

@@ -24,6 +24,7 @@ class Site:
         calls: how often one forward reads it as a weight.
         bytes: size of the dense weight.
         owners: ``(module path, attribute)`` of every module that holds the parameter; several when it is tied.
+        conv_groups: groups of the convolution that reads it (1 for everything else).
         train_only: read in train mode only (auxiliary heads).
     """
 
@@ -35,6 +36,7 @@ class Site:
     calls: int
     bytes: int
     owners: tuple[tuple[str, str], ...]
+    conv_groups: int = 1
     train_only: bool = False
 
     @property

@@ -159,7 +159,7 @@ def test_first_and_last_choice(pattern: Pattern) -> None:
 def test_more_groups_than_one_pass(text: str) -> None:
     pattern = Pattern(text)
     shape, grouping = (3, 6001 * pattern.m + 1), Grouping((3, 6001 * pattern.m + 1, 1), pattern.m)
-    weight, mask = torch.randn(shape), random_mask((shape), pattern.n, grouping)
+    weight, mask = torch.randn(shape), random_mask(shape, pattern.n, grouping)
     again, again_mask = unpack(*pack(weight, mask, pattern.n, grouping), pattern.n, grouping, shape)
     assert torch.equal(again_mask, mask)
     assert torch.equal(again, weight.where(mask, 0))
@@ -200,7 +200,7 @@ def test_no_weights() -> None:
     ids=["too-many", "too-few", "short-group"],
 )
 def test_pack_refuses_a_mask_of_another_pattern(at: tuple[int, int], kept: bool, message: str) -> None:
-    mask = torch.tensor([1, 0, 0, 1] * 2 + [1, 1, 0] if not kept else [1, 0, 0, 1] * 2 + [1, 0, 1]).bool().repeat(3, 1)
+    mask = torch.tensor([1, 0, 0, 1, 1, 0, 0, 1, 1, 1, 0]).bool().repeat(3, 1)
     mask[at] = kept
     with pytest.raises(CheckpointError, match=message):
         pack(torch.randn(3, 11), mask, 2, Grouping((3, 11, 1), 4))
@@ -219,7 +219,7 @@ def test_unpack_refuses_other_lengths(packed: tuple[Tensor, Tensor, Grouping]) -
     for parts in ((values[:-1], positions), (values, positions[:-1]), (values, positions.repeat(2))):
         with pytest.raises(CheckpointError, match="takes 18 values and 4 position bytes, got"):
             unpack(*parts, 2, grouping, (3, 12))
-    with pytest.raises(CheckpointError, match="uint8|int32"):
+    with pytest.raises(CheckpointError, match=r"and torch\.int32 positions"):
         unpack(values, positions.int(), 2, grouping, (3, 12))
     with pytest.raises(CheckpointError, match=r"shape \(3, 11\) does not fit rows \(3, 12, 1\)"):
         unpack(values, positions, 2, grouping, (3, 11))
@@ -229,7 +229,7 @@ def test_unpack_refuses_other_lengths(packed: tuple[Tensor, Tensor, Grouping]) -
 def test_unpack_refuses_a_corrupt_rank(packed: tuple[Tensor, Tensor, Grouping], rank: int) -> None:
     values, positions, grouping = packed
     positions[1] = positions[1] & 0b1111_0001 | rank << 1  # bits 9 to 11: the rank of group 3
-    with pytest.raises(CheckpointError, match=rf"rank of group 3 is {rank}, expected less than C\(4, 2\) = 6"):
+    with pytest.raises(CheckpointError, match=rf"rank 3 of 9 is {rank}, expected less than C\(4, 2\) = 6"):
         unpack(values, positions, 2, grouping, (3, 12))
 
 

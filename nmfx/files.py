@@ -1,0 +1,40 @@
+"""Files written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from nmfx.errors import NmfxError
+
+
+def write_atomic(path: Path, write: Callable[[Path], None], *, force: bool = True) -> None:
+    """Let `write` fill a temporary file beside `path`, then rename it: a killed or failed run leaves what was there.
+
+    Raises:
+        NmfxError: `path` exists and `force` is false, or it cannot be written (no folder, no space, no permission).
+    """
+    if path.exists() and not force:
+        raise NmfxError(f"{path} exists already; give --force to overwrite it, or another name")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    except OSError as error:
+        raise NmfxError(f"{path}: cannot be written: {error.strerror or error}") from error
+    try:
+        write(folder / path.name)
+        (folder / path.name).chmod(0o666 & ~_umask())
+        os.replace(folder / path.name, path)
+    except OSError as error:
+        raise NmfxError(f"{path}: cannot be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,160 @@
+"""The converted model as a torch.fx.GraphModule over the model's own modules, right in train and in eval mode."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from nmfx.errors import TraceError
+from nmfx.graph.masked import is_masked, throw_away_copy
+
+log = logging.getLogger(__name__)
+
+
+class SiteTracer(fx.Tracer):
+    """fx's tracer with timm's settings: its leaf modules and functions stay whole, parameter shapes are constants.
+
+    Masked owners trace as their plain classes do: a masked convolution is a leaf, and a weight that a parent reads becomes a
+    ``get_attr`` node, which goes through the mask when the graph runs.
+    """
+
+    def __init__(self, leaves: tuple[type[nn.Module], ...] = ()) -> None:
+        from timm.layers import get_notrace_functions, get_notrace_modules
+        from torchvision.ops import DropBlock2d, DropBlock3d, StochasticDepth
+
+        super().__init__(autowrap_functions=tuple(get_notrace_functions()), param_shapes_constant=True)
+        self.leaves = (*get_notrace_modules(), StochasticDepth, DropBlock2d, DropBlock3d, *leaves)
+        self.stack: list[nn.Module] = []
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Leaves are torch.nn's modules, timm's registered ones, and the classes that failed before."""
+        return isinstance(m, self.leaves) or super().is_leaf_module(m, module_qualified_name)
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """As fx does it, remembering the innermost module, so that a failure can be laid to its class."""
+        self.stack.append(m)
+        result = super().call_module(m, forward, args, kwargs)
+        self.stack.pop()
+        return result
+
+
+def _trace(model: nn.Module, concrete: dict[str, Any]) -> fx.Graph:
+    """Trace `model`, making the innermost module class that fails a leaf and trying again."""
+    leaves: tuple[type[nn.Module], ...] = ()
+    while True:
+        tracer = SiteTracer(leaves)
+        try:
+            return tracer.trace(model, concrete_args=concrete)
+        except Exception as error:
+            if not tracer.stack or type(tracer.stack[-1]) in leaves:
+                raise TraceError(
+                    f"{type(model).__name__}: torch.fx cannot trace it at the root ({type(error).__name__}: {error}); "
+                    f"transform() converts it all the same"
+                ) from error
+            leaves = (*leaves, type(tracer.stack[-1]))
+            log.debug("fx cannot trace %s (%r); keeping it whole", leaves[-1].__name__, error)
+
+
+def _defaults(model: nn.Module) -> dict[str, Any]:
+    """Defaulted forward arguments as constants: as proxies, `if mask is None` would take the wrong branch."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
+
+
+def trace(model: nn.Module, *, train: bool = False) -> fx.Graph:
+    """The fx graph of `model`, traced on a throw-away copy on the meta device: the model is not touched.
+
+    Raises:
+        TraceError: fx cannot trace the model at the root.
+    """
+    copied = throw_away_copy(model, "meta").train(train)
+    graph = _trace(copied, _defaults(copied))
+    for node in list(graph.nodes):
+        if node.op == "get_attr" and not _has(model, node.target):
+            raise TraceError(f"{type(model).__name__}: tracing computed a constant ({node.target}) that the model has not")
+    return graph
+
+
+def _has(model: nn.Module, target: str) -> bool:
+    value: Any = model
+    for part in target.split("."):
+        if not hasattr(value, part):
+            return False
+        value = getattr(value, part)
+    return True
+
+
+class SiteGraph(fx.GraphModule):
+    """The fx view of a model: `graph` is the train or the eval graph, and follows ``train()`` and ``eval()``.
+
+    fx bakes the train flag into functional dropout and attention, so that one graph is right in one mode only. The modules are
+    the model's own, all of them: the state dict is the model's, and masked owners stay masked.
+    """
+
+    def __init__(self, model: nn.Module, graphs: dict[bool, fx.Graph], class_name: str) -> None:
+        super().__init__(nn.Module(), fx.Graph(), class_name)
+        for name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
+            setattr(self, name, getattr(model, name))
+        self.training = model.training
+        self.graphs = graphs
+        self.graph = graphs[model.training]
+
+    def train(self, mode: bool = True) -> SiteGraph:
+        """Switch mode: the modules' and the graph's."""
+        super().train(mode)
+        if self.graph is not self.graphs[mode]:
+            self.graph = self.graphs[mode]
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SiteGraph:
+        root = nn.Module()
+        root.__dict__.update({k: copy.deepcopy(self.__dict__[k], memo) for k in ("_parameters", "_buffers", "_modules")})
+        root._non_persistent_buffers_set = set(self._non_persistent_buffers_set)
+        root.training = self.training
+        return SiteGraph(root, {mode: copy.deepcopy(graph) for mode, graph in self.graphs.items()}, self._get_name())
+
+    def __reduce__(self) -> Any:
+        raise TraceError("the fx view of a model cannot be pickled; pickle the model, or call save_checkpoint on it")
+
+
+def to_graph(model: nn.Module, example_input: Any = None) -> SiteGraph:
+    """The fx view of a (converted) model: every convolution and linear node targets the model's own, masked, module, and a
+    weight that is read by a functional call is a ``get_attr`` node that goes through the mask.
+
+    Args:
+        example_input: if given, the eval graph is run on it and must equal the model, bit for bit.
+
+    Raises:
+        TraceError: fx cannot trace the model at the root, or the graph computes something else.
+    """
+    if any(is_masked(module) and module is model for module in model.modules()):
+        raise TraceError(f"{type(model).__name__}: the root itself holds a masked weight; put it inside a parent module")
+    graphs = {mode: trace(model, train=mode) for mode in (False, True)}
+    view = SiteGraph(model, graphs, type(model).__name__)
+    if example_input is not None:
+        _compare(model, view, example_input)
+    return view
+
+
+def _compare(model: nn.Module, view: SiteGraph, example_input: Any) -> None:
+    from nmfx.zoo import Example
+
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    example, mode = Example.of(example_input).to(device), model.training
+    if device.type == "meta":
+        return
+    try:
+        model.eval(), view.eval()
+        with torch.no_grad():
+            expected, found = (m(*example.args, **example.kwargs) for m in (model, view))
+        torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+    except AssertionError as error:
+        raise TraceError(f"{type(model).__name__}: its fx graph computes something else: {error}") from error
+    finally:
+        model.train(mode), view.train(mode)

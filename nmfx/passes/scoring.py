@@ -1,0 +1,79 @@
+"""The search's score buffers: per-group thresholds and counts, attached to the owners of the sites and removed again."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from nmfx.errors import NmfxError
+from nmfx.graph.site import Site, Sites
+from nmfx.sparsity.layout import Grouping
+from nmfx.sparsity.select import sort_groups
+
+SUFFIXES = ("_threshold", "_count")
+
+
+def weight_of(model: nn.Module, site: Site) -> nn.Parameter:
+    """The dense parameter of a site, behind its mask if it has one."""
+    path, attr = site.owners[0]
+    parameter = model.get_submodule(path)._parameters[attr]
+    assert parameter is not None
+    return parameter
+
+
+def sorted_magnitudes(weight: Tensor, grouping: Grouping) -> Tensor:
+    """Magnitudes of every group in descending order, ``(m, groups)``; short groups are filled up with zeros."""
+    lines = grouping.as_lines(weight.detach().contiguous())
+    parts = [sort_groups(block) for block in grouping.blocks(lines)]
+    return torch.cat([nn.functional.pad(part, (0, 0, 0, grouping.m - len(part))) for part in parts], dim=1)
+
+
+@torch.no_grad()
+def attach_scores(model: nn.Module, sites: Sites, groupings: Mapping[str, Grouping]) -> None:
+    """Register two non-persistent buffers beside each weight: they move with the model and never reach a state dict.
+
+    - ``weight_threshold`` ``(groups,)``: ``T_g``, the mean of the M/2 smallest magnitudes of each group (domino.md, 3);
+    - ``weight_count`` ``(groups,)``, uint8: how many weights of the group exceed ``T_g`` now.
+
+    Raises:
+        NmfxError: a module already has something under one of the names.
+    """
+    for name, grouping in groupings.items():
+        (path, attr), ordered = sites[name].owners[0], sorted_magnitudes(weight_of(model, sites[name]), grouping)
+        threshold = ordered[grouping.m - grouping.m // 2 :].mean(dim=0) if grouping.m > 1 else ordered[0]
+        count = (ordered > threshold).sum(dim=0, dtype=torch.uint8)
+        owner = model.get_submodule(path)
+        for suffix, value in zip(SUFFIXES, (threshold, count), strict=True):
+            if hasattr(owner, attr + suffix):
+                raise NmfxError(f"{name}: the module already has an attribute {attr + suffix!r}; remove it to search")
+            owner.register_buffer(attr + suffix, value, persistent=False)
+
+
+def detach_scores(model: nn.Module, sites: Sites) -> None:
+    """Remove what `attach_scores` registered."""
+    for site in sites:
+        path, attr = site.owners[0]
+        owner = model.get_submodule(path)
+        for suffix in SUFFIXES:
+            owner._buffers.pop(attr + suffix, None)
+            owner._non_persistent_buffers_set.discard(attr + suffix)
+
+
+def scores_of(model: nn.Module, site: Site) -> tuple[Tensor, Tensor]:
+    """The attached ``(threshold, count)`` of a site, both ``(groups,)``."""
+    path, attr = site.owners[0]
+    owner = model.get_submodule(path)
+    return owner.get_buffer(attr + "_threshold"), owner.get_buffer(attr + "_count")
+
+
+@contextlib.contextmanager
+def scored(model: nn.Module, sites: Sites, groupings: Mapping[str, Grouping]) -> Iterator[None]:
+    """Score buffers for the time of a search; gone afterwards, whatever happens."""
+    try:
+        attach_scores(model, sites, groupings)
+        yield
+    finally:
+        detach_scores(model, sites)

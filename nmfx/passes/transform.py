@@ -1,0 +1,94 @@
+"""transform(model, scheme): the owners of the scheme's weights are swapped for masked equivalents."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import nn
+
+from nmfx.errors import SchemeError
+from nmfx.graph.census import find_sites
+from nmfx.graph.masked import MaskSpec, mask_attribute, masked_sites, unmask
+from nmfx.graph.site import Sites
+from nmfx.graph.tracer import to_graph
+from nmfx.scheme import Scheme
+from nmfx.sparsity.pattern import Pattern
+
+Training = Literal["sr-ste", "ste", "fixed"]
+AnyScheme = Scheme | str | Pattern | Path | Mapping[str, str | Pattern]
+
+
+def transform(
+    model: nn.Module,
+    scheme: AnyScheme,
+    *,
+    example_input: Any = None,
+    sites: Sites | None = None,
+    training: Training = "sr-ste",
+    decay: float = 2e-4,
+    as_graph: bool = False,
+    inplace: bool = False,
+) -> nn.Module:
+    """A converted copy of `model`: its own class, its own state-dict keys, every weight of the scheme read through its mask.
+
+    Args:
+        scheme: a `Scheme`, a pattern (``"2:4"``: every site that can take it), a mapping from site names or globs to
+            patterns, or the path of a scheme file.
+        example_input: what the forward pass takes (see `find_sites`); ignored when `sites` are given.
+        training: how gradients reach dropped weights. ``sr-ste`` and ``ste`` give the dense gradient and let the masks follow
+            the weights; ``fixed`` keeps today's masks and trains kept weights only (ASP).
+        decay: SR-STE's factor on dropped weights (Zhou et al., 2021: 2e-4; DominoSearch's 80 % recipe: 5e-4).
+        as_graph: return the fx view of the converted model instead (see `to_graph`).
+        inplace: convert `model` itself, without a copy.
+
+    Sites with a dense pattern are not touched at all. A model that is converted already is converted anew from its dense
+    weights.
+
+    Raises:
+        SchemeError: the scheme does not fit, naming the site, its shape, and what to do.
+        TraceError: the forward pass fails on the example input.
+    """
+    if training not in ("sr-ste", "ste", "fixed"):
+        raise SchemeError(f"training={training!r}: expected 'sr-ste', 'ste' or 'fixed'")
+    sites = sites if sites is not None else find_sites(model, example_input)
+    resolved = resolve_scheme(scheme, sites)
+    resolved.check(sites)
+    result = model if inplace else copy.deepcopy(model)
+    for module in result.modules():
+        unmask(module, keep_masked=False)
+    factor = {"sr-ste": decay, "ste": 0.0, "fixed": None}[training]
+    for site in sites:
+        if site.name in resolved:
+            spec = MaskSpec(site.name, resolved[site.name], resolved.grouping(site), factor, training == "fixed")
+            for path, attr in site.owners:
+                mask_attribute(result.get_submodule(path), attr, spec)
+    return to_graph(result, example_input) if as_graph else result
+
+
+def resolve_scheme(scheme: AnyScheme, sites: Sites) -> Scheme:
+    """Whatever `transform` takes for a scheme, as a `Scheme` for these sites.
+
+    Raises:
+        SchemeError: it is none of these things, or does not fit the sites.
+    """
+    if isinstance(scheme, Scheme):
+        return scheme
+    if isinstance(scheme, Pattern) or (isinstance(scheme, str) and re.fullmatch(r"\s*\d+\s*:\s*\d+\s*", scheme)):
+        return Scheme.uniform(sites, Pattern(scheme))
+    if isinstance(scheme, str | Path):
+        return Scheme.load(scheme, sites)
+    if isinstance(scheme, Mapping):
+        return Scheme.from_rules(sites, scheme)
+    raise SchemeError(f"expected a Scheme, a pattern such as '2:4', a mapping or a path, got {type(scheme).__name__}")
+
+
+def scheme_of(model: nn.Module) -> Scheme:
+    """The scheme that a converted model carries (empty for a plain one)."""
+    specs = {site.spec.name: site.spec for site in masked_sites(model)}
+    layout: Literal["strict", "flat"] = "flat" if any(spec.grouping.flat for spec in specs.values()) else "strict"
+    short = any(len(spec.grouping.sizes) > 1 or spec.grouping.m > spec.grouping.lines[1] for spec in specs.values())
+    return Scheme({name: spec.pattern for name, spec in specs.items()}, layout, short)

@@ -1,0 +1,53 @@
+"""Text at the door: strict YAML, nearest names."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import yaml
+
+
+class _StrictLoader(yaml.BaseLoader):
+    """Every scalar stays text (YAML 1.1 reads 2:4 as 124 and 1e-3 as text), and a doubled key is an error."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} appears twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def load_yaml(content: str, origin: str, error: type[Exception]) -> dict[str, Any]:
+    """A YAML mapping whose scalars are all text; raises `error` naming the line that is wrong."""
+    try:
+        tree = yaml.load(content, Loader=_StrictLoader)  # noqa: S506 - a BaseLoader constructs text, lists and dicts only
+    except yaml.YAMLError as problem:
+        raise error(f"{origin}: not valid YAML: {' '.join(str(problem).split())}") from problem
+    if not isinstance(tree, dict):
+        raise error(f"{origin}: expected a YAML mapping, found {type(tree).__name__}")
+    return tree
+
+
+def check_keys(tree: dict[str, Any], known: Iterable[str], origin: str, error: type[Exception]) -> None:
+    """Raise `error` for the first key that is not known, with the nearest one that is."""
+    known = list(known)
+    for key in tree:
+        if key not in known:
+            raise error(f"{origin}: unknown key {key!r}{nearest(key, known)}; known: {', '.join(known)}")
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """``"; did you mean 'x'?"``, or nothing when no known word is near."""
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def quote(word: str) -> str:
+    """`word` as a YAML scalar that every YAML version reads as text."""
+    return word if re.fullmatch(r"[A-Za-z_][\w.]*", word) and "." in word else json.dumps(word)
