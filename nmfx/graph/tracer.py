@@ -6,10 +6,11 @@ import copy
 import inspect
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from nmfx.errors import TraceError
 from nmfx.graph.masked import is_masked, throw_away_copy
@@ -23,6 +24,8 @@ class SiteTracer(fx.Tracer):
     Masked owners trace as their plain classes do: a masked convolution is a leaf, and a weight that a parent reads becomes a
     ``get_attr`` node, which goes through the mask when the graph runs.
     """
+
+    proxy_buffer_attributes = True  # what is computed from a buffer follows the buffer, instead of becoming a constant
 
     def __init__(self, leaves: tuple[type[nn.Module], ...] = ()) -> None:
         from timm.layers import get_notrace_functions, get_notrace_modules
@@ -67,27 +70,31 @@ def _defaults(model: nn.Module) -> dict[str, Any]:
     return {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
 
 
-def trace(model: nn.Module, *, train: bool = False) -> fx.Graph:
-    """The fx graph of `model`, traced on a throw-away copy on the meta device: the model is not touched.
+@dataclass(frozen=True)
+class Traced:
+    """A graph, and the tensors that the forward pass makes out of nothing (by the name of their ``get_attr`` node)."""
+
+    graph: fx.Graph
+    constants: dict[str, Tensor]
+
+
+def trace(model: nn.Module, *, train: bool = False) -> Traced:
+    """The fx graph of `model`, traced on a throw-away copy: the model is not touched.
 
     Raises:
         TraceError: fx cannot trace the model at the root.
     """
-    copied = throw_away_copy(model, "meta").train(train)
-    graph = _trace(copied, _defaults(copied))
-    for node in list(graph.nodes):
-        if node.op == "get_attr" and not _has(model, node.target):
-            raise TraceError(f"{type(model).__name__}: tracing computed a constant ({node.target}) that the model has not")
-    return graph
+    for device in ("meta", None):  # a copy with values only where the graph holds constants computed from them
+        copied = throw_away_copy(model, device).train(train)
+        graph = _trace(copied, _defaults(copied))
+        names = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
+        constants = {name: getattr(copied, name) for name in sorted(names) if name.startswith("_tensor_constant")}
+        if all(value.device.type != "meta" for value in constants.values()):
+            break
+    return Traced(graph, constants)
 
 
-def _has(model: nn.Module, target: str) -> bool:
-    value: Any = model
-    for part in target.split("."):
-        if not hasattr(value, part):
-            return False
-        value = getattr(value, part)
-    return True
+SHARED = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 
 
 class SiteGraph(fx.GraphModule):
@@ -97,13 +104,19 @@ class SiteGraph(fx.GraphModule):
     the model's own, all of them: the state dict is the model's, and masked owners stay masked.
     """
 
-    def __init__(self, model: nn.Module, graphs: dict[bool, fx.Graph], class_name: str) -> None:
+    def __init__(self, model: nn.Module, traced: dict[bool, Traced], class_name: str) -> None:
         super().__init__(nn.Module(), fx.Graph(), class_name)
-        for name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
-            setattr(self, name, getattr(model, name))
+        for name in SHARED:
+            self.__dict__[name] = copy.copy(model.__dict__[name])
+        self.graphs = {}
+        for mode, prefix in ((False, "eval"), (True, "train")):
+            for name, value in traced[mode].constants.items():
+                self.register_buffer(f"{prefix}{name}", value, persistent=False)
+            for node in traced[mode].graph.nodes:
+                node.target = f"{prefix}{node.target}" if node.target in traced[mode].constants else node.target
+            self.graphs[mode] = traced[mode].graph
         self.training = model.training
-        self.graphs = graphs
-        self.graph = graphs[model.training]
+        self.graph = self.graphs[model.training]
 
     def train(self, mode: bool = True) -> SiteGraph:
         """Switch mode: the modules' and the graph's."""
@@ -114,10 +127,10 @@ class SiteGraph(fx.GraphModule):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SiteGraph:
         root = nn.Module()
-        root.__dict__.update({k: copy.deepcopy(self.__dict__[k], memo) for k in ("_parameters", "_buffers", "_modules")})
-        root._non_persistent_buffers_set = set(self._non_persistent_buffers_set)
+        root.__dict__.update({name: copy.deepcopy(self.__dict__[name], memo) for name in SHARED})
         root.training = self.training
-        return SiteGraph(root, {mode: copy.deepcopy(graph) for mode, graph in self.graphs.items()}, self._get_name())
+        traced = {mode: Traced(copy.deepcopy(graph), {}) for mode, graph in self.graphs.items()}
+        return SiteGraph(root, traced, self._get_name())
 
     def __reduce__(self) -> Any:
         raise TraceError("the fx view of a model cannot be pickled; pickle the model, or call save_checkpoint on it")
@@ -135,8 +148,7 @@ def to_graph(model: nn.Module, example_input: Any = None) -> SiteGraph:
     """
     if any(is_masked(module) and module is model for module in model.modules()):
         raise TraceError(f"{type(model).__name__}: the root itself holds a masked weight; put it inside a parent module")
-    graphs = {mode: trace(model, train=mode) for mode in (False, True)}
-    view = SiteGraph(model, graphs, type(model).__name__)
+    view = SiteGraph(model, {mode: trace(model, train=mode) for mode in (False, True)}, type(model).__name__)
     if example_input is not None:
         _compare(model, view, example_input)
     return view
