@@ -325,3 +325,11 @@ def versions() -> dict[str, str]:
 
     names = ("torch", "torchvision", "timm")
     return {"python": sys.version.split()[0]} | {name: metadata.version(name) for name in names}
+
+
+def identify_quickly(model: nn.Module) -> Source | None:
+    """Where `model` says it came from, without rebuilding it: our own mark, or timm's configuration."""
+    if isinstance(source := getattr(model, SOURCE, None), Source):
+        return source
+    architecture = (getattr(model, "pretrained_cfg", None) or {}).get("architecture")
+    return Source("timm", architecture) if architecture else None

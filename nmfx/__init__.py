@@ -1,0 +1,58 @@
+"""nmfx: layer-wise N:M sparsity for any timm or torchvision network.
+
+The names below are the public API; everything else may move. They are imported at first use, so that `nmfx --help` does not wait
+for torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from nmfx.errors import NmfxError
+    from nmfx.export.checkpoint import load_checkpoint, save_checkpoint
+    from nmfx.graph.census import find_sites
+    from nmfx.graph.masked import freeze
+    from nmfx.graph.site import Site, Sites
+    from nmfx.graph.tracer import to_graph
+    from nmfx.passes.baking import bake, verify
+    from nmfx.passes.transform import scheme_of, transform
+    from nmfx.scheme import Scheme
+    from nmfx.search.finder import find_scheme
+    from nmfx.sparsity.pattern import Pattern
+    from nmfx.training.calibration import recalibrate_bn
+    from nmfx.training.evaluation import evaluate
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "NmfxError": "nmfx.errors",
+    "load_checkpoint": "nmfx.export.checkpoint",
+    "save_checkpoint": "nmfx.export.checkpoint",
+    "find_sites": "nmfx.graph.census",
+    "freeze": "nmfx.graph.masked",
+    "Site": "nmfx.graph.site",
+    "Sites": "nmfx.graph.site",
+    "to_graph": "nmfx.graph.tracer",
+    "bake": "nmfx.passes.baking",
+    "verify": "nmfx.passes.baking",
+    "scheme_of": "nmfx.passes.transform",
+    "transform": "nmfx.passes.transform",
+    "Scheme": "nmfx.scheme",
+    "find_scheme": "nmfx.search.finder",
+    "Pattern": "nmfx.sparsity.pattern",
+    "recalibrate_bn": "nmfx.training.calibration",
+    "evaluate": "nmfx.training.evaluation",
+}
+__all__ = [*_HOMES]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'nmfx' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_HOMES]

@@ -1,0 +1,1 @@
+"""Sites and a budget in, a scheme out."""

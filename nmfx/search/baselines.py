@@ -1,0 +1,71 @@
+"""Uniform, and Erdos-Renyi-kernel densities: what a search has to beat."""
+
+from __future__ import annotations
+
+import math
+
+from torch import nn
+
+from nmfx.errors import SearchError
+from nmfx.search.events import Event, Outcome, trim
+from nmfx.search.problem import Problem
+
+
+def uniform(problem: Problem, model: nn.Module) -> Outcome:
+    """One N for every site that can take it: the largest that fits. Its only steps are of the whole network, so no trim."""
+    longest = max((len(options) for options in problem.options), default=1)
+    for level in reversed(range(longest)):
+        choice = [max(0, len(options) - longest + level) for options in problem.options]
+        if problem.left(choice) >= 0:
+            return Outcome(tuple(choice), _moves(problem, choice, "the densest pattern that fits everywhere"))
+    raise SearchError("no uniform pattern fits the budget")  # pose() has checked that the sparsest one does
+
+
+def erk(problem: Problem, model: nn.Module) -> Outcome:
+    """ERK densities made N:M: the largest common scale at which the nearest patterns fit the budget, then the trim step."""
+    raw = {i: sum(s.shape) / math.prod(s.shape) for i, s in enumerate(problem.sites) if i in set(problem.free)}
+
+    def nearest(scale: float) -> list[int]:
+        choice = [len(options) - 1 for options in problem.options]
+        for i, value in raw.items():
+            density = min(1.0, scale * value)
+            distances = [abs(math.log2(p.density / density)) for p in problem.options[i]]
+            choice[i] = min(range(len(distances)), key=lambda option: (distances[option], option))
+        return choice
+
+    low, high = 1e-12, 2.0 / min(raw.values(), default=1.0)
+    for _ in range(100):  # bisection down to the last bits of a double
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if problem.left(nearest(middle)) >= 0 else (low, middle)
+    choice, trims = trim(problem, nearest(low))
+    return Outcome(tuple(choice), (*_moves(problem, nearest(low), "nearest to its ERK density"), *trims))
+
+
+def erk_sparsities(problem: Problem) -> dict[int, float]:
+    """ERK sparsity of every site with a choice, for the overall target (Evci et al., 2020; domino.md, section 4).
+
+    Density proportional to ``sum(shape) / prod(shape)``, scaled so that the total matches; sites that would exceed density 1
+    are fixed dense and the rest is scaled anew. Sites without a choice count as dense.
+    """
+    sites, free = problem.sites.sites, set(problem.free)
+    raw = {i: sum(sites[i].shape) / math.prod(sites[i].shape) for i in free}
+    while free:
+        dense = sum(site.weights for i, site in enumerate(sites) if i not in free)
+        scale = ((1 - problem.budget.target) * problem.sites.weights - dense) / sum(raw[i] * sites[i].weights for i in free)
+        over = {i for i in free if scale * raw[i] > 1}
+        if not over:
+            return {i: 1 - max(0.0, scale) * raw[i] if i in free else 0.0 for i in problem.free}
+        free -= over
+    return dict.fromkeys(problem.free, 0.0)
+
+
+def _moves(problem: Problem, choice: list[int], reason: str) -> tuple[Event, ...]:
+    """Events of a method that decides in one go, in model order."""
+    current = [len(options) - 1 for options in problem.options]
+    events = []
+    for i in problem.free:
+        if choice[i] != current[i]:
+            before, current[i] = problem.options[i][current[i]], choice[i]
+            site, after = problem.sites.sites[i].name, problem.options[i][choice[i]]
+            events.append(Event(site, before, after, reason, problem.cost(current)))
+    return tuple(events)

@@ -1,0 +1,142 @@
+"""What every search method is given: the options of each site, what they cost, and the budget."""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from nmfx import text
+from nmfx.errors import SearchError
+from nmfx.graph.site import Site, Sites
+from nmfx.scheme import Remainder, fit
+from nmfx.sparsity.layout import Grouping, Layout, group
+from nmfx.sparsity.pattern import Pattern
+
+BudgetKind = Literal["params", "macs"]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """At most `limit` kept parameters, or MACs per sample, of `dense`: a share of ``1 - target``."""
+
+    kind: BudgetKind
+    target: float
+    dense: int
+
+    @property
+    def limit(self) -> int:
+        """The most that may be kept; a target within 1e-9 of a whole number of weights means that number."""
+        return math.floor((1 - self.target) * self.dense + 1e-9 * max(1, self.dense))
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The choice to make: one of ``options[i]`` for site i, ascending in density, dense last; ``costs[i]`` likewise."""
+
+    sites: Sites
+    options: tuple[tuple[Pattern, ...], ...]
+    costs: tuple[tuple[int, ...], ...]
+    budget: Budget
+    layout: Layout
+    remainder: Remainder
+    dense_reasons: dict[str, str]
+
+    @property
+    def free(self) -> list[int]:
+        """Indices of the sites that have a choice."""
+        return [index for index, options in enumerate(self.options) if len(options) > 1]
+
+    def cost(self, choice: Sequence[int]) -> int:
+        """Kept parameters or MACs of one option a site."""
+        return sum(costs[option] for costs, option in zip(self.costs, choice, strict=True))
+
+    def left(self, choice: Sequence[int]) -> int:
+        """What the budget has left under a choice; negative when it is exceeded."""
+        return self.budget.limit - self.cost(choice)
+
+    def grouping(self, index: int) -> Grouping:
+        """Groups of a site under its own M."""
+        site, pattern = self.sites.sites[index], self.options[index][0]
+        return group(site.name, site.rows, pattern, self.layout, short=self.remainder == "short")
+
+
+def parse_candidates(m: int, candidates: Iterable[int] | None) -> tuple[int, ...]:
+    """The N's of a search, ascending, M (dense) among them; powers of two by default.
+
+    Raises:
+        SearchError: one is not in 1..M.
+    """
+    chosen = [1 << e for e in range(m.bit_length()) if 1 << e <= m] if candidates is None else list(candidates)
+    for n in chosen:
+        if not (isinstance(n, int) and 1 <= n <= m):
+            raise SearchError(f"candidate N = {n}: expected a whole number in 1..M = {m}")
+    return tuple(sorted({*chosen, m}))
+
+
+def pose(
+    sites: Sites,
+    *,
+    target: float,
+    budget: BudgetKind = "params",
+    m: int = 16,
+    candidates: Iterable[int] | None = None,
+    keep_dense: Iterable[str] = (),
+    layout: Layout = "strict",
+    remainder: Remainder = "dense",
+) -> Problem:
+    """The problem of choosing patterns N:m for `sites`.
+
+    Raises:
+        SearchError: the target is out of range or out of reach; the message says the largest that can be reached.
+    """
+    if not (isinstance(target, int | float) and 0 <= target < 1):
+        raise SearchError(f"target {target}: expected a sparsity in 0 <= target < 1, such as 0.875")
+    if budget not in ("params", "macs"):
+        raise SearchError(f"budget {budget!r}{text.nearest(str(budget), ('params', 'macs'))}; expected params or macs")
+    numbers, wanted = parse_candidates(m, candidates), list(keep_dense)
+    for glob in wanted:
+        if not any(fnmatch.fnmatchcase(site.name, glob) for site in sites):
+            raise SearchError(f"keep-dense: no site matches {glob!r}{text.nearest(glob, [s.name for s in sites])}")
+    options, reasons = [], {}
+    for site in sites:
+        if glob := next((glob for glob in wanted if fnmatch.fnmatchcase(site.name, glob)), None):
+            reasons[site.name] = f"kept dense by {glob!r}"
+            options.append((Pattern.DENSE,))
+            continue
+        fitted = [fit(site, Pattern(n, m), layout, remainder) for n in numbers if n < m]
+        if reason := next((reason for _, reason in fitted if reason), ""):
+            reasons[site.name] = reason
+        options.append((*dict.fromkeys(p for p, _ in fitted if not p.is_dense), Pattern.DENSE))
+    costs = tuple(
+        tuple(_cost(site, p, budget, layout, remainder) for p in choice)
+        for site, choice in zip(sites, options, strict=True)
+    )
+    limit = Budget(budget, float(target), sites.weights if budget == "params" else sites.macs)
+    if not limit.dense:
+        raise SearchError(f"{sites.model or 'the model'} has no {budget} to save: no sites")
+    problem = Problem(sites, tuple(options), costs, limit, layout, remainder, reasons)
+    least = sum(min(choice) for choice in costs)
+    if least > limit.limit:
+        raise SearchError(
+            f"target {target:g} of {budget} is out of reach: with 1:{m} everywhere it can be, the largest target is "
+            f"{1 - least / limit.dense:.6f}{_out_of_reach(problem)}"
+        )
+    return problem
+
+
+def _cost(site: Site, pattern: Pattern, budget: BudgetKind, layout: Layout, remainder: Remainder) -> int:
+    kept = site.weights
+    if not pattern.is_dense:
+        kept = group(site.name, site.rows, pattern, layout, short=remainder == "short").kept(pattern.n)
+    return kept if budget == "params" else site.macs * kept // site.weights
+
+
+def _out_of_reach(problem: Problem) -> str:
+    fixed = [s for s, options in zip(problem.sites, problem.options, strict=True) if len(options) == 1]
+    largest = max(fixed, key=lambda site: site.weights, default=None)
+    if largest is None:
+        return "; a larger M reaches further"
+    return f"; {len(fixed)} sites stay dense, the largest is {largest.name} ({problem.dense_reasons[largest.name]})"

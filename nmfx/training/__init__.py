@@ -1,0 +1,1 @@
+"""Statistics, evaluation and (to come) fine-tuning of converted models."""
