@@ -8,15 +8,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from nmfx.errors import SchemeError
 from nmfx.graph.census import find_sites
-from nmfx.graph.masked import MaskSpec, mask_attribute, masked_sites, unmask
+from nmfx.graph.masked import MaskSpec, is_masked, mask_attribute, masked_sites, unmask
 from nmfx.graph.site import Sites
 from nmfx.graph.tracer import to_graph
 from nmfx.scheme import Scheme
+from nmfx.sparsity.layout import Grouping
 from nmfx.sparsity.pattern import Pattern
+from nmfx.zoo import Example
 
 Training = Literal["sr-ste", "ste", "fixed"]
 AnyScheme = Scheme | str | Pattern | Path | Mapping[str, str | Pattern]
@@ -84,6 +88,40 @@ def resolve_scheme(scheme: AnyScheme, sites: Sites) -> Scheme:
     if isinstance(scheme, Mapping):
         return Scheme.from_rules(sites, scheme)
     raise SchemeError(f"expected a Scheme, a pattern such as '2:4', a mapping or a path, got {type(scheme).__name__}")
+
+
+@torch.no_grad()
+def conversion_difference(model: nn.Module, sites: Sites, example: Example) -> float:
+    """Largest difference between `model` in eval mode and itself with every site read through an all-ones mask; 0 is exact.
+
+    It proves the swap on this very model: classes change, reads go through the masks, and nothing else happens. The model gets
+    its own classes back.
+    """
+    if any(is_masked(module) for module in model.modules()):
+        raise SchemeError(f"{type(model).__name__} is converted already; compare its baked copy")
+    training = model.training
+    model.eval()
+
+    def outputs() -> list[Tensor]:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            leaves = tree_leaves(model(*example.args, **example.kwargs))
+        return [leaf.detach().double() for leaf in leaves if isinstance(leaf, Tensor)]
+
+    try:
+        before = outputs()
+        for site in sites:
+            for path, attr in site.owners:
+                spec = MaskSpec(site.name, Pattern.DENSE, Grouping(site.rows, 1))
+                mask_attribute(model.get_submodule(path), attr, spec)
+        after = outputs()
+    finally:
+        for module in model.modules():
+            unmask(module, keep_masked=False)
+        model.train(training)
+    if [t.shape for t in before] != [t.shape for t in after]:
+        return float("inf")
+    return max((float((a - b).abs().nan_to_num().max()) for a, b in zip(before, after, strict=True) if a.numel()), default=0.0)
 
 
 def scheme_of(model: nn.Module) -> Scheme:

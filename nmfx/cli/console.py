@@ -1,0 +1,51 @@
+"""The consoles: standard output for results, standard error for progress, warnings and errors."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from functools import cache
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+PIPED_WIDTH = 160  # no terminal to fit: names stay whole
+
+
+@cache
+def output() -> Console:
+    """Where results go."""
+    from rich.console import Console
+
+    piped = not sys.stdout.isatty() and "COLUMNS" not in os.environ
+    return Console(width=PIPED_WIDTH if piped else None, highlight=False)
+
+
+@cache
+def errors() -> Console:
+    """Where everything else goes."""
+    from rich.console import Console
+
+    return Console(stderr=True, highlight=False)
+
+
+def warn(text: str, *, red: bool = False) -> None:
+    """One line on standard error that the user should not miss."""
+    from rich.markup import escape
+
+    color = "bold red" if red else "yellow"
+    errors().print(f"[{color}]{'warning' if not red else 'WARNING'}:[/] {escape(text)}", soft_wrap=True)
+
+
+@contextlib.contextmanager
+def working(text: str) -> Iterator[None]:
+    """A progress line with the time elapsed while something takes long; nothing when piped."""
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=errors(), transient=True, disable=not errors().is_terminal) as progress:
+        progress.add_task(text, total=None)
+        yield

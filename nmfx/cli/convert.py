@@ -1,0 +1,90 @@
+"""nmfx convert: build, find the sites, verify, write the work directory."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from pathlib import Path
+
+from torch import nn
+
+from nmfx.cli import tables, work
+from nmfx.cli.console import output, warn, working
+from nmfx.errors import TraceError
+from nmfx.graph.census import find_sites
+from nmfx.graph.site import Sites
+from nmfx.graph.tracer import to_graph, trace
+from nmfx.passes.baking import verify
+from nmfx.passes.transform import conversion_difference, resolve_scheme, transform
+from nmfx.scheme import Scheme, fit
+from nmfx.sparsity.pattern import Pattern
+from nmfx.zoo import build_model
+
+
+def run(args: Namespace) -> None:
+    """Convert, show, write."""
+    path = Path(args.out) if args.out else work.directory_for(args.model)
+    work.check_absent(path, force=args.force)
+    convert(args.model, path, args)
+
+
+def convert(name: str, path: Path, args: Namespace) -> work.Work:
+    """Build `name` and write its work directory, showing what was found."""
+    out, size = output(), work.parse_size(args.input_size)
+    with working(f"building {name}"):
+        built = build_model(name, weights=args.weights)
+    model = built.model
+    if built.note:
+        warn(built.note) if built.weights == "random" else out.print(built.note)
+    example = work.example_of(model, size)
+    with working("finding the sites"):
+        sites = find_sites(model, example)
+    scheme, reasons = _scheme(args, sites)
+    with working("verifying"):
+        difference = conversion_difference(model, sites, example)
+        graph_line = _graph_line(model)
+    out.print(f"[bold]{built.source}[/] ({type(model).__name__}, {built.weights} weights), {example}")
+    out.print(tables.site_table(sites, scheme, reasons))
+    _show_notes(sites, reasons)
+    out.print()
+    out.print(tables.totals_table(scheme.totals(sites)))
+    out.print(f"\nfx graph: {graph_line}")
+    exact = "[green]exact[/]" if difference == 0 else "[red]not exact[/]"
+    out.print(f"verified: all {len(sites)} sites read through masks, dense against original: largest difference {difference:g} ({exact})")
+    if len(scheme):
+        transform(model, scheme, sites=sites, inplace=True)
+        checked = verify(model)
+        out.print(f"verified: {checked.groups:,} groups of {checked.sites} sites hold at most N ({tables.pattern_counts(scheme, sites)})")
+    if args.graph:
+        out.print(str(to_graph(model).graph), soft_wrap=True)
+    result = work.create(path, built, size, scheme if len(scheme) else None, sites, force=args.force)
+    result.warn()
+    out.print(f"wrote {path}/; next: nmfx search {path} --target 0.875", soft_wrap=True)
+    return result
+
+
+def _scheme(args: Namespace, sites: Sites) -> tuple[Scheme, dict[str, str]]:
+    if args.scheme:
+        return resolve_scheme(Path(args.scheme), sites), {}
+    if args.pattern:
+        pattern = Pattern(args.pattern)
+        reasons = {s.name: r for s in sites if (r := fit(s, pattern, args.layout, args.remainder)[1])}
+        return Scheme.uniform(sites, pattern, layout=args.layout, remainder=args.remainder), reasons
+    return Scheme({}), {}
+
+
+def _show_notes(sites: Sites, reasons: dict[str, str]) -> None:
+    out = output()
+    if reasons:
+        out.print(tables.reasons_list(reasons, "\n* another pattern than asked for"))
+    if sites.skipped:
+        out.print(tables.reasons_list({s.name: s.reason for s in sites.skipped}, "\nskipped, not read as weights"))
+    for note in sites.notes:
+        out.print(f"[yellow]note:[/] {note}")
+
+
+def _graph_line(model: nn.Module) -> str:
+    try:
+        nodes = trace(model).graph.nodes
+    except TraceError as error:
+        return f"does not trace at the root ({str(error.__cause__)[:80]}); converted all the same"
+    return f"traces at the root, {len(nodes)} nodes"

@@ -1,0 +1,62 @@
+"""nmfx export: scheme files, the compressed checkpoint, and on demand baked weights and ONNX."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Mapping
+from pathlib import Path
+
+from nmfx.cli import tables, work
+from nmfx.cli.console import output, working
+from nmfx.errors import NmfxError
+from nmfx.export.checkpoint import save_checkpoint
+from nmfx.export.plain import save_baked, save_onnx
+from nmfx.passes.baking import bake, verify
+from nmfx.passes.transform import transform
+from nmfx.scheme import Scheme
+
+
+def run(args: Namespace) -> None:
+    """Transform the work directory's model by its scheme and write it."""
+    found = work.find_work(args.work)
+    if found is None:
+        raise NmfxError("no work directory here; make one with `nmfx convert MODEL`, then `nmfx search`")
+    scheme_path = Path(args.scheme) if args.scheme else found.scheme_path
+    if not args.scheme and not scheme_path.is_file():
+        raise NmfxError(f"{found.path} has no scheme yet; run `nmfx search {found.path}` or give --scheme FILE")
+    folder = Path(args.out) if args.out else found.path / "export"
+    name = found.model.partition(":")[2]
+    paths = {"scheme": folder / "scheme.yaml", "checkpoint": folder / f"{name}.safetensors"}
+    paths |= {"baked": folder / f"{name}.baked.safetensors"} if args.baked else {}
+    paths |= {"onnx": folder / f"{name}.onnx"} if args.onnx else {}
+    for path in paths.values():
+        if path.exists() and not args.force:
+            raise NmfxError(f"{path} exists already; give --force to overwrite it, or --out for another folder")
+    _write(found, scheme_path, paths)
+
+
+def _write(found: work.Work, scheme_path: Path, paths: Mapping[str, Path]) -> None:
+    out = output()
+    with working(f"exporting {found.model}"):
+        model = found.load()
+        sites, example = found.sites(model), found.example(model)
+        scheme = Scheme.load(scheme_path, sites)
+        dense = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+        transform(model, scheme, sites=sites, inplace=True)
+        checked = verify(model) if len(scheme) else None
+        info = {**scheme.info, "weights": found.weights}
+        work.save_scheme(scheme, paths["scheme"], sites)
+        save_checkpoint(model, paths["checkpoint"], info=info)
+        baked = bake(model, inplace=True)
+        if "baked" in paths:
+            save_baked(baked, paths["baked"])
+        if "onnx" in paths:
+            save_onnx(baked, paths["onnx"], example)
+    out.print(tables.totals_table(scheme.totals(sites)))
+    out.print(f"\npatterns: {tables.pattern_counts(scheme, sites)}")
+    if checked is not None:
+        out.print(f"verified: {checked.groups:,} groups of {checked.sites} sites hold at most N")
+    for kind, path in paths.items():
+        share = f", {path.stat().st_size / dense:.1%} of the dense weights" if kind == "checkpoint" else ""
+        out.print(f"wrote {path} ({tables.size(path.stat().st_size)}{share})", soft_wrap=True)
+    found.warn()

@@ -1,0 +1,103 @@
+"""nmfx inspect: what is in a checkpoint, scheme, work directory or model."""
+
+from __future__ import annotations
+
+import ast
+from argparse import Namespace
+from pathlib import Path
+
+from nmfx.cli import convert, tables, work
+from nmfx.cli.console import output, working
+from nmfx.errors import NmfxError, SchemeError
+from nmfx.export.checkpoint import read_checkpoint
+from nmfx.graph.census import find_sites
+from nmfx.scheme import Scheme
+from nmfx.zoo import find_source
+
+
+def run(args: Namespace) -> None:
+    """Look at what `args.what` names, and show it."""
+    path = Path(args.what)
+    if path.is_dir():
+        _show_work(path)
+    elif path.suffix == ".safetensors":
+        _show_checkpoint(path)
+    elif path.is_file():
+        _show_scheme(path)
+    elif path.suffix in (".yaml", ".yml", ".txt", ".nmfx") or len(path.parts) > 1:
+        raise NmfxError(f"{path}: no such file or directory")
+    else:
+        _show_model(args.what, work.parse_size(args.input_size))
+
+
+def _show_work(path: Path) -> None:
+    found, out = work.open_work(path), output()
+    out.print(f"[bold]work directory[/] {path}: {found.model}, {found.weights} weights" + (f" ({found.note})" if found.note else ""))
+    with working("finding the sites"):
+        model = find_source(found.model).build_meta()
+        sites = found.sites(model)
+    scheme = Scheme.load(found.scheme_path, sites) if found.scheme_path.is_file() else None
+    if scheme is None:
+        out.print(tables.site_table(sites, Scheme({}), {}))
+        out.print(f"\nno scheme yet; next: nmfx search {path}")
+    else:
+        out.print(tables.scheme_bars(sites, scheme, out.width))
+        out.print()
+        out.print(tables.totals_table(scheme.totals(sites)))
+        _show_info(scheme)
+    found.warn()
+
+
+def _show_checkpoint(path: Path) -> None:
+    header, tensors = read_checkpoint(path)
+    out, scheme = output(), header.scheme
+    out.print(f"[bold]checkpoint[/] {path}: {header.source or header.model}, {tables.size(path.stat().st_size)}, SHA-256 agrees")
+    rows = {name: tensors[f"{name}:values"].numel() for name in header.sites if name not in header.aliases}
+    weights = sum(header.grouping(name).numel for name in rows)
+    for name, kept in rows.items():
+        numel = header.grouping(name).numel
+        out.print(f"  {scheme[name]!s:>6}  {name}  {'x'.join(map(str, header.sites[name]['shape']))}  {kept:,} of {numel:,}", soft_wrap=True)
+    plain = [tensor for name, tensor in tensors.items() if ":" not in name]
+    out.print(f"packed: {len(rows)} sites, {sum(rows.values()):,} of {weights:,} weights kept ({tables.pattern_counts(scheme)})")
+    out.print(f"as they are: {len(plain)} tensors, {sum(t.numel() for t in plain):,} numbers")
+    _show_info(scheme)
+
+
+def _show_scheme(path: Path) -> None:
+    out = output()
+    try:
+        scheme = Scheme.load(path)
+    except SchemeError:
+        try:
+            entries = ast.literal_eval(path.read_text(encoding="utf-8").strip())
+            rows = {key: f"{n}:{m}" for key, (n, m) in entries.items()}
+        except (ValueError, SyntaxError, TypeError, AttributeError, UnicodeDecodeError):
+            rows = None
+        if rows is None:
+            raise
+        out.print(f"[bold]scheme[/] {path}: published format, {len(rows)} layers (its names are numbers: the model gives them a meaning)")
+        for key, pattern in rows.items():
+            out.print(f"  {pattern:>6}  {key}", soft_wrap=True)
+        return
+    out.print(f"[bold]scheme[/] {path}: {len(scheme)} sparse sites of {len(scheme.shapes) or '?'}, layout {scheme.layout}")
+    for name in scheme.shapes or scheme:
+        out.print(f"  {scheme.get(name, 'dense')!s:>6}  {name}", soft_wrap=True)
+    out.print(tables.pattern_counts(scheme))
+    _show_info(scheme)
+
+
+def _show_info(scheme: Scheme) -> None:
+    if info := {key: value for key, value in scheme.info.items() if value}:
+        output().print("  ".join(f"{key}: {value}" for key, value in info.items()), soft_wrap=True)
+
+
+def _show_model(name: str, size: tuple[int, ...] | None) -> None:
+    source, out = find_source(name), output()
+    with working(f"building {source} without memory"):
+        model = source.build_meta()
+        sites = find_sites(model, work.example_of(model, size))
+    out.print(f"[bold]{source}[/] ({type(model).__name__}), {len(sites)} sites")
+    out.print(tables.site_table(sites, Scheme({}), {}))
+    convert._show_notes(sites, {})
+    out.print()
+    out.print(tables.totals_table(Scheme({}).totals(sites)))

@@ -1,0 +1,93 @@
+"""nmfx search: a pattern for every site, as a picture and as scheme files."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from dataclasses import replace
+from pathlib import Path
+
+from nmfx.cli import convert, tables, work
+from nmfx.cli.console import output, working
+from nmfx.errors import NmfxError, SearchError
+from nmfx.scheme import Scheme
+from nmfx.search.finder import SearchResult, find_scheme
+
+DEMO = "demo:digits"
+
+
+def run(args: Namespace) -> None:
+    """Find the model, search, show, write."""
+    found, out = _work(args), output()
+    path = Path(args.out) if args.out else found.scheme_path
+    if path.exists() and not args.force:
+        raise NmfxError(f"{path} exists already; give --force to overwrite it, or --out for another name")
+    with working(f"searching {found.model}: {args.method}, {args.target:g} of {args.budget}"):
+        model = found.load()
+        result = find_scheme(
+            model,
+            target=args.target,
+            method=args.method,
+            budget=args.budget,
+            m=args.m,
+            candidates=_numbers(args.candidates),
+            sites=found.sites(model),
+            keep_dense=args.keep_dense,
+            layout=args.layout,
+            remainder=args.remainder,
+        )
+    scheme = replace(result.scheme, info={**result.scheme.info, "model": found.model, "weights": found.weights})
+    _show(result, scheme, events=args.events)
+    found.warn()
+    written = work.save_scheme(scheme, path, result.sites, force=args.force)
+    out.print(f"wrote {', '.join(map(str, written))}; next: nmfx export {found.path}", soft_wrap=True)
+
+
+def _work(args: Namespace) -> work.Work:
+    """The work directory to search; converted first for --model, and for the demo network when there is none."""
+    if args.model and args.work:
+        raise NmfxError("give a work directory or --model, not both")
+    found = None if args.model else work.find_work(args.work)
+    if found is not None:
+        return found
+    if args.model is None:
+        output().print(
+            f"no work directory here: searching the embedded demo network ({DEMO}, trained on scikit-learn's digits);\n"
+            f"name another with `nmfx search --model resnet50`, or make one with `nmfx convert resnet50`\n"
+        )
+    name = args.model or DEMO
+    path = work.directory_for(name)
+    if path.exists():
+        return work.open_work(path)
+    defaults = Namespace(weights="auto", pattern=None, scheme=None, input_size=None, graph=False, force=False)
+    return convert.convert(name, path, defaults)
+
+
+def _numbers(candidates: str | None) -> list[int] | None:
+    if candidates is None:
+        return None
+    try:
+        return [int(part) for part in candidates.split(",")]
+    except ValueError:
+        raise SearchError(f"--candidates {candidates}: expected whole numbers with commas, as in 1,2,4,8") from None
+
+
+def _show(result: SearchResult, scheme: Scheme, *, events: bool) -> None:
+    out = output()
+    out.print(tables.scheme_bars(result.sites, scheme, out.width))
+    if result.dense_reasons:
+        out.print(tables.reasons_list(result.dense_reasons, "\ndense or with another M, whatever the budget"))
+    if events:
+        out.print("\n[bold]steps[/]")
+        for index, event in enumerate(result.events, 1):
+            out.print(f"{index:>4}  {event.site}: {event.before} -> {event.after}  ({event.reason})", soft_wrap=True)
+    out.print()
+    out.print(tables.totals_table(result.totals))
+    unit = "weights" if result.budget.kind == "params" else "MACs"
+    out.print(
+        f"\n{result.method}: {tables.pattern_counts(scheme, result.sites)}; {len(result.events)} steps in {result.seconds:.2f} s"
+    )
+    share = result.left / result.budget.dense
+    out.print(f"budget: {result.budget.limit:,} {unit}, {result.left:,} left ({share:.4%} of dense), no step fits in them")
+    gap = f"{result.loss / result.optimum - 1:.1%} above" if result.optimum else "equal to"
+    gap = "equal to" if result.loss <= result.optimum * (1 + 1e-12) else gap
+    out.print(f"squared weight error: {result.loss:.4%} of all, {gap} the exact optimum at this budget ({result.optimum:.4%})")

@@ -1,0 +1,97 @@
+"""Records as tables: sites, schemes, totals."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from nmfx.graph.site import Sites
+from nmfx.scheme import Scheme, Totals
+from nmfx.sparsity.pattern import Pattern
+
+SHORT = {"conv2d": "conv", "conv_transpose2d": "convT", "conv1d": "conv1d", "linear": "linear"}
+
+
+def count(number: float) -> str:
+    """A count in three or four significant figures: 25.5M, 4.09G, 640."""
+    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.3g}{unit}" if number / size < 999.5 else f"{number / size:.0f}{unit}"
+    return f"{number:.0f}"
+
+
+def size(number: int) -> str:
+    """Bytes as MB or kB (decimal)."""
+    return f"{number / 1e6:.2f} MB" if number >= 1e5 else f"{number / 1e3:.1f} kB"
+
+
+def site_table(sites: Sites, scheme: Scheme, reasons: Mapping[str, str]) -> Table:
+    """One row a site: name, shape, pattern, MACs, and its share of all weights."""
+    table = Table(box=None, pad_edge=False, header_style="bold", show_edge=False)
+    table.add_column("site", overflow="fold", ratio=1)
+    for column in ("shape", "pattern", "MACs", "share"):
+        table.add_column(column, justify="right" if column != "shape" else "left", no_wrap=True)
+    for site in sites:
+        shape = "x".join(map(str, site.shape))
+        pattern = Text(str(scheme[site.name]), "green") if site.name in scheme else Text("dense", "dim")
+        if site.name in reasons and site.name not in scheme:
+            pattern.append("*", "yellow")
+        macs = count(site.macs) if site.macs else ("train" if site.train_only else "0")
+        table.add_row(site.name, f"{shape} {SHORT.get(site.kind, site.kind)}", pattern, macs, f"{site.weights / sites.weights:.1%}")
+    return table
+
+
+def scheme_bars(sites: Sites, scheme: Scheme, width: int) -> Table:
+    """The scheme as a picture: one bar a site, its length the share of weights kept."""
+    table = Table(box=None, pad_edge=False, header_style="bold", show_edge=False)
+    table.add_column("site", overflow="fold", ratio=1)
+    table.add_column("pattern", justify="right", no_wrap=True)
+    cells = 16 if width < 100 else 32
+    table.add_column("kept", no_wrap=True, width=cells)
+    table.add_column("weights", justify="right", no_wrap=True)
+    table.add_column("MACs", justify="right", no_wrap=True)
+    for site in sites:
+        kept = scheme.kept(site)
+        density = kept / site.weights
+        filled = max(1, round(density * cells))
+        bar = Text("█" * filled, "green" if site.name in scheme else "cyan") + Text("░" * (cells - filled), "dim")
+        pattern = str(scheme.get(site.name, "dense"))
+        table.add_row(site.name, pattern, bar, count(kept), count(site.macs * density))
+    return table
+
+
+def reasons_list(reasons: Mapping[str, str], title: str) -> RenderableType:
+    """Names grouped under each reason, a few of them spelt out."""
+    grouped: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        grouped.setdefault(reason, []).append(name)
+    lines = [Text(title, "bold")]
+    for reason, names in grouped.items():
+        shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        lines.append(Text.assemble(f"  {len(names):>3}  ", (reason, "yellow"), f": {shown}"))
+    return Group(*lines)
+
+
+def totals_table(totals: Totals) -> Table:
+    """Weights and MACs, dense and kept."""
+    table = Table(box=None, pad_edge=False, header_style="bold", show_edge=False)
+    for column in ("", "dense", "kept", "sparsity", "times fewer"):
+        table.add_column(column, justify="right" if column else "left", no_wrap=True)
+    rows = (("weights", totals.weights, totals.kept), ("MACs", totals.macs, totals.kept_macs))
+    for name, dense, kept in rows:
+        sparsity = 1 - kept / dense if dense else 0.0
+        table.add_row(name, f"{dense:,}", f"{kept:,}", f"{sparsity:.4%}", f"{dense / kept:.2f}x" if kept else "-")
+    return table
+
+
+def pattern_counts(scheme: Scheme, sites: Sites | None = None) -> str:
+    """How many sites have each pattern: ``2:16 x 20, 4:16 x 31, dense x 3``."""
+    counts: dict[Pattern, int] = {}
+    for pattern in scheme.values():
+        counts[pattern] = counts.get(pattern, 0) + 1
+    parts = [f"{p} x {n}" for p, n in sorted(counts.items(), key=lambda item: (item[0].density, item[0].m))]
+    dense = len(sites) - len(scheme) if sites is not None else 0
+    return ", ".join([*parts, f"dense x {dense}"] if dense else parts) or "all dense"

@@ -1,0 +1,192 @@
+"""The work directory NAME.nmfx/: what `nmfx convert` found, and every later stage works on.
+
+It holds work.yaml (model, input, where the weights came from), weights.safetensors (the dense weights; none for random ones,
+which their seed gives again), and scheme.yaml + scheme.txt once there is a scheme.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+
+from nmfx import text
+from nmfx.cli.console import warn
+from nmfx.errors import NmfxError
+from nmfx.graph.census import find_sites
+from nmfx.graph.site import Sites
+from nmfx.scheme import Scheme
+from nmfx.zoo import Built, Example, build_model, example_for, find_source, load_weights
+
+KEYS = ("nmfx", "version", "model", "weights", "note", "input_size")
+
+
+@dataclass(frozen=True)
+class Work:
+    """A work directory: the model's name with its library, where its weights came from, and its input size."""
+
+    path: Path
+    model: str
+    weights: str
+    note: str = ""
+    input_size: tuple[int, ...] | None = None
+
+    @property
+    def scheme_path(self) -> Path:
+        """Where the scheme is or will be."""
+        return self.path / "scheme.yaml"
+
+    def warn(self) -> None:
+        """Repeat what every stage must repeat."""
+        if self.weights == "random":
+            because = f" ({self.note})" if self.note else ""
+            warn(f"{self.model} has random weights{because}: anything found reflects shapes only", red=True)
+
+    def load(self) -> nn.Module:
+        """The dense model."""
+        built = build_model(self.model, weights="none")
+        if self.weights != "random":
+            load_weights(built.model, self.path / "weights.safetensors")
+        return built.model
+
+    def example(self, model: nn.Module) -> Example:
+        """The input that the work directory was made with."""
+        return example_of(model, self.input_size)
+
+    def sites(self, model: nn.Module) -> Sites:
+        """The model's sites."""
+        return find_sites(model, self.example(model))
+
+
+def example_of(model: nn.Module, input_size: tuple[int, ...] | None) -> Example:
+    """A batch of one random input: of `input_size`, or as the model's configuration says."""
+    example = Example((torch.empty(1, *input_size),)) if input_size else example_for(model)
+    generator = torch.Generator().manual_seed(0)
+    fill = lambda t: torch.rand(t.shape, generator=generator) if t.is_floating_point() else t  # noqa: E731
+    return Example(*torch.utils._pytree.tree_map_only(torch.Tensor, fill, (example.args, example.kwargs)))
+
+
+def parse_size(size: str | None) -> tuple[int, ...] | None:
+    """``3x224x224`` as numbers; one number means a square colour picture.
+
+    Raises:
+        NmfxError: anything else.
+    """
+    if size is None:
+        return None
+    parts = size.lower().replace(",", "x").split("x")
+    if not all(part.isdigit() and int(part) > 0 for part in parts) or len(parts) > 5:
+        raise NmfxError(f"--input-size {size}: expected the input without its batch, as in 3x224x224")
+    numbers = tuple(map(int, parts))
+    return (3, *numbers, *numbers) if len(numbers) == 1 else numbers
+
+
+def directory_for(model: str) -> Path:
+    """Where the work directory of a model goes: NAME.nmfx in the current folder."""
+    return Path(f"{find_source(model).name}.nmfx")
+
+
+def create(path: Path, built: Built, input_size: tuple[int, ...] | None, scheme: Scheme | None, sites: Sites, *, force: bool) -> Work:
+    """Write a work directory whole: into a temporary one beside it, then renamed.
+
+    Raises:
+        NmfxError: it exists and `force` is false, or is no work directory of ours.
+    """
+    check_absent(path, force=force)
+    work = Work(path, str(built.source), built.weights, built.note, input_size)
+
+    def write(folder: Path) -> None:
+        size = "x".join(map(str, input_size)) if input_size else ""
+        head = {"nmfx": "work", "version": 1, "model": work.model, "weights": work.weights, "note": work.note, "input_size": size}
+        (folder / "work.yaml").write_text(yaml.safe_dump(head, sort_keys=False), encoding="utf-8")
+        if work.weights != "random":
+            from safetensors.torch import save_file
+
+            seen: dict[int, str] = {}  # tied weights share memory, which safetensors refuses: each gets its own
+            state = {k: v.contiguous() if seen.setdefault(v.data_ptr(), k) == k else v.clone() for k, v in built.model.state_dict().items()}
+            save_file(state, folder / "weights.safetensors")
+        if scheme is not None:
+            save_scheme(scheme, folder / "scheme.yaml", sites)
+
+    _replace_directory(path, write)
+    return work
+
+
+def check_absent(path: Path, *, force: bool) -> None:
+    """Raise unless `path` can be written as a work directory."""
+    if path.exists() and not (path / "work.yaml").is_file():
+        raise NmfxError(f"{path} exists and is no work directory of nmfx; choose another name with --out")
+    if path.exists() and not force:
+        raise NmfxError(f"{path} exists already; give --force to replace it, or --out for another name")
+
+
+def _replace_directory(path: Path, write: Callable[[Path], None]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        write(folder)
+        folder.chmod(0o755)
+        old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent)) / "old" if path.exists() else None
+        if old is not None:
+            path.rename(old)
+        os.replace(folder, path)
+        if old is not None:
+            shutil.rmtree(old.parent, ignore_errors=True)
+    except OSError as error:
+        raise NmfxError(f"{path}: cannot be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def save_scheme(scheme: Scheme, path: Path, sites: Sites, *, force: bool = True) -> list[Path]:
+    """Write a scheme as YAML, and beside it in the published format where that can say it."""
+    scheme.save(path, sites, force=force)
+    written = [path]
+    try:
+        scheme.save(path.with_suffix(".txt"), sites, force=True)
+        written.append(path.with_suffix(".txt"))
+    except NmfxError as error:
+        path.with_suffix(".txt").unlink(missing_ok=True)
+        warn(f"no {path.with_suffix('.txt').name}: {error}")
+    return written
+
+
+def open_work(path: Path) -> Work:
+    """Read a work directory.
+
+    Raises:
+        NmfxError: it is none.
+    """
+    try:
+        content = (path / "work.yaml").read_text(encoding="utf-8")
+    except OSError:
+        raise NmfxError(f"{path}: not a work directory (it has no work.yaml); make one with `nmfx convert MODEL`") from None
+    tree: dict[str, Any] = text.load_yaml(content, str(path / "work.yaml"), NmfxError)
+    text.check_keys(tree, KEYS, str(path / "work.yaml"), NmfxError)
+    if tree.get("nmfx") != "work" or "model" not in tree or "weights" not in tree:
+        raise NmfxError(f"{path / 'work.yaml'}: not written by nmfx convert")
+    return Work(path, tree["model"], tree["weights"], tree.get("note", ""), parse_size(tree.get("input_size") or None))
+
+
+def find_work(named: str | None) -> Work | None:
+    """The work directory named, or the only one in the current folder; None when there is none.
+
+    Raises:
+        NmfxError: there are several.
+    """
+    if named is not None:
+        return open_work(Path(named))
+    if Path("work.yaml").is_file():
+        return open_work(Path("."))
+    found = sorted(entry.parent for entry in Path(".").glob("*.nmfx/work.yaml"))
+    if len(found) > 1:
+        raise NmfxError(f"several work directories here: {', '.join(map(str, found))}; name one, as in `nmfx search {found[0]}`")
+    return open_work(found[0]) if found else None

@@ -1,0 +1,1 @@
+"""A tiny trained network and its data, so that everything can be tried offline in seconds."""
