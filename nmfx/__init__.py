@@ -1,7 +1,7 @@
 """nmfx: layer-wise N:M sparsity for any timm or torchvision network.
 
-The names below are the public API; everything else may move. They are imported at first use, so that `nmfx --help` does not wait
-for torch.
+The names below are the public API; everything else may move. They are imported at first use, so that `nmfx --help` does
+not wait for torch.
 """
 
 from __future__ import annotations
@@ -10,19 +10,23 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from nmfx.errors import NmfxError
-    from nmfx.export.checkpoint import load_checkpoint, save_checkpoint
-    from nmfx.graph.census import find_sites
-    from nmfx.graph.masked import freeze
-    from nmfx.graph.site import Site, Sites
-    from nmfx.graph.tracer import to_graph
-    from nmfx.passes.baking import bake, verify
-    from nmfx.passes.transform import scheme_of, transform
-    from nmfx.scheme import Scheme
-    from nmfx.search.finder import find_scheme
-    from nmfx.sparsity.pattern import Pattern
-    from nmfx.training.calibration import recalibrate_bn
-    from nmfx.training.evaluation import evaluate
+    from nmfx.errors import NmfxError as NmfxError
+    from nmfx.export.checkpoint import load_checkpoint as load_checkpoint
+    from nmfx.export.checkpoint import save_checkpoint as save_checkpoint
+    from nmfx.graph.census import find_sites as find_sites
+    from nmfx.graph.masked import freeze as freeze
+    from nmfx.graph.site import Site as Site
+    from nmfx.graph.site import Sites as Sites
+    from nmfx.graph.tracer import to_graph as to_graph
+    from nmfx.passes.baking import bake as bake
+    from nmfx.passes.baking import verify as verify
+    from nmfx.passes.transform import scheme_of as scheme_of
+    from nmfx.passes.transform import transform as transform
+    from nmfx.scheme import Scheme as Scheme
+    from nmfx.search.finder import find_scheme as find_scheme
+    from nmfx.sparsity.pattern import Pattern as Pattern
+    from nmfx.training.calibration import recalibrate_bn as recalibrate_bn
+    from nmfx.training.evaluation import evaluate as evaluate
 
 __version__ = "0.1.0"
 

@@ -194,7 +194,11 @@ class Scheme(Mapping[str, Pattern]):
             content = self.to_published(_needed(sites, path))
         else:
             content = self.to_yaml(sites)
-        write_atomic(path, lambda temporary: temporary.write_text(content, encoding="utf-8") and None, force=force)
+
+        def write(temporary: Path) -> None:
+            temporary.write_text(content, encoding="utf-8")
+
+        write_atomic(path, write, force=force)
 
     @staticmethod
     def load(path: str | Path, sites: Sites | None = None) -> Scheme:

@@ -51,7 +51,8 @@ class Source:
 
             model = load_demo(trained=pretrained)
         setattr(model, SOURCE, self)
-        return model.eval()
+        result: nn.Module = model.eval()
+        return result
 
     def build_meta(self) -> nn.Module:
         """The model without memory, on the meta device (on the CPU where its constructor needs values)."""
@@ -286,7 +287,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
-            state = load_file(path)
+            state: Any = load_file(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:

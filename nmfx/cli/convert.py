@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import nn
 
 from nmfx.cli import tables, work
-from nmfx.cli.console import output, warn, working
+from nmfx.cli.console import output, working
 from nmfx.errors import TraceError
 from nmfx.graph.census import find_sites
 from nmfx.graph.site import Sites
@@ -33,8 +33,8 @@ def convert(name: str, path: Path, args: Namespace) -> work.Work:
     with working(f"building {name}"):
         built = build_model(name, weights=args.weights)
     model = built.model
-    if built.note:
-        warn(built.note) if built.weights == "random" else out.print(built.note)
+    if built.weights == "file":
+        out.print(built.note)
     example = work.example_of(model, size)
     with working("finding the sites"):
         sites = find_sites(model, example)
@@ -49,11 +49,13 @@ def convert(name: str, path: Path, args: Namespace) -> work.Work:
     out.print(tables.totals_table(scheme.totals(sites)))
     out.print(f"\nfx graph: {graph_line}")
     exact = "[green]exact[/]" if difference == 0 else "[red]not exact[/]"
-    out.print(f"verified: all {len(sites)} sites read through masks, dense against original: largest difference {difference:g} ({exact})")
+    reads = f"all {len(sites)} sites read through all-ones masks"
+    out.print(f"verified: {reads}, dense against original: largest difference {difference:g} ({exact})")
     if len(scheme):
         transform(model, scheme, sites=sites, inplace=True)
         checked = verify(model)
-        out.print(f"verified: {checked.groups:,} groups of {checked.sites} sites hold at most N ({tables.pattern_counts(scheme, sites)})")
+        counts = tables.pattern_counts(scheme, sites)
+        out.print(f"verified: {checked.groups:,} groups of {checked.sites} sites hold at most N ({counts})")
     if args.graph:
         out.print(str(to_graph(model).graph), soft_wrap=True)
     result = work.create(path, built, size, scheme if len(scheme) else None, sites, force=args.force)

@@ -32,7 +32,7 @@ def run(args: Namespace) -> None:
 
 def _show_work(path: Path) -> None:
     found, out = work.open_work(path), output()
-    out.print(f"[bold]work directory[/] {path}: {found.model}, {found.weights} weights" + (f" ({found.note})" if found.note else ""))
+    out.print(f"[bold]work directory[/] {path}: {found.model}, {found.weights} weights")
     with working("finding the sites"):
         model = find_source(found.model).build_meta()
         sites = found.sites(model)
@@ -51,14 +51,16 @@ def _show_work(path: Path) -> None:
 def _show_checkpoint(path: Path) -> None:
     header, tensors = read_checkpoint(path)
     out, scheme = output(), header.scheme
-    out.print(f"[bold]checkpoint[/] {path}: {header.source or header.model}, {tables.size(path.stat().st_size)}, SHA-256 agrees")
+    made_of = header.source or header.model
+    out.print(f"[bold]checkpoint[/] {path}: {made_of}, {tables.size(path.stat().st_size)}, SHA-256 agrees")
     rows = {name: tensors[f"{name}:values"].numel() for name in header.sites if name not in header.aliases}
     weights = sum(header.grouping(name).numel for name in rows)
     for name, kept in rows.items():
-        numel = header.grouping(name).numel
-        out.print(f"  {scheme[name]!s:>6}  {name}  {'x'.join(map(str, header.sites[name]['shape']))}  {kept:,} of {numel:,}", soft_wrap=True)
+        numel, shape = header.grouping(name).numel, "x".join(map(str, header.sites[name]["shape"]))
+        out.print(f"  {scheme[name]!s:>6}  {name}  {shape}  {kept:,} of {numel:,}", soft_wrap=True)
     plain = [tensor for name, tensor in tensors.items() if ":" not in name]
-    out.print(f"packed: {len(rows)} sites, {sum(rows.values()):,} of {weights:,} weights kept ({tables.pattern_counts(scheme)})")
+    counts = tables.pattern_counts(scheme)
+    out.print(f"packed: {len(rows)} sites, {sum(rows.values()):,} of {weights:,} weights kept ({counts})")
     out.print(f"as they are: {len(plain)} tensors, {sum(t.numel() for t in plain):,} numbers")
     _show_info(scheme)
 
@@ -75,7 +77,7 @@ def _show_scheme(path: Path) -> None:
             rows = None
         if rows is None:
             raise
-        out.print(f"[bold]scheme[/] {path}: published format, {len(rows)} layers (its names are numbers: the model gives them a meaning)")
+        out.print(f"[bold]scheme[/] {path}: published format, {len(rows)} layers, numbered in module order")
         for key, pattern in rows.items():
             out.print(f"  {pattern:>6}  {key}", soft_wrap=True)
         return

@@ -66,7 +66,7 @@ def _add_search(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("work", nargs="?", metavar="DIR", help="work directory made by nmfx convert")
     parser.add_argument("--model", metavar="NAME", help="convert this model first, if NAME.nmfx is not there yet")
     parser.add_argument("--target", type=float, default=0.875, help="sparsity to reach, 0 <= target < 1 (default: 0.875)")
-    parser.add_argument("--budget", choices=("params", "macs"), default="params", help="what the target counts (default: params)")
+    parser.add_argument("--budget", choices=("params", "macs"), default="params", help="what the target counts")
     parser.add_argument("--method", default="domino", help="domino (default), knapsack, erk or uniform")
     parser.add_argument("--m", type=int, default=16, help="group size M (default: 16)")
     parser.add_argument("--candidates", metavar="N,N,...", help="the N's to choose from (default: powers of two up to M)")

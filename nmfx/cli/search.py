@@ -83,9 +83,8 @@ def _show(result: SearchResult, scheme: Scheme, *, events: bool) -> None:
     out.print()
     out.print(tables.totals_table(result.totals))
     unit = "weights" if result.budget.kind == "params" else "MACs"
-    out.print(
-        f"\n{result.method}: {tables.pattern_counts(scheme, result.sites)}; {len(result.events)} steps in {result.seconds:.2f} s"
-    )
+    counts = tables.pattern_counts(scheme, result.sites)
+    out.print(f"\n{result.method}: {counts}; {len(result.events)} steps in {result.seconds:.2f} s")
     share = result.left / result.budget.dense
     out.print(f"budget: {result.budget.limit:,} {unit}, {result.left:,} left ({share:.4%} of dense), no step fits in them")
     gap = f"{result.loss / result.optimum - 1:.1%} above" if result.optimum else "equal to"

@@ -40,7 +40,8 @@ def site_table(sites: Sites, scheme: Scheme, reasons: Mapping[str, str]) -> Tabl
         if site.name in reasons and site.name not in scheme:
             pattern.append("*", "yellow")
         macs = count(site.macs) if site.macs else ("train" if site.train_only else "0")
-        table.add_row(site.name, f"{shape} {SHORT.get(site.kind, site.kind)}", pattern, macs, f"{site.weights / sites.weights:.1%}")
+        share = f"{site.weights / sites.weights:.1%}"
+        table.add_row(site.name, f"{shape} {SHORT.get(site.kind, site.kind)}", pattern, macs, share)
     return table
 
 

@@ -21,6 +21,7 @@ from torch import nn
 from nmfx import text
 from nmfx.cli.console import warn
 from nmfx.errors import NmfxError
+from nmfx.export.plain import save_baked
 from nmfx.graph.census import find_sites
 from nmfx.graph.site import Sites
 from nmfx.scheme import Scheme
@@ -94,7 +95,9 @@ def directory_for(model: str) -> Path:
     return Path(f"{find_source(model).name}.nmfx")
 
 
-def create(path: Path, built: Built, input_size: tuple[int, ...] | None, scheme: Scheme | None, sites: Sites, *, force: bool) -> Work:
+def create(
+    path: Path, built: Built, input_size: tuple[int, ...] | None, scheme: Scheme | None, sites: Sites, *, force: bool
+) -> Work:
     """Write a work directory whole: into a temporary one beside it, then renamed.
 
     Raises:
@@ -105,14 +108,11 @@ def create(path: Path, built: Built, input_size: tuple[int, ...] | None, scheme:
 
     def write(folder: Path) -> None:
         size = "x".join(map(str, input_size)) if input_size else ""
-        head = {"nmfx": "work", "version": 1, "model": work.model, "weights": work.weights, "note": work.note, "input_size": size}
+        head = {"nmfx": "work", "version": 1, "model": work.model, "weights": work.weights, "note": work.note}
+        head["input_size"] = size
         (folder / "work.yaml").write_text(yaml.safe_dump(head, sort_keys=False), encoding="utf-8")
         if work.weights != "random":
-            from safetensors.torch import save_file
-
-            seen: dict[int, str] = {}  # tied weights share memory, which safetensors refuses: each gets its own
-            state = {k: v.contiguous() if seen.setdefault(v.data_ptr(), k) == k else v.clone() for k, v in built.model.state_dict().items()}
-            save_file(state, folder / "weights.safetensors")
+            save_baked(built.model, folder / "weights.safetensors")
         if scheme is not None:
             save_scheme(scheme, folder / "scheme.yaml", sites)
 
@@ -188,5 +188,6 @@ def find_work(named: str | None) -> Work | None:
         return open_work(Path("."))
     found = sorted(entry.parent for entry in Path(".").glob("*.nmfx/work.yaml"))
     if len(found) > 1:
-        raise NmfxError(f"several work directories here: {', '.join(map(str, found))}; name one, as in `nmfx search {found[0]}`")
+        names = ", ".join(map(str, found))
+        raise NmfxError(f"several work directories here: {names}; name one, as in `nmfx search {found[0]}`")
     return open_work(found[0]) if found else None

@@ -55,9 +55,7 @@ class Header:
         return Grouping(tuple(site["rows"]), Pattern(site["pattern"]).m, site["flat"])
 
 
-def save_checkpoint(
-    model: nn.Module, path: str | Path, *, info: Mapping[str, str] | None = None, force: bool = True
-) -> Header:
+def save_checkpoint(model: nn.Module, path: str | Path, *, info: Mapping[str, str] | None = None, force: bool = True) -> Header:
     """Write a converted model to one compressed safetensors file.
 
     Args:

@@ -64,9 +64,7 @@ def pack(weight: Tensor, mask: Tensor, n: int, grouping: Grouping) -> tuple[Tens
     return torch.from_numpy(kept).view(weight.dtype), torch.from_numpy(positions)
 
 
-def unpack(
-    values: Tensor, positions: Tensor, n: int, grouping: Grouping, shape: tuple[int, ...]
-) -> tuple[Tensor, Tensor]:
+def unpack(values: Tensor, positions: Tensor, n: int, grouping: Grouping, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """Weight and mask of `shape` from what `pack` returned; dropped weights are zero.
 
     Returns:

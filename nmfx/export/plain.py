@@ -43,8 +43,14 @@ def save_onnx(model: nn.Module, path: Path, example: Example, *, force: bool = T
             batch = tuple({0: torch.export.Dim.DYNAMIC} if isinstance(a, torch.Tensor) else None for a in example.args)
             twice = example.doubled()  # a batch of one would be taken for a constant
             torch.onnx.export(
-                model.eval(), twice.args, str(temporary), kwargs=twice.kwargs, dynamo=True, dynamic_shapes=batch,
-                external_data=False, verbose=False,
+                model.eval(),
+                twice.args,
+                str(temporary),
+                kwargs=twice.kwargs,
+                dynamo=True,
+                dynamic_shapes=batch,
+                external_data=False,
+                verbose=False,
             )
 
     try:

@@ -72,7 +72,8 @@ def _convolution(args: tuple[Any, ...], out: Tensor) -> list[Operand]:
 
 def _deform_convolution(args: tuple[Any, ...], out: Tensor) -> list[Operand]:
     weight = args[1]
-    return [Operand(weight, weight.shape[1], math.prod(weight.shape[2:]), out.numel() // len(weight) * weight.numel(), "conv2d")]
+    macs = out.numel() // len(weight) * weight.numel()
+    return [Operand(weight, weight.shape[1], math.prod(weight.shape[2:]), macs, "conv2d")]
 
 
 OPERATIONS: dict[str, Callable[[tuple[Any, ...], Tensor], list[Operand]]] = {
@@ -115,7 +116,7 @@ class _Use:
 
 
 def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    return int(tensor.untyped_storage()._cdata)
 
 
 class Census(TorchDispatchMode):

@@ -47,13 +47,13 @@ class MaskedWeight(Tensor):
     the version counter and carried over at the next read. It computes as any tensor does, at no extra cost.
     """
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
     parameter: nn.Parameter
 
     @staticmethod
     def over(value: Tensor, parameter: Tensor) -> MaskedWeight:
         """`value`, tied to `parameter`."""
-        result = cast(MaskedWeight, value.as_subclass(MaskedWeight))
+        result = value.as_subclass(MaskedWeight)
         result.parameter = cast(nn.Parameter, parameter)
         return result
 
@@ -234,7 +234,7 @@ def _masked_class(base: type[nn.Module], attrs: tuple[str, ...]) -> type[nn.Modu
 
 
 def _rebuild(base: type[nn.Module], attrs: tuple[str, ...]) -> nn.Module:
-    cls = _masked_class(base, attrs)
+    cls = _masked_class(base, attrs)  # type: ignore[arg-type]
     return cls.__new__(cls)
 
 
@@ -257,14 +257,14 @@ def mask_attribute(owner: nn.Module, attr: str, spec: MaskSpec) -> None:
         owner.__dict__[STATES] = {}
     if attr not in owner.__dict__[STATES]:
         if hasattr(owner, mask_name(attr)):
-            raise NmfxError(f"{spec.name}: the module already has an attribute {mask_name(attr)!r}; rename it to mask this weight")
+            raise NmfxError(f"{spec.name}: its module already has an attribute {mask_name(attr)!r}; rename that one")
         mask = torch.empty_like(weight, dtype=torch.bool, requires_grad=False)
         if weight.device.type != "meta":
             _update(weight, spec, mask, torch.empty_like(weight, requires_grad=False))
         owner.register_buffer(mask_name(attr), mask, persistent=False)
     owner.__dict__[STATES][attr] = MaskState(spec)
     owner.__dict__.pop("_flat_weights", None)
-    owner.__class__ = _masked_class(plain_class(owner), attrs)
+    owner.__class__ = _masked_class(plain_class(owner), attrs)  # type: ignore[arg-type]
 
 
 def unmask(module: nn.Module, *, keep_masked: bool) -> None:

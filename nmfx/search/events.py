@@ -31,7 +31,7 @@ class Outcome:
 
 def trim(problem: Problem, choice: Sequence[int]) -> tuple[list[int], list[Event]]:
     """Raise the N of sites, the largest step that still fits first, until no step fits."""
-    chosen, events = list(choice), []
+    chosen, events = list(choice), list[Event]()
     while True:
         left = problem.left(chosen)
         steps = [

@@ -100,10 +100,11 @@ def pose(
     for glob in wanted:
         if not any(fnmatch.fnmatchcase(site.name, glob) for site in sites):
             raise SearchError(f"keep-dense: no site matches {glob!r}{text.nearest(glob, [s.name for s in sites])}")
-    options, reasons = [], {}
+    options: list[tuple[Pattern, ...]] = []
+    reasons: dict[str, str] = {}
     for site in sites:
-        if glob := next((glob for glob in wanted if fnmatch.fnmatchcase(site.name, glob)), None):
-            reasons[site.name] = f"kept dense by {glob!r}"
+        if rule := next((glob for glob in wanted if fnmatch.fnmatchcase(site.name, glob)), None):
+            reasons[site.name] = f"kept dense by {rule!r}"
             options.append((Pattern.DENSE,))
             continue
         fitted = [fit(site, Pattern(n, m), layout, remainder) for n in numbers if n < m]
@@ -111,8 +112,7 @@ def pose(
             reasons[site.name] = reason
         options.append((*dict.fromkeys(p for p, _ in fitted if not p.is_dense), Pattern.DENSE))
     costs = tuple(
-        tuple(_cost(site, p, budget, layout, remainder) for p in choice)
-        for site, choice in zip(sites, options, strict=True)
+        tuple(_cost(site, p, budget, layout, remainder) for p in choice) for site, choice in zip(sites, options, strict=True)
     )
     limit = Budget(budget, float(target), sites.weights if budget == "params" else sites.macs)
     if not limit.dense:

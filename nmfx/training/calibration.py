@@ -41,8 +41,8 @@ def recalibrate_bn(model: nn.Module, batches: Iterable[Any]) -> int:
     finally:
         for module, momentum in zip(norms, momenta, strict=True):
             module.momentum = momentum
-        for module, training in modes:
-            module.training = training
+        for changed, training in modes:
+            changed.training = training
     return count
 
 
