@@ -115,6 +115,28 @@ class Encoder(nn.Module):
         return x + self.mlp(x)
 
 
+class Transformer(nn.Module):
+    """PyTorch's own layer has a fused path that reads all weights at once in eval mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.1, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+class CrossAttention(nn.Module):
+    """Keys and values of other widths: three projections in place of one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cross = nn.MultiheadAttention(8, 2, kdim=4, vdim=12, batch_first=True)
+
+    def forward(self, x: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        return self.cross(x, keys, values)[0]
+
+
 class Recurrent(nn.Module):
     """An LSTM keeps its weights in a list of its own."""
 
@@ -158,6 +180,39 @@ class EinsumParent(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.projections(x)
+
+
+class Products(nn.Module):
+    """Weights stored (in, out) and (heads, in, out), multiplied from the right."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bank = nn.ParameterDict({"flat": torch.randn(8, 12), "heads": torch.randn(3, 12, 4)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x @ self.bank["flat"]).unsqueeze(1) @ self.bank["heads"]  # batch, heads, tokens, 4
+
+
+class Transposing(nn.Module):
+    """The product reads a transposed copy of the weight, (in, out) in memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bank = nn.ParameterList([torch.randn(8, 12)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.bank[0].t().contiguous())
+
+
+class Query(nn.Module):
+    """A learned query is projected: a product of two parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.q = nn.Parameter(torch.randn(4, 8)), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.q(self.query).t()
 
 
 class BilinearPair(nn.Module):
@@ -233,6 +288,17 @@ class Scripted(nn.Module):
         return self.head(self.frozen(x))
 
 
+class Branching(nn.Module):
+    """Asks for values on the way, so that it cannot run on the meta device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(8, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x) if x.abs().max().item() < 1e6 else self.conv(x.clamp(-1, 1))
+
+
 class Joined(nn.Module):
     """Two weights and two biases concatenated before use."""
 
@@ -262,7 +328,7 @@ class Tables(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.words(tokens)  # batch, 5, 8
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.pos_embed
+        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1) + self.pos_embed
         x = self.norm(x) * self.scale + self.bias_table[self.index][..., 0]
         return self.head(x + x @ self.rel_pos)
 
@@ -284,9 +350,14 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Example]]] = {
     "twice": (Twice, lambda: _x(2, 8)),
     "functional": (Functional, lambda: _x(2, 8)),
     "attention": (Encoder, lambda: _x(2, 5, 8)),
+    "transformer": (Transformer, lambda: _x(2, 5, 8)),
+    "cross-attention": (CrossAttention, lambda: Example((torch.randn(2, 5, 8), torch.randn(2, 3, 4), torch.randn(2, 3, 12)))),
     "lstm": (Recurrent, lambda: _x(2, 5, 8)),
     "standardised": (Standardised, lambda: _x(2, 4, 6, 6)),
     "einsum": (EinsumParent, lambda: _x(2, 5, 8)),
+    "products": (Products, lambda: _x(2, 5, 8)),
+    "transposing": (Transposing, lambda: _x(2, 8)),
+    "query": (Query, lambda: _x(2, 8)),
     "bilinear": (BilinearPair, lambda: Example((torch.randn(2, 4), torch.randn(2, 8)))),
     "experts": (Experts, lambda: _x(2, 4, 6, 6)),
     "auxiliary": (Auxiliary, lambda: _x(2, 8)),
@@ -295,6 +366,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Example]]] = {
     "conv3d": (lambda: _dim_net(3), lambda: _x(2, 4, 3, 3, 3)),
     "keywords": (Keywords, lambda: Example((), {"image": torch.randn(2, 8), "text": torch.randn(2, 4)})),
     "scripted": (Scripted, lambda: _x(2, 8)),
+    "branching": (Branching, lambda: _x(2, 8, 4, 4)),
     "joined": (Joined, lambda: _x(2, 8)),
     "tables": (Tables, lambda: Example((torch.randint(10, (2, 5)),))),
     "half": (lambda: Residual().bfloat16(), lambda: Example((torch.randn(2, 3, 6, 6).bfloat16(),))),

@@ -6,19 +6,17 @@ import math
 
 from torch import nn
 
-from nmfx.errors import SearchError
 from nmfx.search.events import Event, Outcome, trim
 from nmfx.search.problem import Problem
 
 
 def uniform(problem: Problem, model: nn.Module) -> Outcome:
-    """One N for every site that can take it: the largest that fits. Its only steps are of the whole network, so no trim."""
-    longest = max((len(options) for options in problem.options), default=1)
-    for level in reversed(range(longest)):
-        choice = [max(0, len(options) - longest + level) for options in problem.options]
-        if problem.left(choice) >= 0:
-            return Outcome(tuple(choice), _moves(problem, choice, "the densest pattern that fits everywhere"))
-    raise SearchError("no uniform pattern fits the budget")  # pose() has checked that the sparsest one does
+    """One N for every site, the largest that fits everywhere; what it leaves is spent on one step up for single sites."""
+    longest = max(map(len, problem.options))
+    levels = ([max(0, len(options) - longest + level) for options in problem.options] for level in reversed(range(longest)))
+    choice = next(choice for choice in levels if problem.left(choice) >= 0)  # pose() has checked that the sparsest fits
+    chosen, trims = trim(problem, choice, limit=[option + 1 for option in choice])
+    return Outcome(tuple(chosen), (*moves(problem, choice, "the densest pattern that fits everywhere"), *trims))
 
 
 def erk(problem: Problem, model: nn.Module) -> Outcome:
@@ -38,7 +36,7 @@ def erk(problem: Problem, model: nn.Module) -> Outcome:
         middle = math.sqrt(low * high)
         low, high = (middle, high) if problem.left(nearest(middle)) >= 0 else (low, middle)
     choice, trims = trim(problem, nearest(low))
-    return Outcome(tuple(choice), (*_moves(problem, nearest(low), "nearest to its ERK density"), *trims))
+    return Outcome(tuple(choice), (*moves(problem, nearest(low), "nearest to its ERK density"), *trims))
 
 
 def erk_sparsities(problem: Problem) -> dict[int, float]:
@@ -59,7 +57,7 @@ def erk_sparsities(problem: Problem) -> dict[int, float]:
     return dict.fromkeys(problem.free, 0.0)
 
 
-def _moves(problem: Problem, choice: list[int], reason: str) -> tuple[Event, ...]:
+def moves(problem: Problem, choice: list[int], reason: str) -> tuple[Event, ...]:
     """Events of a method that decides in one go, in model order."""
     current = [len(options) - 1 for options in problem.options]
     events = []

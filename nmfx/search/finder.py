@@ -14,7 +14,7 @@ from nmfx.errors import SearchError
 from nmfx.graph.census import find_sites
 from nmfx.graph.site import Sites
 from nmfx.scheme import Remainder, Scheme, Totals, shapes_of
-from nmfx.search.baselines import _moves, erk, uniform
+from nmfx.search.baselines import moves, erk, uniform
 from nmfx.search.domino import domino
 from nmfx.search.events import Event, Outcome
 from nmfx.search.knapsack import solve
@@ -28,7 +28,7 @@ def knapsack(problem: Problem, model: nn.Module) -> Outcome:
     """The smallest summed squared weight error under the budget, exactly."""
     best = solve(squared_errors(problem, model), problem.costs, problem.budget.limit)
     reason = "least squared weight error under the budget"
-    return Outcome(best.options, _moves(problem, list(best.options), reason))
+    return Outcome(best.options, moves(problem, list(best.options), reason))
 
 
 METHODS: dict[str, Callable[[Problem, nn.Module], Outcome]] = {
