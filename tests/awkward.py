@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from timm.layers import CondConv2d, ScaledStdConv2d
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from nmfx.zoo import Example
 
@@ -333,6 +335,18 @@ class Tables(nn.Module):
         return self.head(x + x @ self.rel_pos)
 
 
+class Buffered(nn.Module):
+    """Reads a buffer beside its weights, in the root's own forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+        self.register_buffer("shift", torch.randn(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x) + self.shift
+
+
 def _dim_net(dim: int) -> nn.Module:
     convolution = {1: nn.Conv1d, 3: nn.Conv3d}[dim]
     return nn.Sequential(convolution(4, 8, 3, padding=1), nn.ReLU(), convolution(8, 4, 1))
@@ -368,6 +382,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Example]]] = {
     "scripted": (Scripted, lambda: _x(2, 8)),
     "branching": (Branching, lambda: _x(2, 8, 4, 4)),
     "joined": (Joined, lambda: _x(2, 8)),
+    "buffered": (Buffered, lambda: _x(2, 8)),
     "tables": (Tables, lambda: Example((torch.randint(10, (2, 5)),))),
     "half": (lambda: Residual().bfloat16(), lambda: Example((torch.randn(2, 3, 6, 6).bfloat16(),))),
 }
@@ -377,3 +392,44 @@ def build(name: str) -> tuple[nn.Module, Example]:
     """The model called `name` in train mode, and an example of its input with a batch of two."""
     make_model, make_example = MODELS[name]
     return make_model(), make_example()
+
+
+def models(names: Iterable[str] = MODELS, *, xfail: Mapping[str, str] | None = None) -> pytest.MarkDecorator:
+    """Parametrise `name` over the models; those in `xfail` must fail, for the reason given."""
+    reasons = xfail or {}
+    marks = {name: [pytest.mark.xfail(strict=True, reason=reasons[name])] if name in reasons else [] for name in names}
+    return pytest.mark.parametrize("name", [pytest.param(name, id=name, marks=mark) for name, mark in marks.items()])
+
+
+def run(model: nn.Module, example: Example, *, train: bool = False) -> list[Tensor]:
+    """The output tensors of one forward pass, with the same random numbers each time."""
+    model.train(train)
+    torch.manual_seed(7)
+    return [leaf for leaf in tree_leaves(model(*example.args, **example.kwargs)) if isinstance(leaf, Tensor)]
+
+
+def same(found: Iterable[Tensor], expected: Iterable[Tensor]) -> bool:
+    """Whether two lists of tensors are equal bit for bit (-0 equals 0)."""
+    return all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def snapshot(model: nn.Module) -> dict[str, Any]:
+    """All that a function which promises to leave a model alone must leave alone."""
+
+    def state(tensor: Tensor | None) -> Any:
+        if tensor is None:
+            return None
+        values = tensor.detach().flatten().view(torch.uint8).numpy().tobytes() if tensor.device.type == "cpu" else b""
+        return id(tensor), tensor._version, tensor.requires_grad, tensor.is_leaf, tensor.device, id(tensor.grad), values
+
+    return {
+        path: (
+            type(module),
+            module.training,
+            sorted(module.__dict__),
+            len(module._forward_hooks) + len(module._forward_pre_hooks),
+            {name: state(tensor) for name, tensor in (*module._parameters.items(), *module._buffers.items())},
+            {name: id(child) for name, child in module._modules.items()},
+        )
+        for path, module in model.named_modules()
+    } | {"random numbers": torch.get_rng_state().numpy().tobytes()}

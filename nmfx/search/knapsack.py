@@ -1,54 +1,192 @@
-"""The exact choice of one option a site under a budget: the multiple-choice knapsack problem.
+"""The multiple-choice knapsack: one option a site, the smallest summed loss, the summed cost within the budget.
 
-Source: Kellerer, Pferschy, Pisinger, Knapsack Problems, Springer 2004, chapter 11: dominance (11.2.1), the linear
-relaxation by slopes (11.2), reduction of the sites (11.4), dynamic programming over a core with bounds (11.5, 11.6).
+Source: Kellerer, Pferschy, Pisinger, "Knapsack Problems" (Springer, 2004), chapter 11: dominance, linear relaxation by
+slopes, reduction, and dynamic programming over a growing core. Whatever decides is a whole number: costs in their
+common unit, losses in fixed point at 2**-60 of the range in play. Floats only bound, rounded so as to keep a choice.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from operator import index
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from nmfx.errors import SearchError
 
-DRAFT_STATES = 1 << 9  # of the first, quick search, which only has to find a good choice
-MAX_STATES = 1 << 17  # kept after a site in the exact search; beyond it the worst are dropped and `gap` says so
+DRAFT_STATES = 512  # partial choices kept after a site in the first pass, which only looks for a good choice
+MAX_STATES = 1 << 22  # kept in all by the second pass, about a second; then only the best go on, and gap may be > 0
+
+Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One option a site: its summed loss, its summed cost (the unit of `costs`), and how far the optimum can be."""
+    """One option a site; `loss` and `cost` are sums, in the units of the tables."""
 
     options: tuple[int, ...]
     loss: float
     cost: int
-    gap: float  # proven: no feasible choice has a loss below loss - gap; 0.0 is exact
+    gap: float  # proven: no choice within the budget has a loss below loss - gap; 0.0 is the optimum
 
 
 class _Option(NamedTuple):
     cost: int
     loss: float
     index: int
+    site: int
 
 
 def solve(losses: Sequence[Sequence[float]], costs: Sequence[Sequence[int]], budget: int) -> Choice:
-    """Choose one option a site with the smallest summed loss whose summed cost is at most the budget.
+    """Choose one option a site (a row; rows differ in length): the least summed loss, the summed cost in the budget.
 
-    Of choices with equal loss the cheapest is returned, and of equal options of one site the first.
+    Costs and budget are whole parameters or MACs. Of equal losses the lower cost is chosen, of equal options of a site
+    the first. An infinite loss forbids its option. Raises SearchError on a NaN, and if no choice is within the budget.
     """
-    sites = [_useful(*site) for site in zip(range(len(losses)), losses, costs, strict=True)]
-    least = sum(site[0].cost for site in sites)
-    if least > budget:
-        raise SearchError(f"budget {budget} is out of reach: the cheapest options already cost {least}")
-    picks, gap = [site[0] for site in sites], 0.0
-    for most in (DRAFT_STATES, MAX_STATES):
+    sites = [_undominated(site, *row) for site, row in enumerate(zip(losses, costs, strict=True))]
+    picks, gap = [options[0] for options in sites], 0.0
+    if _cost(picks) > index(budget):
+        raise SearchError(f"budget {budget} is out of reach: the smallest sum of costs is {_cost(picks)}")
+    for states in (0, MAX_STATES):
         core = _Core.build(sites, budget)
-        picks, gap = core.search(picks, most)
-        sites = core.reduce(picks)
-    return Choice(
-        tuple(pick.index for pick in picks), math.fsum(pick.loss for pick in picks), sum(p.cost for p in picks), gap
-    )
+        picks, gap = core.search(picks, states)
+        sites = _reduce(sites, picks, core.price, budget)
+    return Choice(tuple(p.index for p in picks), math.fsum(p.loss for p in picks), _cost(picks), gap)
+
+
+def _cost(options: Iterable[_Option]) -> int:
+    return sum(option.cost for option in options)
+
+
+def _undominated(site: int, losses: Sequence[float], costs: Sequence[int]) -> list[_Option]:
+    """The options worth having: each costs more and loses less than the one before."""
+    kept: list[_Option] = []
+    for option in sorted(_Option(index(c), float(v), i, site) for i, (c, v) in enumerate(zip(costs, losses, strict=True))):
+        if math.isnan(option.loss) or option.loss == -math.inf:
+            raise SearchError(f"site {site}, option {option.index}: the loss must be a number, not {option.loss}")
+        if option.loss < (kept[-1].loss if kept else math.inf):
+            kept.append(option)
+    if not kept:
+        raise SearchError(f"site {site}: none of its {len(losses)} options has a finite loss")
+    return kept
+
+
+def _reduce(sites: list[list[_Option]], picks: list[_Option], price: float, budget: int) -> list[list[_Option]]:
+    """Drop each option that, its cost paid at this price, is further above its site's best than the picks above all."""
+    paid = [[option.loss + price * (option.cost - options[0].cost) for option in options] for options in sites]
+    bound = math.fsum(map(min, paid)) - price * (budget - _cost(options[0] for options in sites))
+    scale = math.fsum(abs(p.loss) + price * (p.cost - o[0].cost) for p, o in zip(picks, sites, strict=True))
+    gap = math.fsum(p.loss for p in picks) - bound + 1e-12 * scale  # the last term outweighs all rounding above
+    return [
+        [o for o, value in zip(options, values, strict=True) if value <= min(values) + gap or o == pick]
+        for options, values, pick in zip(sites, paid, picks, strict=True)
+    ]
+
+
+def _edges(site: int, points: list[tuple[int, int]]) -> Iterator[tuple[int, int, int, int]]:
+    """Walk the lower convex hull of a site's (cost, loss): added cost, added loss (negative), site, option reached."""
+    hull = [0]
+    for i, (cost, loss) in enumerate(points[1:], 1):
+        while len(hull) > 1:
+            (c0, v0), (c1, v1) = points[hull[-2]], points[hull[-1]]
+            if (v1 - v0) * (cost - c1) < (loss - v1) * (c1 - c0):
+                break
+            hull.pop()
+        hull.append(i)
+    for i, j in pairwise(hull):
+        yield points[j][0] - points[i][0], points[j][1] - points[i][1], site, j
+
+
+def _pareto(states: Ints, cost: Ints, loss: Ints) -> Ints:
+    """The states that lose less than every other one of at most their cost, cheapest first."""
+    states = states[np.argsort(cost[states], kind="stable")]
+    states = states[np.diff(np.minimum.accumulate(loss[states]), prepend=1) < 0]  # losses are at most 0
+    return states[np.diff(cost[states], append=-1) != 0]  # of equal costs the last loses least
+
+
+@dataclass(frozen=True)
+class _Core:
+    """The sites that have a choice, the most undecided first, in whole units of cost and quanta of loss."""
+
+    sites: list[list[_Option]]
+    tables: list[Ints]  # one a site: [2 options], cost and loss above the cheapest option's
+    edges: Ints  # [4 edges] as _edges gives them, steepest first: a leading part is the best choice of its cost
+    room: int  # units that the budget leaves above the cheapest options
+    quantum: float  # loss
+    price: float  # loss per cost, where the linear relaxation meets the budget
+
+    @classmethod
+    def build(cls, sites: list[list[_Option]], budget: int) -> _Core:
+        live = [options for options in sites if len(options) > 1]
+        unit = math.gcd(*(option.cost - options[0].cost for options in live for option in options)) or 1
+        bits = 60 - math.frexp(math.fsum(options[0].loss - options[-1].loss for options in live))[1]
+        tables = []
+        for options in live:
+            quanta = [round(math.ldexp(option.loss, bits)) for option in options]
+            tables.append([((o.cost - options[0].cost) // unit, q - quanta[0]) for o, q in zip(options, quanta, strict=True)])
+        room = min((budget - _cost(options[0] for options in sites)) // unit, sum(t[-1][0] for t in tables))
+        # Unequal slopes differ by over 2**-126: the shift compares them exactly, so a site's edges stay in order.
+        steps = sorted((e for i, t in enumerate(tables) for e in _edges(i, t)), key=lambda e: (e[1] << 128) // e[0])
+        edges = np.array(steps, dtype=np.int64).reshape(-1, 4).T
+        slopes = np.append(edges[1] / edges[0], 0.0)
+        price = -float(slopes[np.searchsorted(np.cumsum(edges[0]), room, "right")])
+        # First the sites that the smallest change of price would change: what is left then bounds the tightest.
+        order = list(dict.fromkeys(edges[2, np.argsort(abs(slopes[:-1] + price), kind="stable")].tolist()))
+        edges[2] = np.argsort(order)[edges[2]]
+        quantum = math.ldexp(1.0, -bits)
+        return cls([live[i] for i in order], [np.array(tables[i]).T for i in order], edges, room, quantum, price * quantum / unit)
+
+    def search(self, picks: list[_Option], states: int) -> tuple[list[_Option], float]:
+        """Extend partial choices a site at a time; return the best complete one, `picks` if none is better, and its gap."""
+        places = [options.index(picks[options[0].site]) for options in self.sites]
+        best = tuple(sum(int(t[row, i]) for t, i in zip(self.tables, places, strict=True)) for row in (1, 0))
+        option = parent = cost = loss = np.zeros(1, dtype=np.int64)  # [states], at first the choice of nothing
+        trail: list[Ints] = []
+        lost = math.inf  # the least bound among the states given up
+        for depth in range(len(self.sites) + 1):
+            if depth:
+                table = self.tables[depth - 1]
+                option, parent = np.nonzero(table[0, :, None] + cost <= self.room)
+                cost, loss = cost[parent] + table[0, option], loss[parent] + table[1, option]
+            fitting, spent, total, bound = self._relax(depth, cost, loss)
+            ties = np.flatnonzero(total == total.min())
+            first = ties[spent[ties].argmin()]
+            if (total[first], spent[first]) < best:
+                best = int(total[first]), int(spent[first])
+                places = self._trace(trail, option[first], parent[first], fitting[first])
+            keep = _pareto(np.flatnonzero(bound < best[0]), cost, loss)
+            most = max(DRAFT_STATES, (states - sum(t.shape[1] for t in trail)) // 64)
+            if keep.size > most:
+                keep = keep[np.argpartition(bound[keep], most)]
+                lost, keep = min(lost, int(bound[keep[most]])), keep[:most]
+            if not keep.size:
+                break
+            cost, loss = cost[keep], loss[keep]
+            trail.append(np.stack((option[keep], parent[keep])))
+        chosen = {options[i].site: options[i] for options, i in zip(self.sites, places, strict=True)}
+        return [chosen.get(pick.site, pick) for pick in picks], max(0.0, best[0] - lost) * self.quantum
+
+    def _relax(self, depth: int, cost: Ints, loss: Ints) -> tuple[Ints, Ints, Ints, Ints]:
+        """Complete each state with the edges that fit whole: their number, the cost, the loss; and bound its best loss."""
+        edges = self.edges[:, self.edges[2] >= depth]
+        costs, losses = np.pad(np.cumsum(edges[:2], axis=1), ((0, 0), (1, 0)))
+        fitting = np.searchsorted(costs, self.room - cost, "right") - 1
+        spent, total = cost + costs[fitting], loss + losses[fitting]
+        slope = np.append(edges[1] / edges[0], 0.0)[fitting]
+        part = np.ceil((self.room - spent) * slope * (1 + 2**-50)).astype(np.int64)  # of the next edge; never too little
+        return fitting, spent, total, total + part - (slope == 0)  # on a flat end, an equal loss may still cost less
+
+    def _trace(self, trail: list[Ints], option: int, parent: int, fitting: int) -> list[int]:
+        """The option of each site: back through the parents, then `fitting` edges up from the cheapest options."""
+        places = [0] * len(self.sites)
+        for place in reversed(range(len(trail))):
+            places[place] = int(option)
+            option, parent = trail[place][:, parent]
+        for site, reached in self.edges[2:, self.edges[2] >= len(trail)].T[:fitting].tolist():
+            places[site] = reached
+        return places

@@ -1,0 +1,258 @@
+"""Run nmfx over every model of timm and torchvision: python benchmarks/zoo.py [--only GLOB] [--jobs 2] [--out zoo.jsonl]
+
+One forked process a model, with limits on time and memory; one JSON line a model; models that have a line are not run again.
+Structure is checked on the meta device for every model, numerics on the CPU for those of up to --numerics parameters.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import fnmatch
+import json
+import multiprocessing
+import os
+import resource
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from pathlib import Path
+from typing import Any
+
+import timm  # imported before the fork, so that a model costs no import
+import torch
+import torchvision  # noqa: F401
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+import nmfx
+from nmfx.graph.census import Census, Operand, _plain_attention, _storage, take_census
+from nmfx.graph.tracer import to_graph, trace
+from nmfx.passes.transform import conversion_difference
+from nmfx.zoo import Example, Source, example_for, find_source, list_models
+
+PATTERNS = ("2:4", "4:16")
+
+
+class Reads(Census):
+    """Notes every weight that an operation reads without its mask."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.unmasked: set[int] = set()
+
+    def _record_weight(self, operand: Operand) -> None:
+        if (key := _storage(operand.tensor)) in self.own:
+            self.unmasked |= {id(p) for p in self.sources[key]}
+        super()._record_weight(operand)
+
+
+def check_reads(converted: nn.Module, example: Example, names: set[str]) -> list[str]:
+    """Names of masked weights that the forward pass of a meta model reads unmasked."""
+    parameters = dict(converted.named_parameters())
+    reads = Reads(list(parameters.values()), (example.args, example.kwargs))
+    with torch.device("meta"), _plain_attention(), reads:
+        converted.eval()(*example.args, **example.kwargs)
+    return [name for name in names if id(parameters[name]) in reads.unmasked]
+
+
+def structure(source: Source) -> dict[str, Any]:
+    """Build on the meta device, find sites, convert, compare keys, follow the reads."""
+    model = source.build_meta()
+    example, start = example_for(model), time.perf_counter()
+    sites = nmfx.find_sites(model, example)
+    seconds = time.perf_counter() - start
+    total = sum(p.numel() for p in model.parameters())
+    record: dict[str, Any] = {
+        "parameters": total,
+        "sites": len(sites),
+        "weights": sites.weights,
+        "share": round(sites.weights / max(1, total), 6),
+        "macs": sites.macs,
+        "census_seconds": round(seconds, 3),
+        "skipped": {s.name: [s.weights, s.reason] for s in sites.skipped},
+        "notes": list(sites.notes),
+        "kinds": sorted({site.kind for site in sites}),
+    }
+    keys = list(model.state_dict())
+    on_meta = all(p.device.type == "meta" for p in model.parameters())
+    for pattern in PATTERNS:
+        converted = nmfx.transform(model, pattern, sites=sites)
+        masked = set(nmfx.scheme_of(converted))
+        assert list(converted.state_dict()) == keys, f"{pattern}: keys or their order changed"
+        assert isinstance(converted, type(model)), "class changed"
+        again = copy.deepcopy(converted)
+        assert list(again.state_dict()) == keys
+        assert set(nmfx.scheme_of(again)) == masked
+        record[f"masked {pattern}"] = len(masked)
+        if on_meta and pattern == PATTERNS[0]:
+            try:
+                unread = check_reads(converted, example.to("meta", next(model.parameters()).dtype), masked)
+            except Exception as error:
+                record["reads"] = f"not followed on meta: {type(error).__name__}"
+            else:
+                assert not unread, f"read without their mask: {unread[:5]}"
+                record["reads"] = "all masked"
+    try:
+        graph = trace(model).graph
+        record["fx"] = {"nodes": len(graph.nodes), "share": round(graph_share(model, graph, sites), 6)}
+    except nmfx.NmfxError as error:
+        record["fx"] = str(error)[:200]
+    return record
+
+
+def graph_share(model: nn.Module, graph: torch.fx.Graph, sites: nmfx.Sites) -> float:
+    """Share of the sites' weights that the graph's nodes reach."""
+    reached: set[int] = set()
+    for node in graph.nodes:
+        if node.op == "call_module":
+            reached |= {id(p) for p in model.get_submodule(node.target).parameters()}
+        elif node.op == "get_attr":
+            path, _, attr = node.target.rpartition(".")
+            owner = model.get_submodule(path)
+            reached.add(id(getattr(owner, attr, None)))
+    parameters = dict(model.named_parameters())
+    return sum(s.weights for s in sites if id(parameters[s.name]) in reached) / max(1, sites.weights)
+
+
+def outputs(model: nn.Module, example: Example, seed: int = 0) -> list[Tensor]:
+    """All floating-point outputs; dropout draws the same numbers for the same seed."""
+    torch.manual_seed(seed)
+    leaves = tree_leaves(model(*example.args, **example.kwargs))
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
+def equal(a: list[Tensor], b: list[Tensor]) -> bool:
+    """Bit for bit, NaN equal to NaN."""
+    return len(a) == len(b) and all(x.shape == y.shape and torch.equal(x.nan_to_num(), y.nan_to_num()) for x, y in zip(a, b))
+
+
+def numerics(source: Source) -> dict[str, Any]:
+    """Dense conversion, masked against pre-masked (outputs, gradients, buffers), modes, baking, checkpoint, fx: on the CPU."""
+    torch.manual_seed(0)
+    model = source.build()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.02)
+    fill = lambda t: torch.rand_like(t) if t.is_floating_point() else t  # noqa: E731
+    example = example_for(model)
+    example = Example(*tree_map_only(Tensor, fill, (example.args, example.kwargs)))
+    sites = nmfx.find_sites(model, example)
+    record: dict[str, Any] = {"dense_difference": conversion_difference(model, sites, example)}
+    assert record["dense_difference"] == 0, f"dense conversion differs by {record['dense_difference']}"
+    converted = nmfx.transform(model, "2:4", sites=sites, training="ste").eval()
+    plain = nmfx.bake(converted)
+    with torch.no_grad():
+        expected = outputs(plain, example)
+        assert equal(outputs(converted, example), expected), "masked differs from pre-masked in eval"
+        converted.train(), converted.eval()
+        assert equal(outputs(converted, example), expected), "differs after train() and eval()"
+        with tempfile.TemporaryDirectory() as folder:
+            nmfx.save_checkpoint(converted, Path(folder) / "c.safetensors")
+            loaded = nmfx.load_checkpoint(Path(folder) / "c.safetensors")
+        assert equal(outputs(loaded, example), expected), "checkpoint round trip differs"
+        del loaded
+    try:
+        view = to_graph(converted)
+    except nmfx.NmfxError:
+        record["graph"] = "no root graph"
+    else:
+        with torch.no_grad():
+            assert equal(outputs(view, example), expected), "fx graph differs in eval"
+        record["graph"] = "exact"
+    record["train"] = train_step(converted, plain, example)
+    return record
+
+
+def train_step(converted: nn.Module, plain: nn.Module, example: Example) -> str:
+    """Outputs, gradients and buffers after one train-mode step, masked against pre-masked."""
+    twice, results = example.doubled(), []
+    for model in (converted.train(), plain.train()):
+        try:
+            out = outputs(model, twice)
+            loss = sum(o.double().square().mean() for o in out if o.requires_grad)
+            assert isinstance(loss, Tensor), "no output to train on"
+            loss.backward()
+        except Exception as error:
+            results.append(f"cannot train on its example input: {type(error).__name__}")
+            continue
+        grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        results.append((out, grads, dict(nn.Module.state_dict(model))))
+    first, second = results
+    if isinstance(first, str) or isinstance(second, str):
+        assert first == second, f"only one of the two trains: {first} {second}"
+        return str(first)
+    assert equal(first[0], second[0]), "train outputs differ"
+    assert first[1].keys() == second[1].keys(), "other parameters have gradients"
+    for name, grad in first[1].items():
+        assert equal([grad], [second[1][name]]), f"gradient of {name} differs"
+    masked = set(nmfx.scheme_of(converted))
+    for name, value in first[2].items():
+        assert name in masked or equal([value], [second[2][name]]) or value.dtype == torch.bool, f"buffer {name} differs"
+    return "exact"
+
+
+def run_one(name: str, numerics_limit: float, memory: float, path: str) -> None:
+    """Check one model and leave its record in `path`."""
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    resource.setrlimit(resource.RLIMIT_AS, (int(memory * 2**30),) * 2)
+    record: dict[str, Any] = {"model": name}
+    start = time.perf_counter()
+    try:
+        source = find_source(name)
+        record |= structure(source)
+        if record["parameters"] <= numerics_limit:
+            record |= numerics(source)
+        record["ok"] = True
+    except Exception as error:
+        record |= {"ok": False, "error": f"{type(error).__name__}: {error}"[:500], "trace": traceback.format_exc()[-1500:]}
+    record["seconds"] = round(time.perf_counter() - start, 2)
+    Path(path).write_text(json.dumps(record))
+
+
+def main() -> None:
+    """Run what is missing, two at a time."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", default="*")
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--out", default="zoo.jsonl")
+    parser.add_argument("--numerics", type=float, default=60e6, help="largest model, in parameters, to run on the CPU")
+    parser.add_argument("--seconds", type=float, default=400)
+    parser.add_argument("--memory", type=float, default=40, help="GiB of address space a process")
+    args = parser.parse_args()
+    out = Path(args.out)
+    done = {json.loads(line)["model"] for line in out.read_text().splitlines()} if out.exists() else set()
+    names = [n for n in list_models() if fnmatch.fnmatch(n, args.only) and n not in done]
+    context, running, total = multiprocessing.get_context("fork"), [], len(names)
+    folder = tempfile.mkdtemp()
+    while names or running:
+        while names and len(running) < args.jobs:
+            name = names.pop(0)
+            path = os.path.join(folder, name.replace("/", "_"))
+            process = context.Process(target=run_one, args=(name, args.numerics, args.memory, path))
+            process.start()
+            running.append((process, name, path, time.monotonic()))
+        time.sleep(0.02)
+        for entry in list(running):
+            process, name, path, start = entry
+            late = time.monotonic() - start > args.seconds
+            if process.is_alive() and not late:
+                continue
+            if late:
+                process.kill()
+            process.join()
+            running.remove(entry)
+            why = f"no answer in {args.seconds:g} s" if late else f"process ended with {process.exitcode}"
+            line = Path(path).read_text() if Path(path).exists() else json.dumps({"model": name, "ok": False, "error": why})
+            with out.open("a") as file:
+                file.write(line + "\n")
+            record = json.loads(line)
+            left = f"{total - len(names) - len(running)}/{total}"
+            print(left, name, "ok" if record["ok"] else f"FAILED {record['error'][:150]}", record.get("seconds"), file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
