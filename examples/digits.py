@@ -2,8 +2,8 @@
 
     python examples/digits.py [--epochs 20] [--tune-epochs 10] [--out DIR]
 
-A small CNN is trained from scratch, then made sparse three times. Uniform 2:16 leaves the stem dense (it has one input
-channel), so it ends a little below 87.5 %; the two searches get its budget, and every row the same training after it.
+A small CNN is trained from scratch, then made sparse three times, each with the same training after it. The two searches
+keep 87.5 % or more of the weights out; uniform 2:16 ends a little below, as its stem stays dense (it has one input channel).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 from pathlib import Path
+from statistics import mean, stdev
 
 import torch
 from rich import box
@@ -20,6 +21,8 @@ from torch import Tensor, nn
 
 from nmfx import Scheme, Sites, evaluate, find_scheme, find_sites, load_checkpoint, recalibrate_bn, save_checkpoint, transform
 from nmfx.demo.digits import DigitsNet, load_digits_data
+
+SEEDS = 0, 1, 2  # of the fine-tuning: a single run moves by a few test digits
 
 
 def train(model: nn.Module, x: Tensor, y: Tensor, *, epochs: int, lr: float, seed: int = 0) -> nn.Module:
@@ -40,17 +43,15 @@ def train(model: nn.Module, x: Tensor, y: Tensor, *, epochs: int, lr: float, see
 
 
 def find_schemes(model: nn.Module, sites: Sites) -> dict[str, Scheme]:
-    """Uniform 2:16, and what two searches make of the weights that it keeps."""
-    uniform = Scheme.uniform(sites, "2:16")
-    target = uniform.totals(sites).sparsity
-    domino = find_scheme(model, target=target, method="domino", sites=sites).scheme
-    knapsack = find_scheme(model, target=target, method="knapsack", sites=sites).scheme
-    return {"dense": Scheme({}), "uniform 2:16": uniform, "Domino": domino, "knapsack": knapsack}
+    """Uniform 2:16, and two searches for the same sparsity."""
+    domino = find_scheme(model, target=0.875, method="domino", sites=sites).scheme
+    knapsack = find_scheme(model, target=0.875, method="knapsack", sites=sites).scheme
+    return {"dense": Scheme({}), "uniform 2:16": Scheme.uniform(sites, "2:16"), "Domino": domino, "knapsack": knapsack}
 
 
 def check_reload(model: nn.Module, path: Path, x: Tensor) -> None:
-    """The file holds the model: a network filled from it gives the same logits, bit for bit."""
-    loaded = load_checkpoint(path, DigitsNet())
+    """The file holds the model: a network built from it gives the same logits, bit for bit."""
+    loaded = load_checkpoint(path)
     with torch.no_grad():
         assert torch.equal(loaded(x), model(x)), f"{path}: other logits after loading"
 
@@ -66,21 +67,24 @@ def run(out: Path, *, epochs: int, tune_epochs: int) -> Table:
     for head in ("accuracy\none-shot", "accuracy\nfine-tuned", "weights\nkept", "\nsparsity", "MACs\nkept", "file\nkB"):
         table.add_column(head, justify="right", no_wrap=True)
     for name, scheme in find_schemes(dense, sites).items():
-        model = transform(dense, scheme, sites=sites, training="sr-ste")
-        recalibrate_bn(model, train_x.split(200))
-        one_shot = evaluate(model, [(test_x, test_y)]).top1
-        train(model, train_x, train_y, epochs=tune_epochs, lr=0.05)
-        tuned = evaluate(model, [(test_x, test_y)]).top1
-        path = out / f"digits-{name.split()[0].lower()}.safetensors"
+        path, tuned = out / f"digits-{name.split()[0].lower()}.safetensors", []
+        for seed in SEEDS:
+            model = transform(dense, scheme, sites=sites, training="sr-ste")
+            recalibrate_bn(model, train_x.split(200))
+            one_shot = evaluate(model, [(test_x, test_y)]).top1  # the same every time
+            train(model, train_x, train_y, epochs=tune_epochs, lr=0.05, seed=seed)
+            tuned.append(100 * evaluate(model, [(test_x, test_y)]).top1)
         save_checkpoint(model, path)
         check_reload(model, path, test_x)
-        total = scheme.totals(sites)
-        shares = f"{total.sparsity:.1%}", f"{total.kept_macs / total.macs:.1%}"
-        table.add_row(name, f"{one_shot:.1%}", f"{tuned:.1%}", f"{total.kept:,}", *shares, f"{path.stat().st_size / 1000:.1f}")
+        accuracies = f"{one_shot:.1%}", f"{mean(tuned):.1f}% +-{stdev(tuned):.1f}"
+        total, size = scheme.totals(sites), f"{path.stat().st_size / 1000:.1f}"
+        table.add_row(
+            name, *accuracies, f"{total.kept:,}", f"{total.sparsity:.1%}", f"{total.kept_macs / total.macs:.1%}", size
+        )
     table.caption = (
-        f"one-shot: BatchNorm recalibrated, no training; fine-tuned: {tune_epochs} epochs.\n"
-        f"One of the {len(test_x)} test digits is {1 / len(test_x):.2%}: less than 1% apart says nothing.\n"
-        "Searched at the budget of uniform 2:16, whose stem (in=1) stays dense."
+        f"one-shot: BatchNorm recalibrated, no training. fine-tuned: {tune_epochs} epochs,\n"
+        f"mean and deviation of {len(SEEDS)} seeds; one of the {len(test_x)} test digits is {1 / len(test_x):.2%}.\n"
+        "Domino and knapsack searched 0.875; the stem of uniform 2:16 (in=1) stays dense."
     )
     return table
 

@@ -56,7 +56,7 @@ def fit(site: Site, pattern: Pattern, layout: Layout = "strict", remainder: Rema
         fits = site.weights % pattern.m == 0
         return (pattern, "") if fits else (Pattern.DENSE, f"{site.weights} weights do not divide by {pattern.m}")
     if site.length == 1:
-        return Pattern.DENSE, "depthwise: one input channel a group"
+        return Pattern.DENSE, "depthwise: one input channel a group" if site.conv_groups > 1 else "one input channel"
     if remainder == "short":
         rest = min(pattern.m, site.length)
         return (pattern, "") if rest > pattern.n else (Pattern.DENSE, f"in={site.length} is not more than N={pattern.n}")

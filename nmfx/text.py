@@ -43,9 +43,9 @@ def check_keys(tree: dict[str, Any], known: Iterable[str], origin: str, error: t
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """``"; did you mean 'x'?"``, or nothing when no known word is near."""
+    """``" (did you mean 'x'?)"``, or nothing when no known word is near."""
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    return f" (did you mean {near[0]!r}?)" if near else ""
 
 
 def quote(word: str) -> str:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 
-from torch import nn
-
 from nmfx.search.events import Event, Outcome, trim
 from nmfx.search.problem import Problem
+from nmfx.search.tables import Tables
 
 
-def uniform(problem: Problem, model: nn.Module) -> Outcome:
+def uniform(problem: Problem, tables: Tables) -> Outcome:
     """One N for every site, the largest that fits everywhere; what it leaves is spent on one step up for single sites."""
     longest = max(map(len, problem.options))
     levels = ([max(0, len(options) - longest + level) for options in problem.options] for level in reversed(range(longest)))
@@ -19,7 +18,7 @@ def uniform(problem: Problem, model: nn.Module) -> Outcome:
     return Outcome(tuple(chosen), (*moves(problem, choice, "the densest pattern that fits everywhere"), *trims))
 
 
-def erk(problem: Problem, model: nn.Module) -> Outcome:
+def erk(problem: Problem, tables: Tables) -> Outcome:
     """ERK densities made N:M: the largest common scale at which the nearest patterns fit the budget, then the trim step."""
     raw = {i: sum(s.shape) / math.prod(s.shape) for i, s in enumerate(problem.sites) if i in set(problem.free)}
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from torch import nn
-
 from nmfx.passes.scoring import scored
 from nmfx.search.baselines import erk_sparsities
 from nmfx.search.events import Event, Outcome, trim
 from nmfx.search.problem import Problem
-from nmfx.search.tables import tipping_points
+from nmfx.search.tables import Tables
 
 WEIGHTS = {"params": (0.5, 0.5), "macs": (0.8, 0.2)}  # b1, b2: shares of the MAC and the ERK term, by budget
 SLACK = 0.01  # when no site is further than this below its ERK sparsity, the ERK term is dropped
@@ -30,10 +28,10 @@ def penalties(problem: Problem, choice: list[int], erk: dict[int, float]) -> dic
     return {i: b1 * c[i] / (c_most or 1) + b2 * r[i] / r_most for i in problem.free}
 
 
-def domino(problem: Problem, model: nn.Module) -> Outcome:
+def domino(problem: Problem, tables: Tables) -> Outcome:
     """Sites shrink at rate eta, step when 75 % of their groups agree, and tip the next by what their commits change."""
-    with scored(model, problem.sites, {problem.sites.sites[i].name: problem.grouping(i) for i in problem.free}):
-        points = tipping_points(problem, model)
+    with scored(tables.model, problem.sites, {problem.sites.sites[i].name: problem.grouping(i) for i in problem.free}):
+        points = tables.tipping_points
     choice = [len(options) - 1 for options in problem.options]
     erk, events, time = erk_sparsities(problem), [], 0.0
     working = {i: problem.options[i][0].m for i in problem.free}  # n, the intermediate N

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -14,24 +15,24 @@ from nmfx.errors import SearchError
 from nmfx.graph.census import find_sites
 from nmfx.graph.site import Sites
 from nmfx.scheme import Remainder, Scheme, Totals, shapes_of
-from nmfx.search.baselines import moves, erk, uniform
+from nmfx.search.baselines import erk, moves, uniform
 from nmfx.search.domino import domino
 from nmfx.search.events import Event, Outcome
 from nmfx.search.knapsack import solve
 from nmfx.search.problem import Budget, BudgetKind, Problem, pose
-from nmfx.search.tables import squared_errors
+from nmfx.search.tables import Tables
 from nmfx.sparsity.layout import Layout
 from nmfx.zoo import identify_quickly
 
 
-def knapsack(problem: Problem, model: nn.Module) -> Outcome:
+def knapsack(problem: Problem, tables: Tables) -> Outcome:
     """The smallest summed squared weight error under the budget, exactly."""
-    best = solve(squared_errors(problem, model), problem.costs, problem.budget.limit)
+    best = solve(tables.squared_errors, problem.costs, problem.budget.limit)
     reason = "least squared weight error under the budget"
     return Outcome(best.options, moves(problem, list(best.options), reason))
 
 
-METHODS: dict[str, Callable[[Problem, nn.Module], Outcome]] = {
+METHODS: dict[str, Callable[[Problem, Tables], Outcome]] = {
     "domino": domino,
     "uniform": uniform,
     "erk": erk,
@@ -104,15 +105,17 @@ def find_scheme(
     sites = sites if sites is not None else find_sites(model, example_input)
     options = {"keep_dense": keep_dense, "layout": layout, "remainder": remainder}
     problem = pose(sites, target=target, budget=budget, m=m, candidates=candidates, **options)  # type: ignore[arg-type]
-    start = time.perf_counter()
-    outcome = METHODS[method](problem, model)
+    tables, start = Tables(problem, model), time.perf_counter()
+    outcome = METHODS[method](problem, tables)
     seconds = time.perf_counter() - start
     patterns = {s.name: o[c] for s, o, c in zip(sites, problem.options, outcome.choice, strict=True)}
     source = identify_quickly(model)
     info = {"model": str(source)} if source else {"model": sites.model}
     info |= {"method": method, "budget": budget, "target": f"{target:g}", "m": str(m), "sites": sites.fingerprint}
     scheme = Scheme(patterns, layout, remainder == "short", shapes_of(sites), info)
-    loss, optimum = _losses(problem, model, outcome)
+    table = tables.squared_errors
+    loss = math.fsum(row[option] for row, option in zip(table, outcome.choice, strict=True))
+    optimum = solve(table, problem.costs, problem.budget.limit).loss
     left = problem.left(outcome.choice)
     return SearchResult(
         scheme=scheme,
@@ -122,18 +125,8 @@ def find_scheme(
         method=method,
         events=outcome.events,
         left=left,
-        loss=loss,
-        optimum=optimum,
+        loss=loss / (tables.energy or 1.0),
+        optimum=optimum / (tables.energy or 1.0),
         dense_reasons=problem.dense_reasons,
         seconds=seconds,
     )
-
-
-def _losses(problem: Problem, model: nn.Module, outcome: Outcome) -> tuple[float, float]:
-    """Relative squared weight error of a choice, and of the best choice at the same budget."""
-    from nmfx.passes.scoring import weight_of
-
-    table = squared_errors(problem, model)
-    total = sum(float(weight_of(model, problem.sites.sites[i]).detach().float().square().sum()) for i in problem.free) or 1.0
-    loss = sum(row[option] for row, option in zip(table, outcome.choice, strict=True))
-    return loss / total, solve(table, problem.costs, problem.budget.limit).loss / total

@@ -38,7 +38,7 @@ class Choice:
 class _Option(NamedTuple):
     cost: int
     loss: float
-    index: int
+    number: int
     site: int
 
 
@@ -56,7 +56,7 @@ def solve(losses: Sequence[Sequence[float]], costs: Sequence[Sequence[int]], bud
         core = _Core.build(sites, budget)
         picks, gap = core.search(picks, states)
         sites = _reduce(sites, picks, core.price, budget)
-    return Choice(tuple(p.index for p in picks), math.fsum(p.loss for p in picks), _cost(picks), gap)
+    return Choice(tuple(p.number for p in picks), math.fsum(p.loss for p in picks), _cost(picks), gap)
 
 
 def _cost(options: Iterable[_Option]) -> int:
@@ -66,9 +66,10 @@ def _cost(options: Iterable[_Option]) -> int:
 def _undominated(site: int, losses: Sequence[float], costs: Sequence[int]) -> list[_Option]:
     """The options worth having: each costs more and loses less than the one before."""
     kept: list[_Option] = []
-    for option in sorted(_Option(index(c), float(v), i, site) for i, (c, v) in enumerate(zip(costs, losses, strict=True))):
+    pairs = zip(costs, losses, strict=True)
+    for option in sorted(_Option(index(cost), float(loss), i, site) for i, (cost, loss) in enumerate(pairs)):
         if math.isnan(option.loss) or option.loss == -math.inf:
-            raise SearchError(f"site {site}, option {option.index}: the loss must be a number, not {option.loss}")
+            raise SearchError(f"site {site}, option {option.number}: the loss must be a number, not {option.loss}")
         if option.loss < (kept[-1].loss if kept else math.inf):
             kept.append(option)
     if not kept:
@@ -104,9 +105,10 @@ def _edges(site: int, points: list[tuple[int, int]]) -> Iterator[tuple[int, int,
 
 def _pareto(states: Ints, cost: Ints, loss: Ints) -> Ints:
     """The states that lose less than every other one of at most their cost, cheapest first."""
-    states = states[np.argsort(cost[states], kind="stable")]
-    states = states[np.diff(np.minimum.accumulate(loss[states]), prepend=1) < 0]  # losses are at most 0
-    return states[np.diff(cost[states], append=-1) != 0]  # of equal costs the last loses least
+    kept: Ints = states[np.argsort(cost[states], kind="stable")]
+    kept = kept[np.diff(np.minimum.accumulate(loss[kept]), prepend=1) < 0]  # losses are at most 0
+    kept = kept[np.diff(cost[kept], append=-1) != 0]  # of equal costs the last loses least
+    return kept
 
 
 @dataclass(frozen=True)
@@ -125,10 +127,8 @@ class _Core:
         live = [options for options in sites if len(options) > 1]
         unit = math.gcd(*(option.cost - options[0].cost for options in live for option in options)) or 1
         bits = 60 - math.frexp(math.fsum(options[0].loss - options[-1].loss for options in live))[1]
-        tables = []
-        for options in live:
-            quanta = [round(math.ldexp(option.loss, bits)) for option in options]
-            tables.append([((o.cost - options[0].cost) // unit, q - quanta[0]) for o, q in zip(options, quanta, strict=True)])
+        whole = [[(o.cost // unit, round(math.ldexp(o.loss, bits))) for o in options] for options in live]
+        tables = [[(cost - points[0][0], loss - points[0][1]) for cost, loss in points] for points in whole]
         room = min((budget - _cost(options[0] for options in sites)) // unit, sum(t[-1][0] for t in tables))
         # Unequal slopes differ by over 2**-126: the shift compares them exactly, so a site's edges stay in order.
         steps = sorted((e for i, t in enumerate(tables) for e in _edges(i, t)), key=lambda e: (e[1] << 128) // e[0])
@@ -138,11 +138,11 @@ class _Core:
         # First the sites that the smallest change of price would change: what is left then bounds the tightest.
         order = list(dict.fromkeys(edges[2, np.argsort(abs(slopes[:-1] + price), kind="stable")].tolist()))
         edges[2] = np.argsort(order)[edges[2]]
-        quantum = math.ldexp(1.0, -bits)
-        return cls([live[i] for i in order], [np.array(tables[i]).T for i in order], edges, room, quantum, price * quantum / unit)
+        arrays, quantum = [np.array(tables[i]).T for i in order], math.ldexp(1.0, -bits)
+        return cls([live[i] for i in order], arrays, edges, room, quantum, price * quantum / unit)
 
     def search(self, picks: list[_Option], states: int) -> tuple[list[_Option], float]:
-        """Extend partial choices a site at a time; return the best complete one, `picks` if none is better, and its gap."""
+        """Extend partial choices a site at a time; return the best complete one, or else `picks`, and its gap."""
         places = [options.index(picks[options[0].site]) for options in self.sites]
         best = tuple(sum(int(t[row, i]) for t, i in zip(self.tables, places, strict=True)) for row in (1, 0))
         option = parent = cost = loss = np.zeros(1, dtype=np.int64)  # [states], at first the choice of nothing
@@ -172,13 +172,14 @@ class _Core:
         return [chosen.get(pick.site, pick) for pick in picks], max(0.0, best[0] - lost) * self.quantum
 
     def _relax(self, depth: int, cost: Ints, loss: Ints) -> tuple[Ints, Ints, Ints, Ints]:
-        """Complete each state with the edges that fit whole: their number, the cost, the loss; and bound its best loss."""
+        """Complete each state with the edges that fit whole: how many, its cost, its loss; and bound its best loss."""
         edges = self.edges[:, self.edges[2] >= depth]
         costs, losses = np.pad(np.cumsum(edges[:2], axis=1), ((0, 0), (1, 0)))
         fitting = np.searchsorted(costs, self.room - cost, "right") - 1
         spent, total = cost + costs[fitting], loss + losses[fitting]
         slope = np.append(edges[1] / edges[0], 0.0)[fitting]
-        part = np.ceil((self.room - spent) * slope * (1 + 2**-50)).astype(np.int64)  # of the next edge; never too little
+        # 2**-50 outweighs the rounding, so that the bound is never above the truth.
+        part = np.ceil((self.room - spent) * slope * (1 + 2**-50)).astype(np.int64)  # of the next edge
         return fitting, spent, total, total + part - (slope == 0)  # on a flat end, an equal loss may still cost less
 
     def _trace(self, trail: list[Ints], option: int, parent: int, fitting: int) -> list[int]:

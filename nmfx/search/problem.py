@@ -139,4 +139,5 @@ def _out_of_reach(problem: Problem) -> str:
     largest = max(fixed, key=lambda site: site.weights, default=None)
     if largest is None:
         return "; a larger M reaches further"
-    return f"; {len(fixed)} sites stay dense, the largest is {largest.name} ({problem.dense_reasons[largest.name]})"
+    reason = problem.dense_reasons[largest.name]
+    return f"; of the {len(fixed)} of {len(problem.options)} sites that stay dense {largest.name} is the largest ({reason})"

@@ -155,10 +155,8 @@ def test_shapes_owners_and_order_are_the_models(name: str) -> None:
         )
 
 
-@models(xfail={"products": BATCH, "query": "MACs of what runs once a batch are divided by the batch"})
+@models([name for name in MODELS if name not in ("scripted", "query")], xfail={"products": BATCH})  # query runs once a batch
 def test_the_batch_of_the_example_does_not_matter(name: str) -> None:
-    if name == "scripted":
-        pytest.skip("see SCRIPT")
     model, example = build(name)
     half = lambda tensor: tensor[:1]  # noqa: E731
     single = Example(tuple(map(half, example.args)), {key: half(tensor) for key, tensor in example.kwargs.items()})
@@ -180,6 +178,7 @@ def test_a_converted_model_has_the_same_sites(name: str) -> None:
     model, example = build(name)
     sites = find_sites(model, example)
     converted = transform(model, {"*": "1:2"}, sites=sites)
+    awkward.run(converted, example)
     before = snapshot(converted)
     assert find_sites(converted, example) == sites
     assert snapshot(converted) == before
@@ -249,7 +248,7 @@ def test_an_input_that_does_not_fit_says_so() -> None:
     model, _ = build("residual")
     before = snapshot(model)
     with pytest.raises(TraceError, match=r"Residual: the forward pass fails on an input of 2x5x6x6.*example_input="):
-        find_sites(model, torch.randn(2, 5, 6, 6))
+        find_sites(model, torch.zeros(2, 5, 6, 6))
     assert snapshot(model) == before
 
 
