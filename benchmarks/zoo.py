@@ -251,7 +251,9 @@ def main() -> None:
                 file.write(line + "\n")
             record = json.loads(line)
             left = f"{total - len(names) - len(running)}/{total}"
-            print(left, name, "ok" if record["ok"] else f"FAILED {record['error'][:150]}", record.get("seconds"), file=sys.stderr)
+            print(
+                left, name, "ok" if record["ok"] else f"FAILED {record['error'][:150]}", record.get("seconds"), file=sys.stderr
+            )
 
 
 if __name__ == "__main__":

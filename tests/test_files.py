@@ -12,8 +12,8 @@ from nmfx.errors import NmfxError
 from nmfx.files import write_atomic
 
 
-def text(content: str) -> Callable[[Path], None]:
-    return lambda path: path.write_text(content) and None
+def text(content: str) -> Callable[[Path], object]:
+    return lambda path: path.write_text(content)
 
 
 def test_a_new_file_is_written_with_the_folders_it_needs(tmp_path: Path) -> None:
@@ -80,7 +80,12 @@ def test_a_folder_in_place_of_the_file(tmp_path: Path) -> None:
 
 def test_the_writer_sees_the_files_own_name(tmp_path: Path) -> None:
     seen: list[Path] = []
-    write_atomic(tmp_path / "model.safetensors", lambda path: (seen.append(path), path.touch()) and None)
+
+    def write(path: Path) -> None:
+        seen.append(path)
+        path.touch()
+
+    write_atomic(tmp_path / "model.safetensors", write)
     assert seen[0].name == "model.safetensors"  # writers choose formats by suffix
     assert seen[0].parent.parent == tmp_path  # on one file system, so that renaming is atomic
 

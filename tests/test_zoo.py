@@ -21,7 +21,17 @@ from torch import Tensor, nn
 from nmfx import zoo
 from nmfx.errors import ModelError, NmfxError
 from nmfx.passes.transform import transform
-from nmfx.zoo import Example, Source, build_model, example_for, find_source, identify, identify_quickly, list_models, load_weights
+from nmfx.zoo import (
+    Example,
+    Source,
+    build_model,
+    example_for,
+    find_source,
+    identify,
+    identify_quickly,
+    list_models,
+    load_weights,
+)
 
 # --- names
 
@@ -250,9 +260,11 @@ def test_pretrained_is_an_error_without_a_hub(name: str) -> None:
         build_model(name, weights="pretrained")
 
 
-def test_no_pretrained_weights_at_all() -> None:
-    with pytest.raises(ModelError, match="cannot be had"):
-        build_model("timm:resnet10t_nonsense", weights="pretrained") if False else build_model("timm:vit_base_patch16_xp_224", weights="pretrained")
+@pytest.mark.usefixtures("offline")
+def test_a_model_that_nobody_trained() -> None:
+    assert build_model("timm:lcnet_035").weights == "random"
+    with pytest.raises(ModelError, match="pretrained weights of timm:lcnet_035 cannot be had"):
+        build_model("timm:lcnet_035", weights="pretrained")
 
 
 def test_none_is_random_and_repeatable() -> None:

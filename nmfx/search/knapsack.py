@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from heapq import heappop, heappush
+from itertools import count, pairwise
 from operator import index
 from typing import NamedTuple
 
@@ -20,7 +21,9 @@ from numpy.typing import NDArray
 from nmfx.errors import SearchError
 
 DRAFT_STATES = 512  # partial choices kept after a site in the first pass, which only looks for a good choice
-MAX_STATES = 1 << 22  # kept in all by the second pass, about a second; then only the best go on, and gap may be > 0
+PART_STATES = 1 << 18
+MAX_PARTS = 64
+ROUNDING = 1e-12
 
 Ints = NDArray[np.int64]
 
@@ -49,18 +52,44 @@ def solve(losses: Sequence[Sequence[float]], costs: Sequence[Sequence[int]], bud
     the first. An infinite loss forbids its option. Raises SearchError on a NaN, and if no choice is within the budget.
     """
     sites = [_undominated(site, *row) for site, row in enumerate(zip(losses, costs, strict=True))]
-    picks, gap = [options[0] for options in sites], 0.0
-    if _cost(picks) > index(budget):
-        raise SearchError(f"budget {budget} is out of reach: the smallest sum of costs is {_cost(picks)}")
-    for states in (0, MAX_STATES):
-        core = _Core.build(sites, budget)
-        picks, gap = core.search(picks, states)
-        sites = _reduce(sites, picks, core.price, budget)
-    return Choice(tuple(p.number for p in picks), math.fsum(p.loss for p in picks), _cost(picks), gap)
+    best = [options[0] for options in sites]
+    if _cost(best) > index(budget):
+        raise SearchError(f"budget {budget} is out of reach: the smallest sum of costs is {_cost(best)}")
+    parts = [(-math.inf, 0, sites)]  # of the problem, still open: the least loss they may hold, a serial number, options
+    for serial in count(1):
+        if serial > MAX_PARTS or not parts or parts[0][0] >= _loss(best) - ROUNDING * abs(_loss(best)):
+            break
+        picks, gap, part = _solve_part(heappop(parts)[2], budget)
+        best = min(best, picks, key=lambda picks: (_loss(picks), _cost(picks)))
+        if gap:
+            for half in _split(part):
+                if _cost(options[0] for options in half) <= budget:
+                    heappush(parts, (_loss(picks) - gap, serial * 64 + len(parts), half))
+    left = max(0.0, _loss(best) - parts[0][0]) if parts else 0.0
+    return Choice(tuple(pick.number for pick in best), _loss(best), _cost(best), left)
+
+
+def _loss(options: Iterable[_Option]) -> float:
+    return math.fsum(option.loss for option in options)
 
 
 def _cost(options: Iterable[_Option]) -> int:
     return sum(option.cost for option in options)
+
+
+def _solve_part(sites: list[list[_Option]], budget: int) -> tuple[list[_Option], float, list[list[_Option]]]:
+    """The best picks found, their proven gap, and the options that better picks may hold."""
+    picks, gap = [options[0] for options in sites], 0.0
+    for states in (0, PART_STATES):
+        core = _Core.build(sites, budget)
+        picks, gap = core.search(picks, states)
+        sites = _reduce(sites, picks, core.price, budget)
+    return picks, gap, sites
+
+
+def _split(sites: list[list[_Option]]) -> list[list[list[_Option]]]:
+    widest = max(sites, key=lambda options: options[-1].cost - options[0].cost)
+    return [[[o] if options is widest else options for options in sites] for o in widest]
 
 
 def _undominated(site: int, losses: Sequence[float], costs: Sequence[int]) -> list[_Option]:

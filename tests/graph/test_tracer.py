@@ -88,7 +88,8 @@ def test_owners_are_leaves_and_functional_reads_go_through_the_mask(name: str, m
 @models(TRACEABLE, xfail=unreadable)
 def test_train_and_eval_switch_the_graph(name: str) -> None:
     _, converted, example = convert(name)
-    view, twin = to_graph(converted.train()), copy.deepcopy(converted)  # batch statistics move: a twin gives the expected values
+    view = to_graph(converted.train())
+    twin = copy.deepcopy(converted)  # batch statistics move: a twin gives the expected values
     assert view.training
     for train in (True, False, True, False):
         assert same(run(view, example, train=train), run(twin, example, train=train))
@@ -212,7 +213,7 @@ def test_a_root_that_holds_a_masked_weight_is_refused() -> None:
 
 def test_what_cannot_be_traced_says_so_and_is_converted_all_the_same() -> None:
     _, converted, example = convert("branching")
-    with pytest.raises(TraceError, match="Branching: torch.fx cannot trace it at the root"):
+    with pytest.raises(TraceError, match=r"Branching: torch\.fx cannot trace it at the root"):
         to_graph(converted)
     assert same(run(converted, example), run(bake(converted), example))
 
@@ -308,7 +309,7 @@ def test_trace_works_on_meta() -> None:
     with torch.device("meta"):
         model = awkward.Residual()
     graph = trace(model).graph
-    assert [str(node.target) for node in graph.nodes if node.op == "call_module"][0] == "stem"
+    assert next(str(node.target) for node in graph.nodes if node.op == "call_module") == "stem"
 
 
 def test_as_graph() -> None:

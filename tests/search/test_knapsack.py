@@ -141,7 +141,7 @@ def test_a_search_cut_short_admits_its_gap(monkeypatch: pytest.MonkeyPatch) -> N
         best = solve(losses, costs, budget)
         with monkeypatch.context() as patch:
             patch.setattr(knapsack, "DRAFT_STATES", 2)
-            patch.setattr(knapsack, "MAX_STATES", 0)
+            patch.setattr(knapsack, "PART_STATES", 0)
             choice = solve(losses, costs, budget)
         check(choice, losses, costs, budget)
         assert best.gap == 0.0

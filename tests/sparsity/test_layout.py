@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -73,7 +74,8 @@ def test_blocks_are_views_of_the_lines() -> None:
 
 def test_a_convolution_groups_input_channels() -> None:
     weight = numbered((3, 8, 3, 2))
-    expected = {tuple(weight[o, g : g + 4, y, x].tolist()) for o in range(3) for g in (0, 4) for y in range(3) for x in range(2)}
+    places = itertools.product(range(3), (0, 4), range(3), range(2))
+    expected = {tuple(weight[o, i : i + 4, y, x].tolist()) for o, i, y, x in places}
     assert groups_of(weight, Grouping((3, 8, 6), 4)) == expected
 
 

@@ -69,7 +69,7 @@ def stated_mask(weight: Tensor, n: int, grouping: Grouping) -> Tensor:
     for o, start, k in itertools.product(range(outer), range(0, length, grouping.m), range(inner)):
         stop = min(start + grouping.m, length)
         magnitudes = [math.inf if math.isnan(a) else min(a, 1e300) for a in lines[o, start:stop, k].tolist()]
-        order = sorted(range(stop - start), key=lambda i: -magnitudes[i])  # noqa: B023 - called at once; sorted is stable
+        order = sorted(range(stop - start), key=lambda i: -magnitudes[i])  # sorted is stable
         for i in order[:n]:
             mask[o, start + i, k] = True
     return grouping.from_lines(mask, tuple(weight.shape))
