@@ -1,8 +1,8 @@
 """A training step of a converted network against its dense original, in one run: python benchmarks/training_step.py
 
-ResNet-50 at 224 px, SGD with momentum; every site that can take it 4:16, SR-STE. Steps alternate between dense and converted, so
-that a change of the machine's speed meets both; the median of the pairwise ratios is what counts. `--argsort` also times a mask
-by argsort in every forward, as the published code makes it.
+ResNet-50 at 224 px, SGD with momentum; every site that can take it 4:16, SR-STE. Steps alternate between dense and converted,
+so that a change of the machine's speed meets both; the median of the pairwise ratios is what counts. `--argsort` also times a
+mask by argsort in every forward, as the published code makes it.
 """
 
 from __future__ import annotations

@@ -21,14 +21,14 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import timm  # imported before the fork, so that a model costs no import
+import timm  # noqa: F401 - imported before the fork, so that a model costs no import
 import torch
 import torchvision  # noqa: F401
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import nmfx
-from nmfx.graph.census import Census, Operand, _plain_attention, _storage, take_census
+from nmfx.graph.census import Census, Operand, _plain_attention, _storage
 from nmfx.graph.tracer import to_graph, trace
 from nmfx.passes.transform import conversion_difference
 from nmfx.zoo import Example, Source, example_for, find_source, list_models

@@ -1,4 +1,4 @@
-"""Real weights and real labelled pictures that install by name (shared/data.md): EfficientNet-Lite0 and foolbox's 20 pictures."""
+"""Real weights and real labelled pictures that install by name: EfficientNet-Lite0 and foolbox's 20 pictures."""
 
 from __future__ import annotations
 
