@@ -29,6 +29,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 import nmfx
 from nmfx.graph.census import Census, Operand, _plain_attention, _storage
+from nmfx.graph.masked import throw_away_copy
 from nmfx.graph.tracer import to_graph, trace
 from nmfx.passes.transform import conversion_difference
 from nmfx.zoo import Example, Source, example_for, find_source, list_models
@@ -77,7 +78,7 @@ def structure(source: Source) -> dict[str, Any]:
         "kinds": sorted({site.kind for site in sites}),
     }
     keys = list(model.state_dict())
-    on_meta = all(p.device.type == "meta" for p in model.parameters())
+    model = throw_away_copy(model)  # on the meta device, where its constructor could not go
     for pattern in PATTERNS:
         converted = nmfx.transform(model, pattern, sites=sites)
         masked = set(nmfx.scheme_of(converted))
@@ -87,7 +88,7 @@ def structure(source: Source) -> dict[str, Any]:
         assert list(again.state_dict()) == keys
         assert set(nmfx.scheme_of(again)) == masked
         record[f"masked {pattern}"] = len(masked)
-        if on_meta and pattern == PATTERNS[0]:
+        if pattern == PATTERNS[0]:
             try:
                 unread = check_reads(converted, example.to("meta", next(model.parameters()).dtype), masked)
             except Exception as error:
@@ -104,7 +105,7 @@ def structure(source: Source) -> dict[str, Any]:
 
 
 def graph_share(model: nn.Module, graph: torch.fx.Graph, sites: nmfx.Sites) -> float:
-    """Share of the sites' weights that the graph's nodes reach."""
+    """Share of the sites' weights, those of eval mode, that the eval graph's nodes reach."""
     reached: set[int] = set()
     for node in graph.nodes:
         if node.op == "call_module":
@@ -114,7 +115,8 @@ def graph_share(model: nn.Module, graph: torch.fx.Graph, sites: nmfx.Sites) -> f
             owner = model.get_submodule(path)
             reached.add(id(getattr(owner, attr, None)))
     parameters = dict(model.named_parameters())
-    return sum(s.weights for s in sites if id(parameters[s.name]) in reached) / max(1, sites.weights)
+    read = [site for site in sites if not site.train_only]
+    return sum(s.weights for s in read if id(parameters[s.name]) in reached) / max(1, sum(s.weights for s in read))
 
 
 def outputs(model: nn.Module, example: Example, seed: int = 0) -> list[Tensor]:
