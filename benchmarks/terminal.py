@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import tempfile
 from pathlib import Path
@@ -20,7 +21,7 @@ def record() -> str:
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         main(["convert", "demo:digits"])
-        recorder = Console(record=True, width=88, force_terminal=True, highlight=False, file=open(os.devnull, "w"))
+        recorder = Console(record=True, width=88, force_terminal=True, highlight=False, file=io.StringIO())
         for module in (console, convert, search):
             module.output = lambda: recorder
         main(COMMAND)

@@ -8,7 +8,7 @@ common unit, losses in fixed point at 2**-60 of the range in play. Floats only b
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from heapq import heappop, heappush
 from itertools import count, pairwise
@@ -20,10 +20,9 @@ from numpy.typing import NDArray
 
 from nmfx.errors import SearchError
 
-DRAFT_STATES = 512  # partial choices kept after a site in the first pass, which only looks for a good choice
-PART_STATES = 1 << 18
-MAX_PARTS = 64
-ROUNDING = 1e-12
+DRAFT_STATES = 512  # partial choices kept after a site while only a good choice is wanted, and the fewest ever kept
+PART_STATES = 1 << 19  # kept in all to prove that it is the best; a part that needs more is split at its widest site
+MAX_STATES = 1 << 22  # kept in all parts together, some seconds; past it the choice comes with the gap proven so far
 
 Ints = NDArray[np.int64]
 
@@ -45,6 +44,9 @@ class _Option(NamedTuple):
     site: int
 
 
+Options = list[_Option]  # of one site, each dearer than the one before and of lower loss; or picks, one a site
+
+
 def solve(losses: Sequence[Sequence[float]], costs: Sequence[Sequence[int]], budget: int) -> Choice:
     """Choose one option a site (a row; rows differ in length): the least summed loss, the summed cost in the budget.
 
@@ -52,51 +54,37 @@ def solve(losses: Sequence[Sequence[float]], costs: Sequence[Sequence[int]], bud
     the first. An infinite loss forbids its option. Raises SearchError on a NaN, and if no choice is within the budget.
     """
     sites = [_undominated(site, *row) for site, row in enumerate(zip(losses, costs, strict=True))]
-    best = [options[0] for options in sites]
+    best, states, serial = _cheapest(sites), 0, count()
     if _cost(best) > index(budget):
         raise SearchError(f"budget {budget} is out of reach: the smallest sum of costs is {_cost(best)}")
-    parts = [(-math.inf, 0, sites)]  # of the problem, still open: the least loss they may hold, a serial number, options
-    for serial in count(1):
-        if serial > MAX_PARTS or not parts or parts[0][0] >= _loss(best) - ROUNDING * abs(_loss(best)):
-            break
-        picks, gap, part = _solve_part(heappop(parts)[2], budget)
-        best = min(best, picks, key=lambda picks: (_loss(picks), _cost(picks)))
-        if gap:
-            for half in _split(part):
-                if _cost(options[0] for options in half) <= budget:
-                    heappush(parts, (_loss(picks) - gap, serial * 64 + len(parts), half))
-    left = max(0.0, _loss(best) - parts[0][0]) if parts else 0.0
-    return Choice(tuple(pick.number for pick in best), _loss(best), _cost(best), left)
+    parts = [(-math.inf, next(serial), sites)]  # a heap of the parts not yet solved; the least loss each may hold first
+    while parts and states < MAX_STATES and parts[0][0] < _loss(best) - 1e-12 * abs(_loss(best)):
+        picks, gap, sites, used = _solve_part(heappop(parts)[2], budget)
+        best, states = min(best, picks, key=lambda picks: (_loss(picks), _cost(picks))), states + used
+        for part in _split(sites) if gap else ():
+            if _cost(_cheapest(part)) <= budget:
+                heappush(parts, (_loss(picks) - gap, next(serial), part))
+    gap = max(0.0, _loss(best) - parts[0][0]) if parts else 0.0
+    return Choice(tuple(pick.number for pick in best), _loss(best), _cost(best), gap)
 
 
-def _loss(options: Iterable[_Option]) -> float:
-    return math.fsum(option.loss for option in options)
+def _cheapest(sites: list[Options]) -> Options:
+    return [options[0] for options in sites]
 
 
-def _cost(options: Iterable[_Option]) -> int:
-    return sum(option.cost for option in options)
+def _cost(picks: Options) -> int:
+    return sum(pick.cost for pick in picks)
 
 
-def _solve_part(sites: list[list[_Option]], budget: int) -> tuple[list[_Option], float, list[list[_Option]]]:
-    """The best picks found, their proven gap, and the options that better picks may hold."""
-    picks, gap = [options[0] for options in sites], 0.0
-    for states in (0, PART_STATES):
-        core = _Core.build(sites, budget)
-        picks, gap = core.search(picks, states)
-        sites = _reduce(sites, picks, core.price, budget)
-    return picks, gap, sites
+def _loss(picks: Options) -> float:
+    return math.fsum(pick.loss for pick in picks)
 
 
-def _split(sites: list[list[_Option]]) -> list[list[list[_Option]]]:
-    widest = max(sites, key=lambda options: options[-1].cost - options[0].cost)
-    return [[[o] if options is widest else options for options in sites] for o in widest]
-
-
-def _undominated(site: int, losses: Sequence[float], costs: Sequence[int]) -> list[_Option]:
+def _undominated(site: int, losses: Sequence[float], costs: Sequence[int]) -> Options:
     """The options worth having: each costs more and loses less than the one before."""
-    kept: list[_Option] = []
+    kept: Options = []
     pairs = zip(costs, losses, strict=True)
-    for option in sorted(_Option(index(cost), float(loss), i, site) for i, (cost, loss) in enumerate(pairs)):
+    for option in sorted(_Option(index(cost), float(loss), number, site) for number, (cost, loss) in enumerate(pairs)):
         if math.isnan(option.loss) or option.loss == -math.inf:
             raise SearchError(f"site {site}, option {option.number}: the loss must be a number, not {option.loss}")
         if option.loss < (kept[-1].loss if kept else math.inf):
@@ -106,12 +94,28 @@ def _undominated(site: int, losses: Sequence[float], costs: Sequence[int]) -> li
     return kept
 
 
-def _reduce(sites: list[list[_Option]], picks: list[_Option], price: float, budget: int) -> list[list[_Option]]:
+def _solve_part(sites: list[Options], budget: int) -> tuple[Options, float, list[Options], int]:
+    """Draft, then prove: picks, their gap, the options that better picks may hold, and the number of states kept."""
+    picks, gap, total = _cheapest(sites), 0.0, 0
+    for states in (0, PART_STATES):
+        core = _Core.build(sites, budget)
+        picks, gap, used = core.search(picks, states)
+        sites, total = _reduce(sites, picks, core.price, budget), total + used
+    return picks, gap, sites, total
+
+
+def _split(sites: list[Options]) -> Iterator[list[Options]]:
+    """One part for each option of the site with most cost at stake, since that option moves the price of all others."""
+    widest = max(sites, key=lambda options: options[-1].cost - options[0].cost)
+    return ([[option] if options is widest else options for options in sites] for option in widest)
+
+
+def _reduce(sites: list[Options], picks: Options, price: float, budget: int) -> list[Options]:
     """Drop each option that, its cost paid at this price, is further above its site's best than the picks above all."""
     paid = [[option.loss + price * (option.cost - options[0].cost) for option in options] for options in sites]
-    bound = math.fsum(map(min, paid)) - price * (budget - _cost(options[0] for options in sites))
+    bound = math.fsum(map(min, paid)) - price * (budget - _cost(_cheapest(sites)))
     scale = math.fsum(abs(p.loss) + price * (p.cost - o[0].cost) for p, o in zip(picks, sites, strict=True))
-    gap = math.fsum(p.loss for p in picks) - bound + 1e-12 * scale  # the last term outweighs all rounding above
+    gap = _loss(picks) - bound + 1e-12 * scale  # the last term outweighs all rounding above
     return [
         [o for o, value in zip(options, values, strict=True) if value <= min(values) + gap or o == pick]
         for options, values, pick in zip(sites, paid, picks, strict=True)
@@ -144,7 +148,7 @@ def _pareto(states: Ints, cost: Ints, loss: Ints) -> Ints:
 class _Core:
     """The sites that have a choice, the most undecided first, in whole units of cost and quanta of loss."""
 
-    sites: list[list[_Option]]
+    sites: list[Options]
     tables: list[Ints]  # one a site: [2 options], cost and loss above the cheapest option's
     edges: Ints  # [4 edges] as _edges gives them, steepest first: a leading part is the best choice of its cost
     room: int  # units that the budget leaves above the cheapest options
@@ -152,13 +156,13 @@ class _Core:
     price: float  # loss per cost, where the linear relaxation meets the budget
 
     @classmethod
-    def build(cls, sites: list[list[_Option]], budget: int) -> _Core:
+    def build(cls, sites: list[Options], budget: int) -> _Core:
         live = [options for options in sites if len(options) > 1]
         unit = math.gcd(*(option.cost - options[0].cost for options in live for option in options)) or 1
         bits = 60 - math.frexp(math.fsum(options[0].loss - options[-1].loss for options in live))[1]
         whole = [[(o.cost // unit, round(math.ldexp(o.loss, bits))) for o in options] for options in live]
         tables = [[(cost - points[0][0], loss - points[0][1]) for cost, loss in points] for points in whole]
-        room = min((budget - _cost(options[0] for options in sites)) // unit, sum(t[-1][0] for t in tables))
+        room = min((budget - _cost(_cheapest(sites))) // unit, sum(points[-1][0] for points in tables))
         # Unequal slopes differ by over 2**-126: the shift compares them exactly, so a site's edges stay in order.
         steps = sorted((e for i, t in enumerate(tables) for e in _edges(i, t)), key=lambda e: (e[1] << 128) // e[0])
         edges = np.array(steps, dtype=np.int64).reshape(-1, 4).T
@@ -170,13 +174,13 @@ class _Core:
         arrays, quantum = [np.array(tables[i]).T for i in order], math.ldexp(1.0, -bits)
         return cls([live[i] for i in order], arrays, edges, room, quantum, price * quantum / unit)
 
-    def search(self, picks: list[_Option], states: int) -> tuple[list[_Option], float]:
-        """Extend partial choices a site at a time; return the best complete one, or else `picks`, and its gap."""
+    def search(self, picks: Options, states: int) -> tuple[Options, float, int]:
+        """Extend partial choices site by site: the best complete one, or else `picks`; its gap; the states kept."""
         places = [options.index(picks[options[0].site]) for options in self.sites]
         best = tuple(sum(int(t[row, i]) for t, i in zip(self.tables, places, strict=True)) for row in (1, 0))
         option = parent = cost = loss = np.zeros(1, dtype=np.int64)  # [states], at first the choice of nothing
         trail: list[Ints] = []
-        lost = math.inf  # the least bound among the states given up
+        used, lost = 0, math.inf  # the states kept, the least bound of those given up
         for depth in range(len(self.sites) + 1):
             if depth:
                 table = self.tables[depth - 1]
@@ -189,16 +193,16 @@ class _Core:
                 best = int(total[first]), int(spent[first])
                 places = self._trace(trail, option[first], parent[first], fitting[first])
             keep = _pareto(np.flatnonzero(bound < best[0]), cost, loss)
-            most = max(DRAFT_STATES, (states - sum(t.shape[1] for t in trail)) // 64)
+            most = max(DRAFT_STATES, (states - used) // 64)
             if keep.size > most:
                 keep = keep[np.argpartition(bound[keep], most)]
                 lost, keep = min(lost, int(bound[keep[most]])), keep[:most]
             if not keep.size:
                 break
-            cost, loss = cost[keep], loss[keep]
+            used, cost, loss = used + keep.size, cost[keep], loss[keep]
             trail.append(np.stack((option[keep], parent[keep])))
         chosen = {options[i].site: options[i] for options, i in zip(self.sites, places, strict=True)}
-        return [chosen.get(pick.site, pick) for pick in picks], max(0.0, best[0] - lost) * self.quantum
+        return [chosen.get(pick.site, pick) for pick in picks], max(0.0, best[0] - lost) * self.quantum, used
 
     def _relax(self, depth: int, cost: Ints, loss: Ints) -> tuple[Ints, Ints, Ints, Ints]:
         """Complete each state with the edges that fit whole: how many, its cost, its loss; and bound its best loss."""
