@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from nmfx.errors import CheckpointError, ModelError
 from nmfx.export.packing import pack, unpack
 from nmfx.files import write_atomic
-from nmfx.graph.masked import MaskedSite, MaskSpec, mask_attribute, mask_name, masked_sites, unmask
+from nmfx.graph.masked import MaskedSite, mask_attribute, masked_sites, unmask
+from nmfx.graph.reading import MaskSpec, mask_name
 from nmfx.scheme import Scheme
 from nmfx.sparsity.layout import Grouping
 from nmfx.sparsity.pattern import Pattern
@@ -213,13 +214,20 @@ def _fill(
             if name in state and tensor.dtype != state[name].dtype:
                 tensor.data = tensor.data.to(state[name].dtype)
     model.load_state_dict(state, strict=False)  # check_state has named every difference but missing counters
-    for name, site in header.sites.items():
-        path, _, attr = name.rpartition(".")
-        owner = model.get_submodule(path)
+    for name in sorted(header.sites, key=lambda name: name in header.aliases):  # first owners first
+        site, (owner, attr) = header.sites[name], _owner(model, name)
         spec = MaskSpec(name, Pattern(site["pattern"]), header.grouping(name), site["decay"], site["frozen"])
+        if name in header.aliases:
+            mask_attribute(owner, attr, spec, _owner(model, header.aliases[name]))
+            continue
         mask_attribute(owner, attr, spec)
         # The mask as it was, not one found anew: kept weights may be zero, and dropped ones are zero now.
         weight = cast(nn.Parameter, owner._parameters[attr])
         owner._buffers[mask_name(attr)] = masks[name].to(weight.device)
         owner.__dict__["_masked_sites"][attr].refresh(owner, attr, weight, update=False)
     return model.eval()
+
+
+def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    path, _, attr = name.rpartition(".")
+    return model.get_submodule(path), attr

@@ -35,45 +35,32 @@ POSITION_TABLE = re.compile(r"(^|_)(rel|pos|relative|position|tokens?|latents?)(
 
 @dataclass(frozen=True)
 class Operand:
-    """One operand of a matmul-like operation that may be a weight.
-
-    `length` entries, `stride` apart in memory, are contracted with the activations: they are the group axis.
-    """
+    """One operand of a matmul-like operation that may be a weight; `dim` is contracted with the activations."""
 
     tensor: Tensor
-    length: int
-    stride: int
+    dim: int
     macs: int
     kind: str = "matmul"
     conv_groups: int = 1
 
 
-def _along(tensor: Tensor, dim: int, macs: int, kind: str = "matmul") -> Operand:
-    length = tensor.shape[dim]
-    return Operand(tensor, length, tensor.stride(dim) if length > 1 else 1, macs, kind)
-
-
 def _product(a: Tensor, b: Tensor, out: Tensor) -> list[Operand]:
     macs = out.numel() * a.shape[-1]
-    return [_along(b, -2 if b.dim() > 1 else -1, macs), _along(a, -1, macs)]
+    return [Operand(b, -2 if b.dim() > 1 else -1, macs), Operand(a, -1, macs)]
 
 
 def _convolution(args: tuple[Any, ...], out: Tensor) -> list[Operand]:
     x, weight, transposed, conv_groups = args[0], args[1], args[6], args[8]
-    taps = math.prod(weight.shape[2:])
     moved = x if transposed else out  # every position of it meets each weight once
     macs = moved.numel() // weight.shape[0] * weight.numel()
     kind = f"conv{'_transpose' if transposed else ''}{weight.dim() - 2}d"
-    if transposed:  # (in, out / g, *kernel): in / g consecutive input channels feed one group of outputs
-        return [Operand(weight, weight.shape[0] // conv_groups, weight.shape[1] * taps, macs, kind, conv_groups)]
-    stride = weight.stride(1) if weight.shape[1] > 1 else taps
-    return [Operand(weight, weight.shape[1], stride, macs, kind, conv_groups)]
+    return [Operand(weight, 0 if transposed else 1, macs, kind, conv_groups)]
 
 
 def _deform_convolution(args: tuple[Any, ...], out: Tensor) -> list[Operand]:
     weight = args[1]
     macs = out.numel() // len(weight) * weight.numel()
-    return [Operand(weight, weight.shape[1], math.prod(weight.shape[2:]), macs, "conv2d")]
+    return [Operand(weight, 1, macs, "conv2d")]
 
 
 OPERATIONS: dict[str, Callable[[tuple[Any, ...], Tensor], list[Operand]]] = {
@@ -83,9 +70,9 @@ OPERATIONS: dict[str, Callable[[tuple[Any, ...], Tensor], list[Operand]]] = {
     "aten::addmm": lambda args, out: _product(args[1], args[2], out),
     "aten::addmv": lambda args, out: _product(args[1], args[2], out),
     "aten::baddbmm": lambda args, out: _product(args[1], args[2], out),
-    "aten::linear": lambda args, out: [_along(args[1], -1, out.numel() * args[1].shape[-1])],
+    "aten::linear": lambda args, out: [Operand(args[1], -1, out.numel() * args[1].shape[-1])],
     "aten::convolution": _convolution,
-    "aten::_trilinear": lambda args, out: [_along(args[1], -1, args[0].shape[0] * args[1].numel(), "bilinear")],
+    "aten::_trilinear": lambda args, out: [Operand(args[1], -1, args[0].shape[0] * args[1].numel(), "bilinear")],
     "torchvision::deform_conv2d": _deform_convolution,
 }
 
@@ -120,12 +107,20 @@ def _storage(tensor: Tensor) -> int:
 
 
 class Census(TorchDispatchMode):
-    """Records how a forward pass uses the parameters of a model. `uses` maps each parameter's id to what was seen."""
+    """Records how a forward pass uses the parameters of a model.
+
+    Attributes:
+        uses: what was seen, by the id of the parameter.
+        sources: storage -> the parameters whose weights it holds, as they are or transformed.
+        orders: storage -> index in the parameter of each of its entries, where a copy has laid them out anew.
+        tainted: storages of activations.
+    """
 
     def __init__(self, parameters: list[nn.Parameter], inputs: Any) -> None:
         super().__init__()
         self.uses = {id(p): _Use() for p in parameters}
         self.sources: dict[int, tuple[nn.Parameter, ...]] = {_storage(p): (p,) for p in parameters}
+        self.orders: dict[int, Tensor] = {}
         self.own = set(self.sources)
         self.tainted = {_storage(t) for t in _tensors(inputs)}
 
@@ -133,27 +128,37 @@ class Census(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         name, inputs, outputs = func._schema.name, _tensors((args, kwargs)), _tensors(out)
         operands = OPERATIONS[name](args, outputs[0]) if name in OPERATIONS else []
-        for operand in operands:
-            if _storage(operand.tensor) in self.sources:
-                self._record_weight(operand)
-                break  # the second operand of a product of two parameters is data (a learned query)
-        else:
-            self._record_reads(name, inputs, outputs)
+        weight = next((operand for operand in operands if _storage(operand.tensor) in self.sources), None)
+        if weight is not None:  # the other operand of a product of two parameters is data (a learned query)
+            self._record_weight(weight)
+        self._record_reads(name, [t for t in inputs if weight is None or t is not weight.tensor], outputs)
         self._follow(inputs, outputs, is_matmul=bool(operands))
         return out
 
     def _record_weight(self, operand: Operand) -> None:
         sources = self.sources[_storage(operand.tensor)]
         total = sum(p.numel() for p in sources)
-        row = operand.length * operand.stride
+        length, stride = self._run(operand)
         for parameter in sources:
             use, numel = self.uses[id(parameter)], parameter.numel()
-            if use.rows is None and row and numel % row == 0:
-                use.rows = (numel // row, operand.length, operand.stride)
-                linear = operand.kind == "matmul" and parameter.dim() == 2 and operand.stride == 1
+            if use.rows is None and length * stride and numel % (length * stride) == 0:
+                use.rows = (numel // (length * stride), length, stride)
+                linear = operand.kind == "matmul" and parameter.dim() == 2 and stride == 1
                 use.kind, use.conv_groups = "linear" if linear else operand.kind, operand.conv_groups
             use.macs += operand.macs * numel // total
             use.calls += 1
+
+    def _run(self, operand: Operand) -> tuple[int, int]:
+        """Length of the group axis, and how far apart its entries lie in the parameter (0: not evenly)."""
+        tensor, dim, length = operand.tensor, operand.dim, operand.tensor.shape[operand.dim]
+        if "transpose" in operand.kind:  # (in, out / g, *kernel): in / g consecutive channels feed one group of outputs
+            length //= operand.conv_groups
+        if length == 1:
+            return 1, math.prod(tensor.shape[dim:][1:]) if "conv" in operand.kind else 1
+        if (order := self.orders.get(_storage(tensor))) is None:
+            return length, tensor.stride(dim)
+        steps = order.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).diff(dim=dim)
+        return length, int(steps.flatten()[0]) if bool((steps == steps.flatten()[0]).all()) else 0
 
     def _record_reads(self, name: str, inputs: list[Tensor], outputs: list[Tensor]) -> None:
         if any(_storage(out) in map(_storage, inputs) for out in outputs):
@@ -166,23 +171,52 @@ class Census(TorchDispatchMode):
         """Mark what the outputs are: activations, values derived from parameters alone, or neither."""
         ids = [_storage(tensor) for tensor in inputs]
         activation = any(i in self.tainted for i in ids)
-        sources = tuple(dict.fromkeys(p for i in ids for p in self.sources.get(i, ()) if p.dim() > 1))
         for out in outputs:
             key = _storage(out)
-            if activation and key not in self.own:
+            if key in ids or key in self.own:
+                if activation and key not in self.own:
+                    self.tainted.add(key)
+                    self._forget(key)
+                continue
+            self._forget(key)  # new memory: whatever stood at this address before is gone
+            self.tainted.discard(key)
+            if activation:
                 self.tainted.add(key)
-                self.sources.pop(key, None)
-            elif key not in ids:  # new memory: whatever stood at this address before is gone
-                self.tainted.discard(key)
-                self.sources.pop(key, None)
-                if derived := () if is_matmul else _same_size(out, sources):
-                    self.sources[key] = derived
+            elif not is_matmul:
+                self._derive(inputs, out)
 
+    def _forget(self, key: int) -> None:
+        self.sources.pop(key, None)
+        self.orders.pop(key, None)
 
-def _same_size(out: Tensor, sources: tuple[nn.Parameter, ...]) -> tuple[nn.Parameter, ...]:
-    """The parameters whose weights `out` still holds: one that was standardised or cast, or several that were joined."""
-    whole = tuple(p for p in sources if p.numel() == out.numel())
-    return whole[:1] or (sources if out.numel() == sum(p.numel() for p in sources) else ())
+    def _derive(self, inputs: list[Tensor], out: Tensor) -> None:
+        """An operation on parameters alone: note whose weights `out` still holds, and in which order.
+
+        One parameter that was standardised, cast, permuted or expanded keeps its number of entries; several that were joined
+        add theirs up.
+        """
+        key, held = _storage(out), [t for t in inputs if any(p.dim() > 1 for p in self.sources.get(_storage(t), ()))]
+        for tensor in held:
+            sources = self.sources[_storage(tensor)]
+            if tensor.numel() == out.numel() >= sum(p.numel() for p in sources):
+                self.sources[key] = sources
+                self._reorder(tensor, out)
+                return
+        sources = tuple(dict.fromkeys(p for t in held for p in self.sources[_storage(t)] if p.dim() > 1))
+        if sources and out.numel() == sum(p.numel() for p in sources) and all(t.is_contiguous() for t in held):
+            self.sources[key] = sources
+
+    def _reorder(self, tensor: Tensor, out: Tensor) -> None:
+        """Carry the order of entries from `tensor` to its copy `out`, unless both are simply in order."""
+        order = self.orders.get(_storage(tensor))
+        if order is None and tensor.is_contiguous() and out.is_contiguous():
+            return
+        if order is None:
+            order = torch.arange(sum(p.numel() for p in self.sources[_storage(tensor)]), device="cpu")
+        entries = order.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).reshape(out.shape)
+        laid = torch.empty(out.numel(), dtype=torch.int64, device="cpu")
+        laid.as_strided(out.shape, out.stride()).copy_(entries)
+        self.orders[_storage(out)] = laid
 
 
 def _tensors(tree: Any) -> list[Tensor]:
@@ -212,7 +246,10 @@ def _with_values(model: nn.Module) -> nn.Module:
     """The model on the CPU; weights that were on the meta device become small random numbers."""
     values = [t for t in (*model.parameters(), *model.buffers()) if t.device.type == "meta"]
     if not values:
-        return model.cpu()
+        model.cpu()
+        for parameter in model.parameters():  # strides are read as positions in the parameter
+            parameter.data = parameter.data.contiguous()
+        return model
     model.to_empty(device="cpu")
     with torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):
@@ -318,6 +355,8 @@ def _reason(
         operations = use.operations + late.operations
         if not operations:
             return "never read by the forward pass"
+        if any(f"aten::{operation}" in OPERATIONS for operation in operations):
+            return "data in a matmul (a learned query)"
         for operation in operations:
             for word, reason in READ_AS.items():
                 if word in operation:

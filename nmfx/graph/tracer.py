@@ -35,6 +35,11 @@ class SiteTracer(fx.Tracer):
         self.leaves = (*get_notrace_modules(), StochasticDepth, DropBlock2d, DropBlock3d, *leaves)
         self.stack: list[nn.Module] = []
 
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        """Only parameters have constant shapes: fx's ParameterProxy refuses buffers."""
+        self.param_shapes_constant = isinstance(attr_val, nn.Parameter)
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Leaves are torch.nn's modules, timm's registered ones, and the classes that failed before."""
         return isinstance(m, self.leaves) or super().is_leaf_module(m, module_qualified_name)
@@ -158,9 +163,10 @@ def _compare(model: nn.Module, view: SiteGraph, example_input: Any) -> None:
     from nmfx.zoo import Example
 
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    example, mode = Example.of(example_input).to(device), model.training
+    example = Example.of(example_input).to(device)
     if device.type == "meta":
         return
+    modes = [(module, module.training) for module in model.modules()]
     try:
         model.eval(), view.eval()
         with torch.no_grad():
@@ -169,4 +175,6 @@ def _compare(model: nn.Module, view: SiteGraph, example_input: Any) -> None:
     except AssertionError as error:
         raise TraceError(f"{type(model).__name__}: its fx graph computes something else: {error}") from error
     finally:
-        model.train(mode), view.train(mode)
+        view.train(modes[0][1])
+        for module, training in modes:
+            module.training = training

@@ -14,8 +14,9 @@ from torch.utils._pytree import tree_leaves
 
 from nmfx.errors import SchemeError
 from nmfx.graph.census import find_sites
-from nmfx.graph.masked import MaskSpec, is_masked, mask_attribute, masked_sites, unmask
-from nmfx.graph.site import Sites
+from nmfx.graph.masked import is_masked, mask_attribute, masked_sites, unmask
+from nmfx.graph.reading import MaskSpec
+from nmfx.graph.site import Site, Sites
 from nmfx.graph.tracer import to_graph
 from nmfx.scheme import Scheme
 from nmfx.sparsity.layout import Grouping
@@ -68,9 +69,15 @@ def transform(
     for site in sites:
         if site.name in resolved:
             spec = MaskSpec(site.name, resolved[site.name], resolved.grouping(site), factor, training == "fixed")
-            for path, attr in site.owners:
-                mask_attribute(result.get_submodule(path), attr, spec)
+            _mask(result, site, spec)
     return to_graph(result, example_input) if as_graph else result
+
+
+def _mask(model: nn.Module, site: Site, spec: MaskSpec) -> None:
+    twin = None
+    for path, attr in site.owners:
+        mask_attribute(model.get_submodule(path), attr, spec, twin)
+        twin = twin or (model.get_submodule(path), attr)
 
 
 def resolve_scheme(scheme: AnyScheme, sites: Sites) -> Scheme:
@@ -99,7 +106,7 @@ def conversion_difference(model: nn.Module, sites: Sites, example: Example) -> f
     """
     if any(is_masked(module) for module in model.modules()):
         raise SchemeError(f"{type(model).__name__} is converted already; compare its baked copy")
-    training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
 
     def outputs() -> list[Tensor]:
@@ -111,14 +118,13 @@ def conversion_difference(model: nn.Module, sites: Sites, example: Example) -> f
     try:
         before = outputs()
         for site in sites:
-            for path, attr in site.owners:
-                spec = MaskSpec(site.name, Pattern.DENSE, Grouping(site.rows, 1))
-                mask_attribute(model.get_submodule(path), attr, spec)
+            _mask(model, site, MaskSpec(site.name, Pattern.DENSE, Grouping(site.rows, 1)))
         after = outputs()
     finally:
         for module in model.modules():
             unmask(module, keep_masked=False)
-        model.train(training)
+        for module, training in modes:
+            module.training = training
     if [t.shape for t in before] != [t.shape for t in after]:
         return float("inf")
     return max((float((a - b).abs().nan_to_num().max()) for a, b in zip(before, after, strict=True) if a.numel()), default=0.0)

@@ -2,43 +2,64 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-Gradient = Literal["sr-ste", "ste", "kept"]
 
-
-class MaskedRead(torch.autograd.Function):
-    """``masked = where(mask, weight, 0)`` with the gradient of a training method.
-
-    Backward gives the dense weight, for the gradient ``g`` of the masked one:
+def dense_gradient(grad: Tensor, weight: Tensor, mask: Tensor, masked: Tensor, decay: float | None) -> Tensor:
+    """Gradient of the dense weight from that of the masked one, ``g``.
 
     - ``decay >= 0``: ``g + decay * (1 - mask) * weight``, SR-STE (Zhou et al., ICLR 2021, eq. 9); 0 is the plain
       straight-through estimator;
     - ``decay is None``: ``mask * g``, kept weights only (ASP, and the search of DominoSearch).
     """
+    if decay is None:
+        return torch.where(mask, grad, torch.zeros((), dtype=grad.dtype, device=grad.device))
+    if decay == 0:
+        return grad
+    return (weight - masked) * decay + grad  # w - masked is exactly (1 - mask) * w: w - w and w - 0 need no rounding
+
+
+class MaskedRead(torch.autograd.Function):
+    """The masked value that is already there, with the gradient of a training method; the fast path of eager mode.
+
+    It saves no tensors in the autograd sense, so that one output can serve every read between two updates, whatever the order
+    of their backward passes; `note` is told that a backward has run.
+    """
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, mask: Tensor, masked: Tensor, decay: float | None) -> Tensor:
-        """`masked` already holds the value; it is returned as a view, so that a read costs nothing."""
-        ctx.decay = decay
-        if decay is None:
-            ctx.save_for_backward(mask)
-        elif decay > 0:
-            ctx.save_for_backward(weight, masked)
+    def forward(ctx: Any, weight: Tensor, mask: Tensor, masked: Tensor, decay: float | None, note: Any) -> Tensor:
+        """A view of `masked`: a read costs nothing."""
+        ctx.weight, ctx.mask, ctx.masked, ctx.decay, ctx.note = weight, mask, masked, decay, note
         return masked.view_as(masked)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Gradient of the dense weight."""
-        (grad,) = grads
-        if ctx.decay is None:
-            (mask,) = ctx.saved_tensors
-            return torch.where(mask, grad, grad.new_zeros(())), None, None, None
-        if ctx.decay == 0:
-            return grad, None, None, None
-        weight, masked = ctx.saved_tensors
-        dropped = weight - masked  # exactly (1 - mask) * weight: w - w and w - 0 both round to themselves
-        return dropped.mul_(ctx.decay).add_(grad), None, None, None
+        ctx.note.dirty = True
+        return dense_gradient(grads[0], ctx.weight.detach(), ctx.mask, ctx.masked, ctx.decay), None, None, None, None
+
+
+class MaskedCompute(torch.autograd.Function):
+    """The same for compilers and function transforms: everything is computed and saved in the open."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(weight: Tensor, mask: Tensor, decay: float | None) -> Tensor:
+        """``where(mask, weight, 0)``."""
+        return torch.where(mask, weight, torch.zeros((), dtype=weight.dtype, device=weight.device))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Keep what the gradient needs."""
+        weight, mask, ctx.decay = inputs
+        ctx.save_for_backward(weight, mask, output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradient of the dense weight."""
+        weight, mask, masked = ctx.saved_tensors
+        return dense_gradient(grads[0], weight.detach(), mask, masked.detach(), ctx.decay), None, None

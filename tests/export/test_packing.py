@@ -128,9 +128,7 @@ def test_bits_per_group(n: int, m: int, bits: int) -> None:
     assert packed_sizes(n, Grouping((8, m, 1), m)) == (8 * n, bits)
 
 
-@pytest.mark.parametrize(
-    ("n", "m"), [(n, m) for m in range(1, 10) for n in range(1, m + 1)], ids=lambda value: str(value)
-)
+@pytest.mark.parametrize(("n", "m"), [(n, m) for m in range(1, 10) for n in range(1, m + 1)], ids=lambda value: str(value))
 def test_every_choice_has_its_own_rank(n: int, m: int) -> None:
     choices = list(itertools.combinations(range(m), n))
     mask = torch.zeros(len(choices), m, dtype=torch.bool)

@@ -64,7 +64,7 @@ EXPECTED: dict[str, dict[str, tuple[str, tuple[int, int, int], int]]] = {
         "projections.out": ("matmul", (1, 8, 12), 5 * 96),  # heads and head features are contracted together
     },
     "products": {"bank.flat": ("matmul", (1, 8, 12), 5 * 96), "bank.heads": ("matmul", (3, 12, 4), 5 * 144)},
-    "transposing": {"bank.0": ("linear", (1, 8, 12), 96)},
+    "transposing": {"bank.0": ("matmul", (1, 8, 12), 96)},
     "query": {"q.weight": ("linear", (8, 8, 1), 4 * 64 // 2)},  # once for the whole batch of two
     "bilinear": {"pair.weight": ("bilinear", (5 * 4, 8, 1), 160)},
     "experts": {
@@ -105,13 +105,8 @@ SKIPPED = {  # name -> a word of the reason
     },
 }
 
-SCRIPT = "find_sites deep-copies a ScriptModule with gradients on: non-leaf parameters, a UserWarning from module.cpu()"
-COPIED = "a permuted contiguous copy of a weight passes for the weight itself: rows follow the copy's strides"
-BATCH = "a weight broadcast over the batch is an expanded copy of another size: lost when the example holds two samples"
-NEVER = "the data side of a product of two parameters is recorded as nothing: 'never read by the forward pass'"
 
-
-@models(xfail={"scripted": SCRIPT, "einsum": COPIED, "transposing": COPIED, "products": BATCH})
+@models()
 def test_sites_are_what_pen_and_paper_give(name: str) -> None:
     model, example = build(name)
     sites = find_sites(model, example)
@@ -122,7 +117,7 @@ def test_sites_are_what_pen_and_paper_give(name: str) -> None:
     assert sites.macs == sum(macs for _, _, macs in EXPECTED[name].values())
 
 
-@models(xfail={"scripted": SCRIPT, "query": NEVER, "products": BATCH})
+@models()
 def test_every_parameter_is_a_site_or_skipped_with_the_reason(name: str) -> None:
     model, example = build(name)
     sites = find_sites(model, example)
@@ -138,7 +133,7 @@ def test_every_parameter_is_a_site_or_skipped_with_the_reason(name: str) -> None
             sites[key]
 
 
-@models(xfail={"scripted": SCRIPT})
+@models()
 def test_shapes_owners_and_order_are_the_models(name: str) -> None:
     model, example = build(name)
     sites = find_sites(model, example)
@@ -155,7 +150,7 @@ def test_shapes_owners_and_order_are_the_models(name: str) -> None:
         )
 
 
-@models([name for name in MODELS if name not in ("scripted", "query")], xfail={"products": BATCH})  # query runs once a batch
+@models([name for name in MODELS if name not in ("scripted", "query")])  # query runs once a batch
 def test_the_batch_of_the_example_does_not_matter(name: str) -> None:
     model, example = build(name)
     half = lambda tensor: tensor[:1]  # noqa: E731
@@ -163,7 +158,7 @@ def test_the_batch_of_the_example_does_not_matter(name: str) -> None:
     assert find_sites(model, single) == find_sites(model, example)
 
 
-@models(xfail={"scripted": SCRIPT})
+@models()
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
 def test_the_model_is_left_alone(name: str, train: bool) -> None:
     model, example = build(name)
@@ -217,7 +212,6 @@ def test_half_precision_halves_the_bytes() -> None:
     assert [s.bytes * 2 for s in find_sites(*build("half"))] == [s.bytes for s in find_sites(*build("residual"))]
 
 
-@pytest.mark.xfail(strict=True, reason="on the CPU, a channels-last weight's own strides are taken for its rows: (36, 8, 1)")
 def test_memory_format_does_not_change_the_rows() -> None:
     model, example = build("branching")  # runs on the CPU, where the copy keeps its strides
     sites = find_sites(model, example)

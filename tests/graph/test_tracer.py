@@ -22,8 +22,6 @@ from nmfx.scheme import Scheme
 from nmfx.zoo import Example
 
 TRACEABLE = [name for name in MODELS if name not in ("branching", "scripted")]  # branching asks for values in its root
-BUFFERS = "proxy_buffer_attributes with param_shapes_constant: fx asks ParameterProxy for a buffer, which asserts"
-unreadable = dict.fromkeys(["buffered", "tables"], BUFFERS)
 
 
 def convert(name: str) -> tuple[nn.Module, nn.Module, Example]:
@@ -37,7 +35,7 @@ def nodes(view: SiteGraph, *ops: str) -> list[str]:
     return [str(node.target) for node in view.graph.nodes if node.op in ops]
 
 
-@models(TRACEABLE, xfail=unreadable)
+@models(TRACEABLE)
 def test_the_eval_graph_is_exact(name: str) -> None:
     _, converted, example = convert(name)
     view = to_graph(converted.eval(), example)
@@ -49,7 +47,7 @@ def test_the_eval_graph_is_exact(name: str) -> None:
     assert same(run(view, example), run(bake(converted), example))  # the graph reads through the masks, as of now
 
 
-@models(TRACEABLE, xfail=unreadable)
+@models(TRACEABLE)
 def test_masking_does_not_change_the_graph(name: str) -> None:
     model, converted, _ = convert(name)
     plain, view = to_graph(model), to_graph(converted)
@@ -85,7 +83,7 @@ def test_owners_are_leaves_and_functional_reads_go_through_the_mask(name: str, m
         assert f"{site.path}.{site.attr}" in reads or any(site.path.startswith(path) for path in modules)
 
 
-@models(TRACEABLE, xfail=unreadable)
+@models(TRACEABLE)
 def test_train_and_eval_switch_the_graph(name: str) -> None:
     _, converted, example = convert(name)
     view = to_graph(converted.train())
@@ -112,7 +110,7 @@ def test_the_mode_at_birth_is_the_models() -> None:
         assert view.graph is view.graphs[train]
 
 
-@models(TRACEABLE, xfail=unreadable)
+@models(TRACEABLE)
 def test_gradients_are_the_models(name: str) -> None:
     _, converted, example = convert(name)
     view, twin = to_graph(converted), copy.deepcopy(converted)
@@ -124,7 +122,7 @@ def test_gradients_are_the_models(name: str) -> None:
         assert found.grad is None or torch.equal(found.grad, expected.grad), key  # type: ignore[arg-type]
 
 
-@models(TRACEABLE, xfail=unreadable)
+@models(TRACEABLE)
 def test_the_state_is_the_models(name: str) -> None:
     _, converted, _ = convert(name)
     view = to_graph(converted)
@@ -143,11 +141,10 @@ def test_tracing_leaves_the_model_alone(name: str, train: bool) -> None:
         try:
             to_graph(model, example)
         except TraceError:
-            assert name in ("branching", *unreadable)
+            assert name == "branching"
         assert snapshot(model) == before
 
 
-@pytest.mark.xfail(strict=True, reason="_compare ends with model.train(mode), which overrides the flags of the submodules")
 def test_the_mode_of_each_module_is_left_alone() -> None:
     model, example = build("residual")
     model.train().bn1.eval()  # a frozen batch normalisation
@@ -155,7 +152,6 @@ def test_the_mode_of_each_module_is_left_alone() -> None:
     assert not model.bn1.training
 
 
-@pytest.mark.xfail(strict=True, reason=BUFFERS)
 def test_a_read_of_a_buffer_follows_the_buffer() -> None:
     model, example = build("buffered")
     view = to_graph(model.eval(), example)
@@ -164,7 +160,6 @@ def test_a_read_of_a_buffer_follows_the_buffer() -> None:
     assert same(run(view, example), run(model, example))
 
 
-@pytest.mark.xfail(strict=True, reason=BUFFERS + ": the module becomes a leaf")
 def test_a_module_that_reads_a_buffer_is_no_leaf() -> None:
     view = to_graph(nn.Sequential(awkward.Buffered()))
     assert "0.fc" in nodes(view, "call_module")

@@ -134,17 +134,25 @@ def test_a_network_is_solved_exactly_and_the_same_each_time(sites: int, macs: bo
     assert smaller.loss > choice.loss
 
 
+def few_states(monkeypatch: pytest.MonkeyPatch, in_all: int) -> None:
+    monkeypatch.setattr(knapsack, "DRAFT_STATES", 2)
+    monkeypatch.setattr(knapsack, "PART_STATES", 0)
+    monkeypatch.setattr(knapsack, "MAX_STATES", in_all)
+
+
+def test_a_search_that_is_split_stays_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    problems = [realistic(random.Random(seed), 12, True) for seed in range(30)]
+    whole = [solve(*problem) for problem in problems]
+    few_states(monkeypatch, 1 << 22)
+    assert [solve(*problem) for problem in problems] == whole
+
+
 def test_a_search_cut_short_admits_its_gap(monkeypatch: pytest.MonkeyPatch) -> None:
-    cut = 0
-    for seed in range(30):
-        losses, costs, budget = realistic(random.Random(seed), 12, True)
-        best = solve(losses, costs, budget)
-        with monkeypatch.context() as patch:
-            patch.setattr(knapsack, "DRAFT_STATES", 2)
-            patch.setattr(knapsack, "PART_STATES", 0)
-            choice = solve(losses, costs, budget)
-        check(choice, losses, costs, budget)
-        assert best.gap == 0.0
-        assert best.loss <= choice.loss <= best.loss + choice.gap * (1 + 1e-12)
-        cut += choice.gap > 0
-    assert cut > 5
+    problems = [realistic(random.Random(seed), 12, True) for seed in range(30)]
+    best = [solve(*problem) for problem in problems]
+    few_states(monkeypatch, 1)
+    cut = [solve(*problem) for problem in problems]
+    for problem, low, high in zip(problems, best, cut, strict=True):
+        check(high, *problem)
+        assert low.loss <= high.loss <= low.loss + high.gap * (1 + 1e-12)
+    assert sum(choice.gap > 0 for choice in cut) > 5

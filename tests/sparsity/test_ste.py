@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nmfx.sparsity.layout import Grouping
 from nmfx.sparsity.mask import make_mask
-from nmfx.sparsity.ste import MaskedRead
+from nmfx.sparsity.ste import MaskedCompute, MaskedRead
 
 METHODS = {"sr-ste": 2e-4, "sr-ste-5e-4": 5e-4, "sr-ste-1": 1.0, "ste": 0.0, "kept": None}
 methods = pytest.mark.parametrize("decay", METHODS.values(), ids=METHODS)
@@ -27,7 +27,7 @@ def read(weight: Tensor, decay: float | None) -> tuple[Tensor, Tensor, Tensor]:
     """The value read, the mask and the tensor behind the value."""
     mask = make_mask(weight, 2, Grouping((weight.shape[0], weight.shape[1], 1), 4))
     masked = torch.where(mask, weight.detach(), torch.zeros((), dtype=weight.dtype))
-    return MaskedRead.apply(weight, mask, masked, decay), mask, masked
+    return MaskedRead.apply(weight, mask, masked, decay, SimpleNamespace(dirty=False)), mask, masked
 
 
 @methods
@@ -94,8 +94,19 @@ def test_through_a_loss(decay: float | None) -> None:
 
 @methods
 def test_only_the_weight_has_a_gradient(decay: float | None) -> None:
-    context: Any = type("Context", (), {"save_for_backward": lambda self, *saved: setattr(self, "saved_tensors", saved)})()
-    weight = torch.randn(2, 4)
-    MaskedRead.forward(context, weight, weight > 0, weight * (weight > 0), decay)
+    context, weight = SimpleNamespace(), torch.randn(2, 4)
+    MaskedRead.forward(context, weight, weight > 0, weight * (weight > 0), decay, SimpleNamespace(dirty=False))
     grads = MaskedRead.backward(context, torch.ones(2, 4))
-    assert [grad is None for grad in grads] == [False, True, True, True]
+    assert [grad is None for grad in grads] == [False, True, True, True, True]
+    assert context.note.dirty
+
+
+@methods
+def test_compilers_get_the_same(decay: float | None) -> None:
+    weight, grad = torch.randn(4, 8, requires_grad=True), torch.randn(4, 8)
+    value, mask, _ = read(weight, decay)
+    computed = MaskedCompute.apply(weight, mask, decay)
+    assert torch.equal(computed, value)
+    (expected,) = torch.autograd.grad(value, weight, grad)
+    (found,) = torch.autograd.grad(computed, weight, grad)
+    assert torch.equal(found, expected)

@@ -1,0 +1,278 @@
+"""One masked weight as it is read: computed when the parameter has changed, cached in between, and safe to write to."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from nmfx.errors import NmfxError
+from nmfx.sparsity.layout import Grouping
+from nmfx.sparsity.mask import make_mask, update_mask
+from nmfx.sparsity.pattern import Pattern
+from nmfx.sparsity.ste import MaskedCompute, MaskedRead
+
+PROBE = 64  # weights compared on a cached read: writes through .data and fused optimisers leave the version as it was
+
+
+@dataclass(frozen=True)
+class MaskSpec:
+    """What is asked of one masked attribute: its pattern, its groups, and how it trains.
+
+    ``decay`` is the SR-STE factor (0: plain STE; None: gradients of kept weights only); ``frozen`` keeps the mask as it is.
+    """
+
+    name: str
+    pattern: Pattern
+    grouping: Grouping
+    decay: float | None = 2e-4
+    frozen: bool = False
+
+
+def mask_name(attr: str) -> str:
+    """Name of the non-persistent buffer that holds the mask of `attr`."""
+    return f"{attr}_mask"
+
+
+class MaskedWeight(Tensor):
+    """The masked value of a weight, as a tensor whose writes reach the parameter.
+
+    In-place methods, ``.data``, ``.grad`` and hooks act on the parameter (or, for a view of the value, on the same view of the
+    parameter), and the value follows. It computes as any tensor does, at no extra cost.
+    """
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    parameter: Tensor
+    renew: Callable[[], None]
+
+    @staticmethod
+    def over(value: Tensor, parameter: Tensor, renew: Callable[[], None]) -> MaskedWeight:
+        """`value`, tied to `parameter`; `renew` recomputes the value's memory after a write."""
+        result = value.as_subclass(MaskedWeight)
+        result.parameter, result.renew = parameter, renew
+        return result
+
+    def _get_data(self) -> MaskedWeight:
+        return MaskedWeight.over(Tensor.detach(self), self.parameter.detach(), self.renew)
+
+    def _set_data(self, value: Tensor) -> None:
+        own = getattr(value, "parameter", value)
+        if own.data_ptr() != self.parameter.data_ptr() or own.shape != self.parameter.shape:
+            self.parameter.data = value  # otherwise the end of `weight.data *= 2`, which has written already
+
+    data = property(_get_data, _set_data)  # type: ignore[assignment]
+    grad = property(  # type: ignore[assignment]
+        lambda self: self.parameter.grad, lambda self, value: setattr(self.parameter, "grad", value)
+    )
+    requires_grad = property(  # type: ignore[assignment]
+        lambda self: self.parameter.requires_grad, lambda self, value: setattr(self.parameter, "requires_grad", value)
+    )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        return Tensor.detach(self).clone()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return Tensor.detach(self).clone().__reduce_ex__(protocol)
+
+
+def _writing(name: str) -> Any:
+    def method(self: MaskedWeight, *args: Any, **kwargs: Any) -> Any:
+        result = getattr(self.parameter, name)(*args, **kwargs)
+        self.renew()
+        return result
+
+    return method
+
+
+def _viewing(name: str) -> Any:
+    plain = getattr(Tensor, name)
+
+    def tie(self: MaskedWeight, value: Any, parameter: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return type(value)(tie(self, v, p) for v, p in zip(value, parameter, strict=True))
+        if value.untyped_storage()._cdata != self.untyped_storage()._cdata:
+            return value  # a copy
+        return MaskedWeight.over(value, parameter, self.renew)
+
+    def method(self: MaskedWeight, *args: Any, **kwargs: Any) -> Any:
+        value = plain(self, *args, **kwargs)
+        if torch.is_grad_enabled() and name != "detach" and isinstance(self.parameter, nn.Parameter):
+            return value  # part of a computation
+        return tie(self, value, plain(self.parameter, *args, **kwargs))
+
+    return method
+
+
+_WRITES = [name for name in dir(Tensor) if name.endswith("_") and not name.startswith("_")]
+_WRITES += ["__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "register_hook"]
+_VIEWS = "view view_as reshape reshape_as flatten unflatten t transpose permute movedim swapaxes swapdims squeeze unsqueeze "
+_VIEWS += "narrow select expand expand_as diagonal unfold chunk split unbind __getitem__ detach"
+for _name in _WRITES:
+    setattr(MaskedWeight, _name, _writing(_name))
+for _name in _VIEWS.split():
+    setattr(MaskedWeight, _name, _viewing(_name))
+
+
+@dataclass(eq=False)
+class _Cache:
+    """The masked value last computed, and what shows whether it is still true."""
+
+    parameter: Tensor
+    version: int
+    alias: Tensor  # holds the parameter's memory, so that a new tensor cannot appear at the same address
+    mask: Tensor
+    masked: Tensor
+    masked_version: int
+    probe: Tensor  # a view of a few weights, spread over rows and columns
+    expected: Tensor
+    view: MaskedWeight
+    live: Tensor | None = None  # the differentiable value, one for all reads until the weight changes
+    dirty: bool = False  # a backward has run: an optimiser may have written without a trace
+
+    def holds(self, weight: Tensor) -> bool:
+        if not (
+            self.parameter is weight
+            and self.version == weight._version
+            and self.alias.data_ptr() == weight.data_ptr()
+            and self.alias.dtype == weight.dtype
+            and torch._C.TensorBase.requires_grad.__get__(self.view) == weight.requires_grad
+        ):
+            return False
+        return self.probe.device.type != "cpu" or torch.equal(self.probe, self.expected)
+
+
+class MaskState:
+    """One masked attribute of one module: its spec, and the cached masked value. Copies and pickles without the cache."""
+
+    def __init__(self, spec: MaskSpec) -> None:
+        self.spec = spec
+        self.cache: _Cache | None = None
+
+    def __reduce__(self) -> Any:
+        return MaskState, (self.spec,)
+
+    def read(self, owner: nn.Module, attr: str, weight: Any) -> Any:
+        """The masked value of `weight`; recomputed only when the parameter has changed since the last read.
+
+        Raises:
+            NmfxError: the value was written to in a way that cannot be followed to the parameter.
+        """
+        if not isinstance(weight, Tensor):  # None, or a Proxy while fx traces: the graph reads the attribute when it runs
+            return weight
+        if not _can_cache(weight):
+            return self._compute(owner, attr, weight)
+        self.check_writes()
+        cache = self.cache
+        if cache is None or not cache.holds(weight):
+            cache = self.refresh(owner, attr, weight)
+        elif cache.dirty:
+            cache = self._recheck(owner, attr, weight, cache)
+        if owner._buffers[mask_name(attr)] is not cache.mask:  # found when another owner of a tied weight was read
+            owner._buffers[mask_name(attr)] = cache.mask
+        if not (torch.is_grad_enabled() and weight.requires_grad):
+            return cache.view
+        if cache.live is None:
+            value = cast(Tensor, MaskedRead.apply(weight, cache.mask, cache.masked, self.spec.decay, cache))
+            cache.live = MaskedWeight.over(value, weight, cache.view.renew)
+        return cache.live
+
+    def check_writes(self) -> None:
+        """Raise if the cached value was written to behind our back; what was written is not in the parameter."""
+        if self.cache is not None and self.cache.masked_version != self.cache.masked._version:
+            self.cache = None
+            raise NmfxError(
+                f"{self.spec.name}: its masked value was written to through a view or an out= argument, which does not reach "
+                f"the parameter; write to the attribute itself, or to the parameter in named_parameters()"
+            )
+
+    @torch.inference_mode(False)  # a tensor made in inference mode could not be trained with later
+    @torch.no_grad()
+    def refresh(self, owner: nn.Module, attr: str, weight: Tensor, *, reuse: bool = True, update: bool = True) -> _Cache:
+        """Recompute the mask (unless frozen) and the masked value.
+
+        Args:
+            reuse: write into the tensors that are already there; otherwise into new ones.
+            update: find the mask anew; otherwise the one that is there is taken.
+        """
+        old, mask = self.cache if reuse else None, cast(Tensor, owner._buffers[mask_name(attr)])
+        mask = mask.to(weight.device)
+        update = update and not self.spec.frozen
+        if update and (not reuse or mask.stride() != weight.stride()):
+            mask = torch.empty_like(weight, dtype=torch.bool)
+        owner._buffers[mask_name(attr)] = mask
+        like = (weight.dtype, weight.device, weight.stride())
+        if old is not None and (old.masked.dtype, old.masked.device, old.masked.stride()) == like:
+            masked = old.masked
+        else:
+            masked = torch.empty_like(weight, requires_grad=False)
+        if update:
+            write_mask(weight, self.spec, mask, masked)
+        else:
+            torch.where(mask, weight, weight.new_zeros(()), out=masked)
+        alias = weight.detach()
+        probe = _probe(alias)
+        # As nn.Parameter is made: a leaf, not a view. at::matmul chooses its kernel by requires_grad, even without gradients.
+        view = Tensor._make_subclass(MaskedWeight, masked, weight.requires_grad)
+        view.parameter, view.renew = weight, self._renewal(owner, attr)
+        self.cache = _Cache(weight, weight._version, alias, mask, masked, masked._version, probe, probe.clone(), view)
+        return self.cache
+
+    def _recheck(self, owner: nn.Module, attr: str, weight: Tensor, cache: _Cache) -> _Cache:
+        """After a backward, see whether the weight has changed without a trace; the old tensors may be waiting for theirs."""
+        fresh = self.refresh(owner, attr, weight, reuse=False)
+        if not torch.equal(fresh.masked, cache.masked):
+            return fresh
+        self.cache, cache.dirty = cache, False
+        return cache
+
+    def _renewal(self, owner: nn.Module, attr: str) -> Callable[[], None]:
+        """What a write through the value calls: bring the value's memory up to date."""
+        place = weakref.ref(owner)
+
+        def renew() -> None:
+            if (module := place()) is not None and isinstance(weight := module._parameters.get(attr), nn.Parameter):
+                self.refresh(module, attr, weight)
+
+        return renew
+
+    def _compute(self, owner: nn.Module, attr: str, weight: Tensor) -> Tensor:
+        """The same value as plain operations, for compilers and function transforms, which must see the computation."""
+        mask = cast(Tensor, owner._buffers[mask_name(attr)])
+        if not self.spec.frozen:
+            mask = make_mask(weight, self.spec.pattern.n, self.spec.grouping)
+        return cast(Tensor, MaskedCompute.apply(weight, mask, self.spec.decay))
+
+
+def write_mask(weight: Tensor, spec: MaskSpec, mask: Tensor, masked: Tensor) -> None:
+    """`update_mask` for any memory format: a channels-last weight still views as (outer, length, inner), others are copied."""
+    try:
+        spec.grouping.as_lines(mask)
+    except RuntimeError:
+        mask.copy_(make_mask(weight.contiguous(), spec.pattern.n, spec.grouping))
+        torch.where(mask, weight, weight.new_zeros(()), out=masked)
+    else:
+        update_mask(weight.detach(), spec.pattern.n, spec.grouping, mask, masked)
+
+
+def _probe(alias: Tensor) -> Tensor:
+    """A strided view of about PROBE entries; a step coprime to the size meets all rows and columns alike."""
+    step = max(1, alias.numel() // PROBE)
+    while math.gcd(step, alias.numel()) != 1:
+        step += 1
+    return alias.as_strided((-(-alias.numel() // step),), (step,), alias.storage_offset())
+
+
+def _can_cache(weight: Tensor) -> bool:
+    """Whether this is a real parameter in eager mode: not compiled, exported, fake, meta, or inside a function transform."""
+    return (
+        not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and type(weight) is nn.Parameter
+        and not weight.is_inference()
+        and weight.device.type != "meta"
+    )
