@@ -17,7 +17,7 @@ def top_mask(score: Tensor, n: int, dim: int) -> Tensor:
     """
     order = torch.argsort(score, dim=dim, descending=True, stable=True)
     kept = order.narrow(dim, 0, min(n, score.shape[dim]))
-    return torch.zeros_like(score, dtype=torch.bool).scatter(dim, kept, True)
+    return torch.zeros_like(score, dtype=torch.bool).scatter(dim, kept, torch.ones_like(kept, dtype=torch.bool))
 
 
 def make_mask(weight: Tensor, n: int, grouping: Grouping) -> Tensor:

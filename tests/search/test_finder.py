@@ -6,6 +6,7 @@ import copy
 import re
 from fractions import Fraction
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -16,14 +17,15 @@ from cases import bug, cases
 from small import MODELS, searched
 from torch import Tensor, nn
 
+from nmfx.demo.digits import load_digits_data
 from nmfx.errors import NmfxError, SearchError
-from nmfx.graph.census import find_sites
 from nmfx.passes.baking import bake, verify
 from nmfx.passes.transform import transform
 from nmfx.scheme import Scheme
 from nmfx.search.finder import METHODS, SearchResult, find_scheme
 from nmfx.search.problem import pose
 from nmfx.sparsity.pattern import Pattern
+from nmfx.training.calibration import recalibrate_bn
 from nmfx.training.evaluation import evaluate
 
 models = pytest.mark.parametrize("name", MODELS)
@@ -46,7 +48,8 @@ def search(name: str, method: str, kind: Any, m: int, target: float, policy: str
     try:
         return find_scheme(model, method=method, **options)
     except SearchError as error:
-        assert "out of reach" in str(error)
+        if "out of reach" not in str(error):
+            raise
         return None
 
 
@@ -83,13 +86,9 @@ def test_the_budget_is_never_exceeded(name: str, method: str, kind: Any) -> None
         assert result.totals == totals
 
 
-SPENT_ONCE = "uniform raises each site by one step at most: a second one may fit in what is left, though `left` says none does"
-
-
-@kinds
-@cases(METHODS, {"uniform": SPENT_ONCE}, arg="method")
-@models
-def test_no_further_step_fits(name: str, method: str, kind: Any) -> None:
+def steps_that_fit(name: str, method: str, kind: Any) -> list[tuple[Any, ...]]:
+    """Steps to a denser pattern that cost something, and would still fit in what a search has left."""
+    found: list[tuple[Any, ...]] = []
     for policy, m in (("dense", 16), ("dense", 4), ("smaller", 16), ("short", 7), ("flat", 16)):
         for target in TARGETS:
             if (result := search(name, method, kind, m, target, policy)) is None:
@@ -97,7 +96,21 @@ def test_no_further_step_fits(name: str, method: str, kind: Any) -> None:
             for site, options in options_of(result, policy, m).items():
                 now = [pattern for _, pattern in options].index(result.scheme.get(site, Pattern.DENSE))
                 steps = [cost - options[now][0] for cost, _ in options[now + 1 :]]
-                assert all(step > result.left or step == 0 for step in steps), (policy, m, target, site)
+                found += [(policy, m, target, site, step, result.left) for step in steps if 0 < step <= result.left]
+    return found
+
+
+@kinds
+@pytest.mark.parametrize("method", [method for method in METHODS if method != "uniform"])
+@models
+def test_no_further_step_fits(name: str, method: str, kind: Any) -> None:
+    assert not steps_that_fit(name, method, kind)
+
+
+@bug("uniform raises each site by one step at most: a second one may fit in what is left, though `left` says none does")
+@kinds
+def test_no_further_step_fits_after_uniform(kind: Any) -> None:
+    assert not [step for name in MODELS for step in steps_that_fit(name, "uniform", kind)]
 
 
 FREE = "trim() takes steps of a positive cost only: under a MAC budget an auxiliary head is pruned although it is free"
@@ -105,10 +118,10 @@ FREE = "trim() takes steps of a positive cost only: under a MAC budget an auxili
 
 @cases(METHODS, {method: FREE for method in METHODS if method != "knapsack"}, arg="method")
 def test_what_costs_nothing_is_not_pruned(method: str) -> None:
-    result = search("mixed", method, "macs", 16, 0.6)
-    assert result is not None
-    assert result.sites["aux.weight"].macs == 0
-    assert "aux.weight" not in result.scheme
+    found = [search("mixed", method, "macs", m, target) for m in (4, 16) for target in TARGETS]
+    schemes = [result.scheme for result in found if result is not None]
+    assert searched("mixed")[1]["aux.weight"].macs == 0
+    assert not any("aux.weight" in scheme for scheme in schemes)
 
 
 @kinds
@@ -147,7 +160,7 @@ def test_the_loss_is_what_baking_removes(name: str, method: str, kind: Any) -> N
 @models
 def test_a_larger_budget_loses_no_more_at_the_optimum(name: str, method: str, kind: Any) -> None:
     found = [result for target in TARGETS if (result := search(name, method, kind, 16, target))]
-    assert all(a.optimum <= b.optimum for a, b in zip(found, found[1:], strict=False))
+    assert all(a.optimum <= b.optimum for a, b in pairwise(found))
     assert found[0].scheme.patterns == {}
     assert (found[0].loss, found[0].left, found[0].events) == (0.0, 0, ())
 
@@ -224,7 +237,7 @@ def test_the_result_says_where_it_came_from() -> None:
 @methods
 def test_kept_dense_stays_dense(method: str) -> None:
     model, sites = searched("digits")
-    result = find_scheme(model, target=0.5, method=method, sites=sites, keep_dense=["classifier*", "*block3*"])
+    result = find_scheme(model, target=0.4, method=method, sites=sites, keep_dense=["classifier*", "*block3*"])
     assert not {"classifier.weight", "block3.conv.weight"} & set(result.scheme)
     assert "kept dense" in result.dense_reasons["block3.conv.weight"]
 
@@ -241,25 +254,29 @@ def test_only_candidates_are_chosen(method: str, candidates: Any) -> None:
 # What cannot be searched.
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"method": "dominoo"}, r"unknown method 'dominoo' \(did you mean 'domino'\?\); known: domino, uniform, erk, knapsack"),
-        ({"method": ""}, "unknown method ''; known: domino"),
-        ({"budget": "flops"}, "expected params or macs"),
-        ({"target": 1.0}, "expected a sparsity"),
-        ({"target": 0.99}, "the largest target is"),
-        ({"m": 1}, "group size in 2..64"),
-        ({"m": 65}, "group size in 2..64"),
-        ({"candidates": [0]}, "candidate N = 0"),
-        ({"candidates": [], "target": 0.5}, "out of reach"),
-        ({"keep_dense": ["*"], "target": 0.5}, "the largest target is 0.000000"),
-        ({"keep_dense": ["blok*"]}, "no site matches 'blok"),
-    ],
-    ids=["method", "no method", "budget", "one", "far", "m 1", "m 65", "candidate", "no candidates", "all dense", "glob"],
-)
-def test_what_cannot_be_asked_says_why(options: dict[str, Any], message: str) -> None:
-    model, sites = searched("digits")
+BAD_OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
+    "method": (
+        {"method": "dominoo"},
+        r"unknown method 'dominoo' \(did you mean 'domino'\?\); known: domino, uniform, erk, knapsack",
+    ),
+    "no method": ({"method": ""}, "unknown method ''; known: domino"),
+    "budget": ({"budget": "flops"}, "expected params or macs"),
+    "target 1": ({"target": 1.0}, "expected a sparsity"),
+    "far target": ({"target": 0.99}, "the largest target is"),
+    "m 1": ({"m": 1}, r"group size in 2\.\.64"),
+    "m 65": ({"m": 65}, r"group size in 2\.\.64"),
+    "candidate": ({"candidates": [0]}, "candidate N = 0"),
+    "no candidates": ({"candidates": []}, "out of reach"),
+    "candidate M": ({"candidates": [16]}, "out of reach"),
+    "all dense": ({"keep_dense": ["*"]}, r"the largest target is 0\.000000"),
+    "glob": ({"keep_dense": ["blok*"]}, r"no site matches 'blok\*'"),
+}
+NO_REASON = "_out_of_reach looks up the reason of a site that is dense for want of candidates: KeyError"
+
+
+@cases(BAD_OPTIONS, {"no candidates": NO_REASON, "candidate M": NO_REASON})
+def test_what_cannot_be_asked_says_why(name: str) -> None:
+    (model, sites), (options, message) = searched("digits"), BAD_OPTIONS[name]
     before = snapshot(model)
     with pytest.raises(SearchError, match=message):
         find_scheme(model, sites=sites, **options)
@@ -341,17 +358,15 @@ def test_a_name_that_is_taken_is_an_error_of_ours() -> None:
     assert model.fc.weight_threshold == 0.5
 
 
-def test_a_search_beats_uniform_where_it_counts() -> None:
-    """On the trained digits network, at one budget, the exact choice keeps at least what uniform keeps of the accuracy."""
-    from nmfx.demo.digits import load_digits_data
-
-    model, sites = searched("digits")
-    _, _, x, y = load_digits_data()
-    found = {method: search("digits", method, "params", 16, 0.75) for method in METHODS}
-    top1 = {
-        method: evaluate(transform(model, result.scheme, sites=sites), [(x, y)]).top1
-        for method, result in found.items()
-        if result is not None
-    }
-    assert top1["knapsack"] >= top1["uniform"] - 0.02
-    assert find_sites(model, torch.empty(1, 1, 8, 8)) == sites
+def test_a_search_beats_uniform_on_trained_weights() -> None:
+    """Digits at half the weights, one-shot, after batch normalisation is estimated anew."""
+    train, _, x, y = load_digits_data()
+    (model, sites), top1 = searched("digits"), {}
+    for method in METHODS:
+        result = search("digits", method, "params", 16, 0.6)
+        assert result is not None
+        masked = transform(model, result.scheme, sites=sites)
+        recalibrate_bn(masked, train.split(200))
+        top1[method] = evaluate(masked, [(x, y)]).top1
+    assert top1["knapsack"] >= top1["uniform"]
+    assert top1["knapsack"] > 0.5
