@@ -47,31 +47,36 @@ def update_mask(weight: Tensor, n: int, grouping: Grouping, mask: Tensor, masked
         _update_blocks(*(grouping.as_lines(weight), n, grouping, grouping.as_lines(mask), grouping.as_lines(masked)))
 
 
+BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # integers of a float's width
+
+
 def _update_blocks(lines: Tensor, n: int, grouping: Grouping, mask: Tensor, masked: Tensor) -> None:
-    zero = lines.new_zeros(())
     for block, block_mask, block_masked in zip(*map(grouping.blocks, (lines, mask, masked)), strict=True):
         outer, count, size, inner = block.shape
         if size <= n:
             block_mask.fill_(True)
             block_masked.copy_(block)
             continue
-        step = max(1, select.CHUNK // (count * inner))
-        scratch = block.new_empty(size, min(step, outer), count, inner)
-        spare = block.new_empty(min(step, outer), count, inner)
-        magnitude = block.new_empty(min(step, outer), count, size, inner)
+        step = min(max(1, select.CHUNK // (count * inner)), outer)
+        ranks, spare = block.new_empty(size, step, count, inner), block.new_empty(step, count, inner)
+        magnitude, dropped = block.new_empty(2, step, count, size, inner).unbind()
+        bits = block.new_empty(step, count, size, inner, dtype=BITS[block.element_size()])
         for start in range(0, outer, step):
-            part, part_mask = block[start : start + step], block_mask[start : start + step]
-            a = torch.abs(part, out=magnitude[: len(part)])
-            rows = scratch[:, : len(part)].copy_(a.movedim(2, 0))
-            ranked = select.run(list(rows.unbind(0)), (n - 1, n), spare[: len(part)])
-            torch.ge(a, ranked[n - 1].unsqueeze(2), out=part_mask)
-            # A threshold keeps more than n where the n-th and the next are equal, and nothing where one is NaN.
+            part, end = block[start : start + step], min(step, outer - start)
+            a, drop, kept = torch.abs(part, out=magnitude[:end]), dropped[:end], bits[:end]
+            rows = ranks[:, :end].copy_(a.movedim(2, 0))
+            ranked = select.run(list(rows.unbind(0)), (n - 1, n), spare[:end])
+            # Comparisons into a float, and an AND of bits, run at the speed of memory; bool results and where() do not.
+            torch.lt(a, ranked[n - 1].unsqueeze(2), out=drop)
+            # A threshold keeps more than n where the n-th and the next are equal, and everything where one is NaN.
             tied = ~(ranked[n] < ranked[n - 1])
             if tied.any():
                 at = tied.nonzero(as_tuple=True)
                 where = (at[0], at[1], slice(None), at[2])
-                part_mask[where] = top_mask(a[where], n, dim=1)
-            torch.where(part_mask, part, zero, out=block_masked[start : start + step])
+                drop[where] = (~top_mask(a[where], n, dim=1)).to(drop.dtype)
+            kept.copy_(drop.sub_(1))  # 1 - 1 = 0 where dropped, 0 - 1 = -1, all bits set, where kept
+            block_mask[start : start + step].copy_(drop)
+            torch.bitwise_and(part.view(kept.dtype), kept, out=block_masked[start : start + step].view(kept.dtype))
 
 
 def check_groups(name: str, weight: Tensor, n: int, grouping: Grouping) -> int:

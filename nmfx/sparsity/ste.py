@@ -19,7 +19,8 @@ def dense_gradient(grad: Tensor, weight: Tensor, mask: Tensor, masked: Tensor, d
         return torch.where(mask, grad, torch.zeros((), dtype=grad.dtype, device=grad.device))
     if decay == 0:
         return grad
-    return (weight - masked) * decay + grad  # w - masked is exactly (1 - mask) * w: w - w and w - 0 need no rounding
+    dropped = weight - masked  # exactly (1 - mask) * w: w - w and w - 0 need no rounding
+    return dropped.mul_(decay).add_(grad)  # one new tensor, not three: fresh memory costs more than the arithmetic
 
 
 class MaskedRead(torch.autograd.Function):
@@ -62,4 +63,6 @@ class MaskedCompute(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Gradient of the dense weight."""
         weight, mask, masked = ctx.saved_tensors
-        return dense_gradient(grads[0], weight.detach(), mask, masked.detach(), ctx.decay), None, None
+        if ctx.decay:
+            return grads[0] + (weight - masked).detach() * ctx.decay, None, None  # in place would not do under vmap
+        return dense_gradient(grads[0], weight, mask, masked, ctx.decay), None, None
