@@ -47,13 +47,13 @@ POLICIES: dict[str, dict[str, Any]] = {
     "all N, smaller": {"candidates": range(1, 17), "remainder": "smaller"},
 }
 LEVELS = (
-    "uniform lines the options of a site with a smaller M up with the others' from the dense end: with other candidates than "
-    "powers of two they are those of another N"
+    "uniform lines up the options of sites that have fewer of them from the dense end: at 8:16 a stem of 3 channels with short "
+    "groups gets 2:16 though fit() leaves it dense, and a site with a smaller M gets those of another N"
 )
 
 
 @kinds
-@cases(POLICIES, {"all N, smaller": LEVELS}, arg="policy")
+@cases(POLICIES, {"short": LEVELS, "all N, smaller": LEVELS}, arg="policy")
 def test_uniform_is_the_largest_n_that_fits_everywhere(policy: str, kind: Any) -> None:
     options = {key: value for key, value in POLICIES[policy].items() if key != "candidates"}
     for name in MODELS:
