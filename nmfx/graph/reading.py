@@ -130,6 +130,7 @@ class _Cache:
     masked_version: int
     probe: Tensor  # a view of a few weights, spread over rows and columns
     expected: Tensor
+    requires_grad: bool
     view: MaskedWeight
     live: Tensor | None = None  # the differentiable value, one for all reads until the weight changes
     dirty: bool = False  # a backward has run: an optimiser may have written without a trace
@@ -140,7 +141,7 @@ class _Cache:
             and self.version == weight._version
             and self.alias.data_ptr() == weight.data_ptr()
             and self.alias.dtype == weight.dtype
-            and torch._C.TensorBase.requires_grad.__get__(self.view) == weight.requires_grad
+            and self.requires_grad == weight.requires_grad
         ):
             return False
         return self.probe.device.type != "cpu" or torch.equal(self.probe, self.expected)
@@ -219,7 +220,9 @@ class MaskState:
         # As nn.Parameter is made: a leaf, not a view. at::matmul chooses its kernel by requires_grad, even without gradients.
         view = Tensor._make_subclass(MaskedWeight, masked, weight.requires_grad)
         view.parameter, view.renew = weight, self._renewal(owner, attr)
-        self.cache = _Cache(weight, weight._version, alias, mask, masked, masked._version, probe, probe.clone(), view)
+        self.cache = _Cache(
+            weight, weight._version, alias, mask, masked, masked._version, probe, probe.clone(), weight.requires_grad, view
+        )
         return self.cache
 
     def _recheck(self, owner: nn.Module, attr: str, weight: Tensor, cache: _Cache) -> _Cache:
@@ -271,7 +274,7 @@ def _can_cache(weight: Tensor) -> bool:
     """Whether this is a real parameter in eager mode: not compiled, exported, fake, meta, or inside a function transform."""
     return (
         not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
+        and not torch._C._get_tracing_state()
         and type(weight) is nn.Parameter
         and not weight.is_inference()
         and weight.device.type != "meta"

@@ -104,7 +104,8 @@ def test_unpack_inverts_pack_bit_for_bit(dtype: torch.dtype, pattern: Pattern, l
     assert torch.equal(again_mask, mask)
     assert torch.equal(as_integers(again), as_integers(weight).where(mask, 0))
     assert torch.equal(as_integers(values), as_integers(weight)[mask])
-    assert again.is_contiguous() and again_mask.is_contiguous()
+    assert again.is_contiguous()
+    assert again_mask.is_contiguous()
 
 
 @layout_ids
