@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from nmfx.graph.masked import freeze as freeze
     from nmfx.graph.site import Site as Site
     from nmfx.graph.site import Sites as Sites
-    from nmfx.graph.tracer import to_graph as to_graph
+    from nmfx.graph.tracer import to_graph as to_graph, to_graphs as to_graphs
     from nmfx.passes.baking import bake as bake
     from nmfx.passes.baking import verify as verify
     from nmfx.passes.transform import scheme_of as scheme_of
@@ -39,6 +39,7 @@ _HOMES = {
     "Site": "nmfx.graph.site",
     "Sites": "nmfx.graph.site",
     "to_graph": "nmfx.graph.tracer",
+    "to_graphs": "nmfx.graph.tracer",
     "bake": "nmfx.passes.baking",
     "verify": "nmfx.passes.baking",
     "scheme_of": "nmfx.passes.transform",

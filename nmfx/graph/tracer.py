@@ -159,6 +159,22 @@ def to_graph(model: nn.Module, example_input: Any = None) -> SiteGraph:
     return view
 
 
+def to_graphs(model: nn.Module) -> dict[str, SiteGraph]:
+    """The fx views of the largest parts of `model` that trace, by module path; ``{"": view}`` when the root does.
+
+    Detectors, which loop over pictures, come apart into their backbone, heads and the like. A part is traced by itself: what it is
+    fed by its parent is not known, so compare it with the module before relying on it.
+    """
+    try:
+        return {"": to_graph(model)}
+    except TraceError:
+        parts = {}
+        for name, child in model.named_children():
+            if any(True for _ in child.parameters()):
+                parts |= {f"{name}.{path}".rstrip("."): view for path, view in to_graphs(child).items()}
+        return parts
+
+
 def _compare(model: nn.Module, view: SiteGraph, example_input: Any) -> None:
     from nmfx.zoo import Example
 

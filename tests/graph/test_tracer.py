@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from nmfx.errors import TraceError
 from nmfx.graph.census import find_sites
 from nmfx.graph.masked import is_masked, masked_sites
-from nmfx.graph.tracer import SiteGraph, to_graph, trace
+from nmfx.graph.tracer import SiteGraph, to_graph, to_graphs, trace
 from nmfx.passes.baking import bake
 from nmfx.passes.transform import transform
 from nmfx.scheme import Scheme
@@ -312,3 +312,20 @@ def test_as_graph() -> None:
     view = transform(model.eval(), "2:4", example_input=example, as_graph=True)
     assert isinstance(view, SiteGraph)
     assert same(run(view, example), run(bake(transform(model, "2:4", example_input=example)), example))
+
+
+@pytest.mark.filterwarnings("ignore")  # of torchvision's own
+def test_a_detector_comes_apart_into_parts_that_are_exact() -> None:
+    from torchvision.models.detection import ssdlite320_mobilenet_v3_large
+
+    model = transform(ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None).eval(), "2:4")
+    parts, x = to_graphs(model), torch.randn(1, 3, 320, 320)
+    assert list(parts) == ["backbone", "head"]
+    assert {id(p) for part in parts.values() for p in part.parameters()} == {id(p) for p in model.parameters()}
+    with torch.no_grad():
+        assert same(parts["backbone"](x).values(), model.backbone(x).values())
+
+
+def test_a_model_that_traces_is_one_part() -> None:
+    _, converted, _ = convert("residual")
+    assert list(to_graphs(converted)) == [""]

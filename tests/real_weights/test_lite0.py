@@ -1,0 +1,102 @@
+"""EfficientNet-Lite0 with its ImageNet weights on 20 labelled pictures: what one-shot N:M costs, and what calibration gives back."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from pictures import SIDE, calibration, labelled, lite0
+from torch import nn
+
+from nmfx.export.checkpoint import load_checkpoint, save_checkpoint
+from nmfx.graph.census import find_sites
+from nmfx.graph.site import Sites
+from nmfx.passes.baking import bake, verify
+from nmfx.passes.transform import conversion_difference, transform
+from nmfx.scheme import Scheme
+from nmfx.search.finder import METHODS, SearchResult, find_scheme
+from nmfx.training.calibration import recalibrate_bn
+from nmfx.training.evaluation import evaluate
+from nmfx.zoo import Example
+
+DENSITY = 0.5
+
+
+@pytest.fixture(scope="module")
+def dense() -> nn.Module:
+    with torch.no_grad():
+        return lite0()
+
+
+@pytest.fixture(scope="module")
+def sites(dense: nn.Module) -> Sites:
+    return find_sites(dense, torch.empty(1, 3, SIDE, SIDE))
+
+
+@pytest.fixture(scope="module")
+def found(dense: nn.Module, sites: Sites) -> dict[str, SearchResult]:
+    return {method: find_scheme(dense, target=1 - DENSITY, method=method, sites=sites) for method in METHODS}
+
+
+def top1(model: nn.Module) -> float:
+    return evaluate(model, [labelled()]).top1
+
+
+def calibrated(model: nn.Module) -> float:
+    recalibrate_bn(model, calibration())
+    return top1(model)
+
+
+def test_the_dense_network_knows_the_pictures(dense: nn.Module) -> None:
+    found = evaluate(dense, [labelled()])
+    assert found.top1 >= 0.85
+    assert found.top5 >= 0.95
+    assert found.samples == 20
+
+
+def test_the_conversion_is_exact(dense: nn.Module, sites: Sites) -> None:
+    assert conversion_difference(dense, sites, Example((labelled()[0][:4],))) == 0
+
+
+def test_one_shot_collapses_and_calibration_brings_it_back(dense: nn.Module, sites: Sites) -> None:
+    model = transform(dense, "2:4", sites=sites)
+    assert top1(model) <= 0.10
+    assert calibrated(model) >= 0.30
+    assert verify(model).sites == len(Scheme.uniform(sites, "2:4"))
+
+
+def test_calibration_does_the_dense_network_no_harm(dense: nn.Module) -> None:
+    assert calibrated(copy.deepcopy(dense)) >= 0.75
+
+
+def test_the_searches_keep_to_the_budget(found: dict[str, SearchResult], sites: Sites) -> None:
+    for result in found.values():
+        assert result.totals.kept <= DENSITY * sites.weights
+        assert result.left < sites.weights // 1000
+        assert found["knapsack"].loss <= result.loss
+
+
+def test_the_exact_choice_is_worth_its_name(dense: nn.Module, sites: Sites, found: dict[str, SearchResult]) -> None:
+    scores = {m: calibrated(transform(dense, found[m].scheme, sites=sites)) for m in ("knapsack", "domino")}
+    assert scores["knapsack"] >= scores["domino"] - 0.10
+    assert scores["knapsack"] >= 0.5
+
+
+def test_a_checkpoint_gives_the_same_logits(
+    dense: nn.Module, sites: Sites, found: dict[str, SearchResult], tmp_path: Path
+) -> None:
+    model = transform(dense, found["knapsack"].scheme, sites=sites).eval()
+    recalibrate_bn(model, calibration()[:2])
+    header = save_checkpoint(model, tmp_path / "lite0.safetensors")
+    assert str(header.source) == "timm:tf_efficientnet_lite0"
+    with torch.no_grad():
+        expected = model(labelled()[0])
+        for loaded in (
+            load_checkpoint(tmp_path / "lite0.safetensors"),
+            load_checkpoint(tmp_path / "lite0.safetensors", lite0()),
+        ):
+            assert torch.equal(loaded(labelled()[0]), expected)
+        assert torch.equal(bake(model)(labelled()[0]), expected)
+    assert (tmp_path / "lite0.safetensors").stat().st_size < 0.65 * 4 * sum(p.numel() for p in dense.parameters())
