@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from nmfx.graph.masked import freeze as freeze
     from nmfx.graph.site import Site as Site
     from nmfx.graph.site import Sites as Sites
-    from nmfx.graph.tracer import to_graph as to_graph, to_graphs as to_graphs
+    from nmfx.graph.tracer import to_graph as to_graph
+    from nmfx.graph.tracer import to_graphs as to_graphs
     from nmfx.passes.baking import bake as bake
     from nmfx.passes.baking import verify as verify
     from nmfx.passes.transform import scheme_of as scheme_of

@@ -162,8 +162,8 @@ def to_graph(model: nn.Module, example_input: Any = None) -> SiteGraph:
 def to_graphs(model: nn.Module) -> dict[str, SiteGraph]:
     """The fx views of the largest parts of `model` that trace, by module path; ``{"": view}`` when the root does.
 
-    Detectors, which loop over pictures, come apart into their backbone, heads and the like. A part is traced by itself: what it is
-    fed by its parent is not known, so compare it with the module before relying on it.
+    Detectors, which loop over pictures, come apart into their backbone, heads and the like. A part is traced by itself: what
+    its parent feeds it is not known, so compare it with the module before relying on it.
     """
     try:
         return {"": to_graph(model)}
