@@ -178,7 +178,7 @@ class MaskState:
         if not (torch.is_grad_enabled() and weight.requires_grad):
             return cache.view
         if cache.live is None:
-            value = cast(Tensor, MaskedRead.apply(weight, cache.mask, cache.masked, self.spec.decay, cache))
+            value = cast(Tensor, MaskedRead.apply(weight, cache.mask, cache.masked, self.spec.decay, weakref.ref(cache)))
             cache.live = MaskedWeight.over(value, weight, cache.view.renew)
         return cache.live
 
@@ -235,11 +235,12 @@ class MaskState:
 
     def _renewal(self, owner: nn.Module, attr: str) -> Callable[[], None]:
         """What a write through the value calls: bring the value's memory up to date."""
-        place = weakref.ref(owner)
+        place, me = weakref.ref(owner), weakref.ref(self)  # no cycle: masked values go when their module goes
 
         def renew() -> None:
-            if (module := place()) is not None and isinstance(weight := module._parameters.get(attr), nn.Parameter):
-                self.refresh(module, attr, weight)
+            module, state = place(), me()
+            if module is not None and state is not None and isinstance(weight := module._parameters.get(attr), nn.Parameter):
+                state.refresh(module, attr, weight)
 
         return renew
 

@@ -27,7 +27,7 @@ class MaskedRead(torch.autograd.Function):
     """The masked value that is already there, with the gradient of a training method; the fast path of eager mode.
 
     It saves no tensors in the autograd sense, so that one output can serve every read between two updates, whatever the order
-    of their backward passes; `note` is told that a backward has run.
+    of their backward passes; what `note`, a weak reference, points to is marked dirty when one has run.
     """
 
     @staticmethod
@@ -39,7 +39,8 @@ class MaskedRead(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Gradient of the dense weight."""
-        ctx.note.dirty = True
+        if (cache := ctx.note()) is not None:
+            cache.dirty = True
         return dense_gradient(grads[0], ctx.weight.detach(), ctx.mask, ctx.masked, ctx.decay), None, None, None, None
 
 

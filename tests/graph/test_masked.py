@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import math
 import pickle
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -824,3 +826,15 @@ def check_compiled(backend: str) -> None:
 def test_compiled_models_agree(backend: str) -> None:
     torch.compiler.reset()
     check_compiled(backend)
+
+
+def test_masked_values_go_with_their_module() -> None:
+    module = linear()
+    module(torch.randn(2, 16)).sum().backward()
+    cache = weakref.ref(module.__dict__["_masked_sites"]["weight"].cache)
+    gc.disable()
+    try:
+        del module
+        assert cache() is None  # without the help of the garbage collector
+    finally:
+        gc.enable()
