@@ -370,13 +370,7 @@ def test_sr_ste_decays_what_it_drops() -> None:
 # The proof of exactness.
 
 
-REQUIRES_GRAD = (
-    "without gradients a masked read does not require grad as its Parameter does: at::matmul's should_fold asks for that, and "
-    "takes another kernel for a 3-D input that is not contiguous"
-)
-
-
-@models(CONVERTIBLE, xfail={"cross-attention": REQUIRES_GRAD})
+@models(CONVERTIBLE)
 def test_the_conversion_is_exact_and_undone(name: str) -> None:
     model, example, sites = found(name)
     run(model, example)
