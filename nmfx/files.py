@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from nmfx.errors import NmfxError
 
@@ -28,10 +31,34 @@ def write_atomic(path: Path, write: Callable[[Path], None], *, force: bool = Tru
         write(folder / path.name)
         (folder / path.name).chmod(0o666 & ~_umask())
         os.replace(folder / path.name, path)
-    except OSError as error:
-        raise NmfxError(f"{path}: cannot be written: {error.strerror or error}") from error
+    except (OSError, SafetensorError) as error:
+        raise NmfxError(f"{path}: cannot be written: {getattr(error, 'strerror', None) or error}") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def all_or_nothing(folder: Path) -> Iterator[Path]:
+    """A temporary folder whose files move to `folder` when the block ends well, and vanish when it does not.
+
+    Raises:
+        NmfxError: `folder` cannot be written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        draft = Path(tempfile.mkdtemp(prefix=".draft.", dir=folder))
+    except OSError as error:
+        raise NmfxError(f"{folder}: cannot be written: {error.strerror or error}") from error
+    try:
+        yield draft
+        for file in sorted(draft.iterdir()):
+            os.replace(file, folder / file.name)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            folder.rmdir()  # if it was empty before, it is gone again
+        raise
+    shutil.rmtree(draft, ignore_errors=True)
 
 
 def _umask() -> int:

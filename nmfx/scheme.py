@@ -126,15 +126,15 @@ class Scheme(Mapping[str, Pattern]):
         Raises:
             SchemeError: a glob matches no site, or a rule that names one site asks for what it cannot take.
         """
-        wanted = dict.fromkeys(keep_dense, Pattern.DENSE) | {glob: Pattern(p) for glob, p in rules.items()}
-        for glob in wanted:
+        dense, wanted = list(keep_dense), {glob: Pattern(p) for glob, p in rules.items()}
+        for glob in (*dense, *wanted):
             if not any(fnmatch.fnmatchcase(site.name, glob) for site in sites):
                 near = text.nearest(glob, [site.name for site in sites])
                 raise SchemeError(f"no site matches {glob!r}{near}; `nmfx inspect MODEL` lists the sites")
         patterns = {}
         for site in sites:
             rule = next((glob for glob in wanted if fnmatch.fnmatchcase(site.name, glob)), None)
-            if rule is not None:
+            if rule is not None and not any(fnmatch.fnmatchcase(site.name, glob) for glob in dense):
                 patterns[site.name], reason = fit(site, wanted[rule], layout, remainder)
                 if rule == site.name and reason and remainder == "dense":
                     group(site.name, site.rows, wanted[rule], layout)  # raises: this very site was asked for
@@ -232,7 +232,7 @@ class Scheme(Mapping[str, Pattern]):
             head["totals"] = {key: getattr(totals, key) for key in ("weights", "kept", "macs", "kept_macs")}
             head["totals"]["sparsity"] = round(totals.sparsity, 6)
         names = shapes or self.patterns
-        lines = [yaml.safe_dump(head, sort_keys=False).rstrip(), "patterns:"]
+        lines = [yaml.safe_dump(head, sort_keys=False).rstrip(), "patterns:" if names else "patterns: {}"]
         lines += [f"  {text.quote(name)}: {text.quote(str(self[name])) if name in self else 'dense'}" for name in names]
         lines += ["shapes:"] if shapes else []
         lines += [f"  {text.quote(name)}: {text.quote('x'.join(map(str, shape)))}" for name, shape in shapes.items()]
@@ -284,7 +284,7 @@ class Scheme(Mapping[str, Pattern]):
         """
         try:
             entries = ast.literal_eval(content.strip())
-            patterns = {str(key): Pattern(int(n), int(m)) for key, (n, m) in entries.items()}
+            patterns = {str(key): Pattern(f"{n}:{m}") for key, (n, m) in entries.items()}  # 4.5 and True are no numbers here
         except (ValueError, SyntaxError, TypeError, AttributeError, MemoryError, RecursionError) as error:
             raise SchemeError(f"{origin}: not a published scheme, a dict of 'layer': [N, M]: {error}") from error
         keys = published_keys(sites)
@@ -296,7 +296,7 @@ class Scheme(Mapping[str, Pattern]):
         named = {name: patterns[key] for name, key in keys.items()}
         crossing = any(not p.is_dense and sites[name].length % p.m for name, p in named.items())
         m = max((p.m for p in patterns.values()), default=16)
-        return Scheme(named, "flat" if crossing else "strict", shapes=shapes_of(sites), info={"m": m})
+        return Scheme(named, "flat" if crossing else "strict", shapes=shapes_of(sites), info={"m": str(m)})
 
 
 def shapes_of(sites: Sites) -> dict[str, tuple[int, ...]]:

@@ -27,7 +27,7 @@ def load_yaml(content: str, origin: str, error: type[Exception]) -> dict[str, An
     """A YAML mapping whose scalars are all text; raises `error` naming the line that is wrong."""
     try:
         tree = yaml.load(content, Loader=_StrictLoader)  # noqa: S506 - a BaseLoader constructs text, lists and dicts only
-    except yaml.YAMLError as problem:
+    except (yaml.YAMLError, TypeError, AttributeError, RecursionError) as problem:  # keys that are lists, endless nesting
         raise error(f"{origin}: not valid YAML: {' '.join(str(problem).split())}") from problem
     if not isinstance(tree, dict):
         raise error(f"{origin}: expected a YAML mapping, found {type(tree).__name__}")

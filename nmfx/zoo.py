@@ -19,6 +19,13 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from nmfx.errors import ModelError
 
+# Arguments that torchvision's builders change by themselves when they are given weights.
+IMPLIED: tuple[dict[str, Any], ...] = (
+    {"transform_input": True},
+    {"transform_input": True, "aux_logits": False},
+    {"aux_logits": False},
+    {"aux_loss": True},
+)
 SOURCE = "nmfx_source"  # attribute of models built here: where they came from
 
 
@@ -50,8 +57,10 @@ class Source:
             from nmfx.demo.digits import load_demo
 
             model = load_demo(trained=pretrained)
-        setattr(model, SOURCE, self)
         result: nn.Module = model.eval()
+        setattr(result, SOURCE, self)
+        if pretrained and self.library == "torchvision":  # weights may imply other arguments (auxiliary heads)
+            setattr(result, SOURCE, identify(result) or self)
         return result
 
     def build_meta(self) -> nn.Module:
@@ -118,7 +127,7 @@ def find_source(name: str) -> Source:
 
 
 def identify(model: nn.Module) -> Source | None:
-    """Where `model` came from, proved by a rebuilt copy with the same state-dict keys and shapes; None when unknown."""
+    """Where `model` came from, proved by a rebuilt copy with the same modules, settings and shapes; None when unknown."""
     for source in _candidates(model):
         with contextlib.suppress(Exception):
             if _signature(source.build_meta()) == _signature(model):
@@ -126,13 +135,22 @@ def identify(model: nn.Module) -> Source | None:
     return None
 
 
-def _signature(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    return {key: tuple(value.shape) for key, value in model.state_dict().items() if isinstance(value, Tensor)}
+def _signature(model: nn.Module) -> dict[str, Any]:
+    """Shapes of the state dict, and of every module its class, its settings and its switches."""
+    shapes = {key: tuple(value.shape) for key, value in model.state_dict().items() if isinstance(value, Tensor)}
+    modules = {}
+    for path, module in model.named_modules():
+        switches = {k: v for k, v in vars(module).items() if isinstance(v, bool) and not k.startswith("_")}
+        switches = {k: v for k, v in switches.items() if k != "training" and "checkpoint" not in k}
+        modules[path] = (getattr(type(module), "_plain_class", type(module)), module.extra_repr(), switches)
+    return {"shapes": shapes, "modules": modules}
 
 
 def _candidates(model: nn.Module) -> Iterator[Source]:
     if isinstance(source := getattr(model, SOURCE, None), Source):
         yield source
+        if source.library == "torchvision":
+            yield from (Source(source.library, source.name, {**source.kwargs, **extra}) for extra in IMPLIED)
     if type(model).__module__ == "nmfx.demo.digits":
         yield Source("demo", "digits")
     last = list(model.parameters())[-1:]
@@ -148,7 +166,7 @@ def _candidates(model: nn.Module) -> Iterator[Source]:
 
         for name in torchvision.models.list_models():
             if torchvision.models.get_model_builder(name).__module__ == defined:
-                yield from (Source("torchvision", name), Source("torchvision", name, classes))
+                yield from (Source("torchvision", name, extra) for extra in ({}, classes, *IMPLIED))
 
 
 @dataclass(frozen=True)
@@ -265,13 +283,18 @@ def build_model(name: str, *, weights: str = "auto", seed: int = 0) -> Built:
             note = f"pretrained weights of {source} cannot be had: {_first_line(error)}"
             if weights == "pretrained":
                 raise ModelError(f"{note}. Use --weights FILE, or --weights none for the structure only") from error
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = source.build()
+    model = build_random(source, seed)
     if weights in ("auto", "none"):
         return Built(model, source, "random", note)
     load_weights(model, Path(weights))
     return Built(model, source, "file", f"weights from {weights}")
+
+
+def build_random(source: Source, seed: int = 0) -> nn.Module:
+    """The model with random weights, the same ones for the same seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return source.build()
 
 
 def _first_line(error: BaseException) -> str:

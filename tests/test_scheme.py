@@ -13,7 +13,7 @@ import torch
 import torchvision
 import yaml
 from awkward import build
-from cases import bug, cases
+from cases import cases
 from torch import nn
 
 from nmfx.errors import NmfxError, SchemeError
@@ -136,10 +136,7 @@ BAD_ENTRIES = {
 }
 
 
-TRUNCATED = "from_published calls int() on N and M: 4.5 is read as 4, True as 1, and 1e999 raises OverflowError"
-
-
-@cases(BAD_ENTRIES, {"a fraction": TRUNCATED, "infinity": TRUNCATED, "true": TRUNCATED})
+@cases(BAD_ENTRIES)
 def test_a_malformed_published_entry_is_refused(name: str, resnet50: Sites) -> None:
     key = "'SparseConv3_64-256-(1, 1)': "
     text = published(resnet50, (16, 16)).replace(f"{key}[16, 16]", f"{key}{BAD_ENTRIES[name]}")
@@ -187,10 +184,7 @@ SCHEMES: dict[str, Callable[[Sites], Scheme]] = {
 }
 
 
-EMPTY = "to_yaml of a scheme without entries and shapes writes `patterns:` and nothing, which from_yaml refuses"
-
-
-@cases(SCHEMES, {"empty": EMPTY})
+@cases(SCHEMES)
 def test_yaml_gives_the_scheme_back(name: str, sites: Sites, tmp_path: Path) -> None:
     scheme = SCHEMES[name](sites)
     scheme.save(tmp_path / "bare.yaml")
@@ -203,7 +197,6 @@ def test_yaml_gives_the_scheme_back(name: str, sites: Sites, tmp_path: Path) -> 
     assert full.totals(sites) == scheme.totals(sites)
 
 
-@bug("from_published puts m into info as a number, every other scheme has text there")
 def test_a_published_scheme_survives_yaml(resnet50: Sites) -> None:
     scheme = Scheme.load(PUBLISHED, resnet50)
     assert Scheme.from_yaml(scheme.to_yaml()) == scheme
@@ -265,16 +258,8 @@ MALFORMED = {
 }
 
 
-UNHASHABLE = "_StrictLoader looks for key.value, a list, in a set: TypeError"
-
-
 @cases(
     MALFORMED,
-    {
-        "a list for a key": UNHASHABLE,
-        "a mapping for a key": UNHASHABLE,
-        "deep nesting": "yaml's RecursionError is not caught by load_yaml",
-    },
 )
 def test_a_malformed_file_says_what_is_wrong(name: str, tmp_path: Path) -> None:
     content, message = MALFORMED[name]
@@ -403,7 +388,6 @@ def test_the_first_rule_that_matches_counts(
     assert scheme.shapes == shapes_of(sites)
 
 
-@bug("from_rules merges keep_dense and rules into one dict: a rule of the same glob wins")
 @pytest.mark.parametrize("glob", ["*", "head.weight"])
 def test_keep_dense_outranks_a_rule_of_the_same_name(glob: str, sites: Sites) -> None:
     assert "head.weight" not in Scheme.from_rules(sites, {glob: "2:4"}, keep_dense=[glob])

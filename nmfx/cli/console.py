@@ -11,17 +11,25 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.text import Text
 
 PIPED_WIDTH = 160  # no terminal to fit: names stay whole
 
 
 @cache
 def output() -> Console:
-    """Where results go."""
+    """Where results go. Without markup: names and paths may hold square brackets."""
     from rich.console import Console
 
     piped = not sys.stdout.isatty() and "COLUMNS" not in os.environ
-    return Console(width=PIPED_WIDTH if piped else None, highlight=False)
+    return Console(width=PIPED_WIDTH if piped else None, highlight=False, markup=False)
+
+
+def heading(bold: str, rest: str = "", style: str = "bold") -> Text:
+    """A line whose first words stand out."""
+    from rich.text import Text
+
+    return Text.assemble((bold, style), rest)
 
 
 @cache

@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import nn
 
 from nmfx.cli import tables, work
-from nmfx.cli.console import output, working
+from nmfx.cli.console import heading, output, working
 from nmfx.errors import TraceError
 from nmfx.graph.census import find_sites
 from nmfx.graph.site import Sites
@@ -42,13 +42,13 @@ def convert(name: str, path: Path, args: Namespace) -> work.Work:
     with working("verifying"):
         difference = conversion_difference(model, sites, example)
         graph_line = _graph_line(model)
-    out.print(f"[bold]{built.source}[/] ({type(model).__name__}, {built.weights} weights), {example}")
+    out.print(heading(str(built.source), f" ({type(model).__name__}, {built.weights} weights), {example}"))
     out.print(tables.site_table(sites, scheme, reasons))
     _show_notes(sites, reasons)
     out.print()
     out.print(tables.totals_table(scheme.totals(sites)))
     out.print(f"\nfx graph: {graph_line}")
-    exact = "[green]exact[/]" if difference == 0 else "[red]not exact[/]"
+    exact = "exact" if difference == 0 else "NOT EXACT"
     reads = f"all {len(sites)} sites read through all-ones masks"
     out.print(f"verified: {reads}, dense against original: largest difference {difference:g} ({exact})")
     if len(scheme):
@@ -81,7 +81,7 @@ def _show_notes(sites: Sites, reasons: dict[str, str]) -> None:
     if sites.skipped:
         out.print(tables.reasons_list({s.name: s.reason for s in sites.skipped}, "\nskipped, not read as weights"))
     for note in sites.notes:
-        out.print(f"[yellow]note:[/] {note}")
+        out.print(heading("note: ", note, "yellow"))
 
 
 def _graph_line(model: nn.Module) -> str:

@@ -11,6 +11,7 @@ from nmfx.cli.console import output, working
 from nmfx.errors import NmfxError
 from nmfx.export.checkpoint import save_checkpoint
 from nmfx.export.plain import save_baked, save_onnx
+from nmfx.files import all_or_nothing
 from nmfx.passes.baking import bake, verify
 from nmfx.passes.transform import transform
 from nmfx.scheme import Scheme
@@ -29,14 +30,12 @@ def run(args: Namespace) -> None:
     paths = {"scheme": folder / "scheme.yaml", "checkpoint": folder / f"{name}.safetensors"}
     paths |= {"baked": folder / f"{name}.baked.safetensors"} if args.baked else {}
     paths |= {"onnx": folder / f"{name}.onnx"} if args.onnx else {}
-    for path in paths.values():
-        if path.exists() and not args.force:
-            raise NmfxError(f"{path} exists already; give --force to overwrite it, or --out for another folder")
+    work.check_free([*paths.values(), paths["scheme"].with_suffix(".txt")], force=args.force)
     _write(found, scheme_path, paths)
 
 
 def _write(found: work.Work, scheme_path: Path, paths: Mapping[str, Path]) -> None:
-    out = output()
+    out, folder = output(), paths["scheme"].parent
     with working(f"exporting {found.model}"):
         model = found.load()
         sites, example = found.sites(model), found.example(model)
@@ -44,14 +43,14 @@ def _write(found: work.Work, scheme_path: Path, paths: Mapping[str, Path]) -> No
         dense = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
         transform(model, scheme, sites=sites, inplace=True)
         checked = verify(model) if len(scheme) else None
-        info = {**scheme.info, "weights": found.weights}
-        work.save_scheme(scheme, paths["scheme"], sites)
-        save_checkpoint(model, paths["checkpoint"], info=info)
-        baked = bake(model, inplace=True)
-        if "baked" in paths:
-            save_baked(baked, paths["baked"])
-        if "onnx" in paths:
-            save_onnx(baked, paths["onnx"], example)
+        with all_or_nothing(folder) as draft:
+            work.save_scheme(scheme, draft / paths["scheme"].name, sites)
+            save_checkpoint(model, draft / paths["checkpoint"].name, info={**scheme.info, "weights": found.weights})
+            baked = bake(model, inplace=True)
+            if "baked" in paths:
+                save_baked(baked, draft / paths["baked"].name)
+            if "onnx" in paths:
+                save_onnx(baked, draft / paths["onnx"].name, example)
     out.print(tables.totals_table(scheme.totals(sites)))
     out.print(f"\npatterns: {tables.pattern_counts(scheme, sites)}")
     if checked is not None:

@@ -7,7 +7,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from nmfx.cli import convert, tables, work
-from nmfx.cli.console import output, working
+from nmfx.cli.console import heading, output, working
 from nmfx.errors import NmfxError, SchemeError
 from nmfx.export.checkpoint import read_checkpoint
 from nmfx.graph.census import find_sites
@@ -32,7 +32,7 @@ def run(args: Namespace) -> None:
 
 def _show_work(path: Path) -> None:
     found, out = work.open_work(path), output()
-    out.print(f"[bold]work directory[/] {path}: {found.model}, {found.weights} weights")
+    out.print(heading("work directory", f" {path}: {found.model}, {found.weights} weights"))
     with working("finding the sites"):
         model = find_source(found.model).build_meta()
         sites = found.sites(model)
@@ -52,7 +52,7 @@ def _show_checkpoint(path: Path) -> None:
     header, tensors = read_checkpoint(path)
     out, scheme = output(), header.scheme
     made_of = header.source or header.model
-    out.print(f"[bold]checkpoint[/] {path}: {made_of}, {tables.size(path.stat().st_size)}, SHA-256 agrees")
+    out.print(heading("checkpoint", f" {path}: {made_of}, {tables.size(path.stat().st_size)}, SHA-256 agrees"))
     rows = {name: tensors[f"{name}:values"].numel() for name in header.sites if name not in header.aliases}
     weights = sum(header.grouping(name).numel for name in rows)
     for name, kept in rows.items():
@@ -77,11 +77,11 @@ def _show_scheme(path: Path) -> None:
             rows = None
         if rows is None:
             raise
-        out.print(f"[bold]scheme[/] {path}: published format, {len(rows)} layers, numbered in module order")
+        out.print(heading("scheme", f" {path}: published format, {len(rows)} layers, numbered in module order"))
         for key, pattern in rows.items():
             out.print(f"  {pattern:>6}  {key}", soft_wrap=True)
         return
-    out.print(f"[bold]scheme[/] {path}: {len(scheme)} sparse sites of {len(scheme.shapes) or '?'}, layout {scheme.layout}")
+    out.print(heading("scheme", f" {path}: {len(scheme)} sparse sites of {len(scheme.shapes) or '?'}, layout {scheme.layout}"))
     for name in scheme.shapes or scheme:
         out.print(f"  {scheme.get(name, 'dense')!s:>6}  {name}", soft_wrap=True)
     out.print(tables.pattern_counts(scheme))
@@ -98,7 +98,7 @@ def _show_model(name: str, size: tuple[int, ...] | None) -> None:
     with working(f"building {source} without memory"):
         model = source.build_meta()
         sites = find_sites(model, work.example_of(model, size))
-    out.print(f"[bold]{source}[/] ({type(model).__name__}), {len(sites)} sites")
+    out.print(heading(str(source), f" ({type(model).__name__}), {len(sites)} sites"))
     out.print(tables.site_table(sites, Scheme({}), {}))
     convert._show_notes(sites, {})
     out.print()

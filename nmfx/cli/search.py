@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from nmfx.cli import convert, tables, work
-from nmfx.cli.console import output, working
+from nmfx.cli.console import heading, output, working
 from nmfx.errors import NmfxError, SearchError
 from nmfx.scheme import Scheme
 from nmfx.search.finder import SearchResult, find_scheme
@@ -19,8 +19,7 @@ def run(args: Namespace) -> None:
     """Find the model, search, show, write."""
     found, out = _work(args), output()
     path = Path(args.out) if args.out else found.scheme_path
-    if path.exists() and not args.force:
-        raise NmfxError(f"{path} exists already; give --force to overwrite it, or --out for another name")
+    work.check_free([path, path.with_suffix(".txt")], force=args.force)
     with working(f"searching {found.model}: {args.method}, {args.target:g} of {args.budget}"):
         model = found.load()
         result = find_scheme(
@@ -77,7 +76,7 @@ def _show(result: SearchResult, scheme: Scheme, *, events: bool) -> None:
     if result.dense_reasons:
         out.print(tables.reasons_list(result.dense_reasons, "\ndense or with another M, whatever the budget"))
     if events:
-        out.print("\n[bold]steps[/]")
+        out.print(heading("\nsteps"))
         for index, event in enumerate(result.events, 1):
             out.print(f"{index:>4}  {event.site}: {event.before} -> {event.after}  ({event.reason})", soft_wrap=True)
     out.print()

@@ -6,11 +6,12 @@ which their seed gives again), and scheme.yaml + scheme.txt once there is a sche
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,10 @@ from nmfx.export.plain import save_baked
 from nmfx.graph.census import find_sites
 from nmfx.graph.site import Sites
 from nmfx.scheme import Scheme
-from nmfx.zoo import Built, Example, build_model, example_for, find_source, load_weights
+from nmfx.zoo import SOURCE, Built, Example, Source, build_random, example_for, find_source, load_weights
 
-KEYS = ("nmfx", "version", "model", "weights", "note", "input_size")
+VERSION = 1
+KEYS = ("nmfx", "version", "model", "kwargs", "weights", "note", "input_size")
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,12 @@ class Work:
     weights: str
     note: str = ""
     input_size: tuple[int, ...] | None = None
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def source(self) -> Source:
+        """How the model is built."""
+        return replace(find_source(self.model), kwargs=dict(self.kwargs))
 
     @property
     def scheme_path(self) -> Path:
@@ -53,10 +61,10 @@ class Work:
 
     def load(self) -> nn.Module:
         """The dense model."""
-        built = build_model(self.model, weights="none")
+        model = build_random(self.source)
         if self.weights != "random":
-            load_weights(built.model, self.path / "weights.safetensors")
-        return built.model
+            load_weights(model, self.path / "weights.safetensors")
+        return model
 
     def example(self, model: nn.Module) -> Example:
         """The input that the work directory was made with."""
@@ -84,7 +92,7 @@ def parse_size(size: str | None) -> tuple[int, ...] | None:
     if size is None:
         return None
     parts = size.lower().replace(",", "x").split("x")
-    if not all(part.isdigit() and int(part) > 0 for part in parts) or len(parts) > 5:
+    if not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts) or len(parts) > 5:
         raise NmfxError(f"--input-size {size}: expected the input without its batch, as in 3x224x224")
     numbers = tuple(map(int, parts))
     return (3, *numbers, *numbers) if len(numbers) == 1 else numbers
@@ -104,11 +112,13 @@ def create(
         NmfxError: it exists and `force` is false, or is no work directory of ours.
     """
     check_absent(path, force=force)
-    work = Work(path, str(built.source), built.weights, built.note, input_size)
+    source = getattr(built.model, SOURCE, built.source)
+    work = Work(path, str(source), built.weights, built.note, input_size, source.kwargs)
 
     def write(folder: Path) -> None:
         size = "x".join(map(str, input_size)) if input_size else ""
-        head = {"nmfx": "work", "version": 1, "model": work.model, "weights": work.weights, "note": work.note}
+        head = {"nmfx": "work", "version": VERSION, "model": work.model, "kwargs": json.dumps(dict(work.kwargs))}
+        head |= {"weights": work.weights, "note": work.note}
         head["input_size"] = size
         (folder / "work.yaml").write_text(yaml.safe_dump(head, sort_keys=False), encoding="utf-8")
         if work.weights != "random":
@@ -129,8 +139,11 @@ def check_absent(path: Path, *, force: bool) -> None:
 
 
 def _replace_directory(path: Path, write: Callable[[Path], None]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    except OSError as error:
+        raise NmfxError(f"{path}: cannot be written: {error.strerror or error}") from error
     try:
         write(folder)
         folder.chmod(0o755)
@@ -148,15 +161,23 @@ def _replace_directory(path: Path, write: Callable[[Path], None]) -> None:
 
 def save_scheme(scheme: Scheme, path: Path, sites: Sites, *, force: bool = True) -> list[Path]:
     """Write a scheme as YAML, and beside it in the published format where that can say it."""
+    published = path.with_suffix(".txt")
+    check_free([path, published], force=force)
     scheme.save(path, sites, force=force)
-    written = [path]
     try:
-        scheme.save(path.with_suffix(".txt"), sites, force=True)
-        written.append(path.with_suffix(".txt"))
+        scheme.save(published, sites, force=force)
     except NmfxError as error:
-        path.with_suffix(".txt").unlink(missing_ok=True)
-        warn(f"no {path.with_suffix('.txt').name}: {error}")
-    return written
+        published.unlink(missing_ok=True)  # it would contradict the scheme beside it
+        warn(f"no {published.name}: {error}")
+        return [path]
+    return [path, published]
+
+
+def check_free(paths: Iterable[Path], *, force: bool) -> None:
+    """Raise if any of these files exists, unless `force`."""
+    for path in paths:
+        if path.exists() and not force:
+            raise NmfxError(f"{path} exists already; give --force to overwrite it, or --out for another name")
 
 
 def open_work(path: Path) -> Work:
@@ -169,11 +190,20 @@ def open_work(path: Path) -> Work:
         content = (path / "work.yaml").read_text(encoding="utf-8")
     except OSError:
         raise NmfxError(f"{path}: not a work directory (it has no work.yaml); make one with `nmfx convert MODEL`") from None
+    except UnicodeDecodeError as error:
+        raise NmfxError(f"{path / 'work.yaml'}: not written by nmfx convert: {error}") from None
     tree: dict[str, Any] = text.load_yaml(content, str(path / "work.yaml"), NmfxError)
     text.check_keys(tree, KEYS, str(path / "work.yaml"), NmfxError)
     if tree.get("nmfx") != "work" or "model" not in tree or "weights" not in tree:
         raise NmfxError(f"{path / 'work.yaml'}: not written by nmfx convert")
-    return Work(path, tree["model"], tree["weights"], tree.get("note", ""), parse_size(tree.get("input_size") or None))
+    if (version := tree.get("version")) != str(VERSION):
+        raise NmfxError(f"{path / 'work.yaml'}: version {version}, this nmfx reads version {VERSION}; convert the model anew")
+    try:
+        kwargs = json.loads(tree.get("kwargs", "{}"))
+    except ValueError as error:
+        raise NmfxError(f"{path / 'work.yaml'}: kwargs are not JSON: {error}") from None
+    size = parse_size(tree.get("input_size") or None)
+    return Work(path, tree["model"], tree["weights"], tree.get("note", ""), size, kwargs)
 
 
 def find_work(named: str | None) -> Work | None:

@@ -47,7 +47,7 @@ class Header:
         """The scheme the weights were packed with."""
         flat = any(site["flat"] for site in self.sites.values())
         short = any(not site["flat"] and site["rows"][1] % Pattern(site["pattern"]).m for site in self.sites.values())
-        patterns = {name: Pattern(site["pattern"]) for name, site in self.sites.items()}
+        patterns = {name: Pattern(site["pattern"]) for name, site in self.sites.items() if name not in self.aliases}
         return Scheme(patterns, "flat" if flat else "strict", short, info=self.info)
 
     def grouping(self, name: str) -> Grouping:
@@ -67,10 +67,10 @@ def save_checkpoint(model: nn.Module, path: str | Path, *, info: Mapping[str, st
     not kept.
 
     Raises:
-        CheckpointError: the state dict holds something that is not a tensor.
+        CheckpointError: the state dict holds something that is not a tensor, or has no values (meta device).
     """
     packed = {f"{site.path}.{site.attr}".lstrip("."): site for site in masked_sites(model)}
-    tensors, aliases = _unpacked(model, packed)
+    tensors, aliases = _unpacked(model, packed)  # first, as it refuses what cannot be saved
     for name, site in packed.items():
         if name not in aliases:
             values, positions = pack(site.parameter.detach().cpu(), site.mask.cpu(), site.spec.pattern.n, site.spec.grouping)
@@ -92,6 +92,8 @@ def _unpacked(model: nn.Module, packed: Mapping[str, MaskedSite]) -> tuple[dict[
     for name, value in model.state_dict().items():
         if not isinstance(value, Tensor):
             raise CheckpointError(f"{name}: extra state of type {type(value).__name__} cannot be stored in safetensors")
+        if value.device.type == "meta":
+            raise CheckpointError(f"{name}: on the meta device, without values; load weights before saving")
         key = (value.data_ptr(), tuple(value.shape), value.stride(), value.dtype)
         first = seen.setdefault(key, name) if value.numel() else name
         if first != name:
@@ -207,6 +209,8 @@ def _fill(
         check_state(model, state, origin)
     except ModelError as error:
         raise CheckpointError(str(error)) from error
+    if not rebuilt:
+        _check_target(model, state, origin)
     for module in model.modules():
         unmask(module, keep_masked=False)
     if rebuilt:  # in the dtypes of the file
@@ -226,6 +230,30 @@ def _fill(
         owner._buffers[mask_name(attr)] = masks[name].to(weight.device)
         owner.__dict__["_masked_sites"][attr].refresh(owner, attr, weight, update=False)
     return model.eval()
+
+
+def _check_target(model: nn.Module, state: dict[str, Tensor], origin: str) -> None:
+    """A given model must take the weights as they are: real memory, the same dtypes, equal values where it ties weights.
+
+    Raises:
+        CheckpointError: naming the first weight that it cannot take.
+    """
+    first: dict[int, str] = {}
+    for name, tensor in (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)):
+        if name not in state:
+            continue
+        if tensor.device.type == "meta":
+            raise CheckpointError(
+                f"{origin}: {name} of the model is on the meta device; call model.to_empty(device='cpu') first"
+            )
+        if tensor.dtype != state[name].dtype:
+            wanted = str(state[name].dtype).removeprefix("torch.")
+            raise CheckpointError(
+                f"{origin}: {name} is {wanted}, the model has {tensor.dtype}; call model.to(torch.{wanted}) first"
+            )
+        twin = first.setdefault(id(tensor), name)
+        if twin != name and not torch.equal(state[twin], state[name]):
+            raise CheckpointError(f"{origin}: {twin} and {name} differ, but the model ties them; untie them first")
 
 
 def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:

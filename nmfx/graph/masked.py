@@ -80,9 +80,8 @@ def mask_attribute(owner: nn.Module, attr: str, spec: MaskSpec, twin: tuple[nn.M
     attrs: tuple[str, ...] = (attr,)
     if is_masked(owner):
         attrs = tuple(dict.fromkeys((*type(owner)._masked_attrs, attr)))  # type: ignore[attr-defined]
-    elif STATES not in owner.__dict__:
-        owner.__dict__[STATES] = {}
-    if attr not in owner.__dict__[STATES]:
+    states = owner.__dict__.get(STATES, {})
+    if attr not in states:
         if hasattr(owner, mask_name(attr)):
             raise NmfxError(f"{spec.name}: its module already has an attribute {mask_name(attr)!r}; rename that one")
         if twin is not None:
@@ -92,7 +91,8 @@ def mask_attribute(owner: nn.Module, attr: str, spec: MaskSpec, twin: tuple[nn.M
         if twin is None and weight.device.type != "meta":
             write_mask(weight, spec, mask, torch.empty_like(weight, requires_grad=False))
         owner.register_buffer(mask_name(attr), mask, persistent=False)
-    owner.__dict__[STATES][attr] = MaskState(spec) if twin is None else twin[0].__dict__[STATES][twin[1]]
+    owner.__dict__[STATES] = states
+    states[attr] = MaskState(spec) if twin is None else twin[0].__dict__[STATES][twin[1]]
     owner.__dict__.pop("_flat_weights", None)
     owner.__class__ = _masked_class(plain_class(owner), attrs)  # type: ignore[arg-type]
 

@@ -168,7 +168,7 @@ def to_graphs(model: nn.Module) -> dict[str, SiteGraph]:
     try:
         return {"": to_graph(model)}
     except TraceError:
-        parts = {}
+        parts: dict[str, SiteGraph] = {}
         for name, child in model.named_children():
             if any(True for _ in child.parameters()):
                 parts |= {f"{name}.{path}".rstrip("."): view for path, view in to_graphs(child).items()}

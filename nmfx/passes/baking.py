@@ -46,7 +46,7 @@ def verify(model: nn.Module, scheme: AnyScheme | None = None, *, example_input: 
     if scheme is None:
         for masked in masked_sites(model):
             value = getattr(masked.owner, masked.attr)
-            checks[f"{masked.path}.{masked.attr}".lstrip(".")] = (value, masked.spec.pattern.n, masked.spec.grouping)
+            checks[masked.spec.name] = (value, masked.spec.pattern.n, masked.spec.grouping)
         if not checks:
             raise VerificationError(f"{type(model).__name__}: nothing is masked; give the scheme it should obey")
     else:

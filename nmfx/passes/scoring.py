@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -39,27 +39,31 @@ def attach_scores(model: nn.Module, sites: Sites, groupings: Mapping[str, Groupi
     - ``weight_count`` ``(groups,)``, uint8: how many weights of the group exceed ``T_g`` now.
 
     Raises:
-        NmfxError: a module already has something under one of the names.
+        NmfxError: a module already has something under one of the names; nothing is attached then.
     """
+    for name in groupings:
+        for owner, buffer in _places(model, sites[name]):
+            if hasattr(owner, buffer):
+                raise NmfxError(f"{name}: the module already has an attribute {buffer!r}; remove it to search")
     for name, grouping in groupings.items():
-        (path, attr), ordered = sites[name].owners[0], sorted_magnitudes(weight_of(model, sites[name]), grouping)
+        ordered = sorted_magnitudes(weight_of(model, sites[name]), grouping)
         threshold = ordered[grouping.m - grouping.m // 2 :].mean(dim=0) if grouping.m > 1 else ordered[0]
         count = (ordered > threshold).sum(dim=0, dtype=torch.uint8)
-        owner = model.get_submodule(path)
-        for suffix, value in zip(SUFFIXES, (threshold, count), strict=True):
-            if hasattr(owner, attr + suffix):
-                raise NmfxError(f"{name}: the module already has an attribute {attr + suffix!r}; remove it to search")
-            owner.register_buffer(attr + suffix, value, persistent=False)
+        for (owner, buffer), value in zip(_places(model, sites[name]), (threshold, count), strict=True):
+            owner.register_buffer(buffer, value, persistent=False)
 
 
-def detach_scores(model: nn.Module, sites: Sites) -> None:
-    """Remove what `attach_scores` registered."""
-    for site in sites:
-        path, attr = site.owners[0]
-        owner = model.get_submodule(path)
-        for suffix in SUFFIXES:
-            owner._buffers.pop(attr + suffix, None)
-            owner._non_persistent_buffers_set.discard(attr + suffix)
+def detach_scores(model: nn.Module, sites: Sites, names: Iterable[str] | None = None) -> None:
+    """Remove what `attach_scores` registered, for these sites or for all."""
+    for name in [site.name for site in sites] if names is None else names:
+        for owner, buffer in _places(model, sites[name]):
+            owner._buffers.pop(buffer, None)
+            owner._non_persistent_buffers_set.discard(buffer)
+
+
+def _places(model: nn.Module, site: Site) -> list[tuple[nn.Module, str]]:
+    path, attr = site.owners[0]
+    return [(model.get_submodule(path), attr + suffix) for suffix in SUFFIXES]
 
 
 def scores_of(model: nn.Module, site: Site) -> tuple[Tensor, Tensor]:
@@ -72,8 +76,8 @@ def scores_of(model: nn.Module, site: Site) -> tuple[Tensor, Tensor]:
 @contextlib.contextmanager
 def scored(model: nn.Module, sites: Sites, groupings: Mapping[str, Grouping]) -> Iterator[None]:
     """Score buffers for the time of a search; gone afterwards, whatever happens."""
+    attach_scores(model, sites, groupings)
     try:
-        attach_scores(model, sites, groupings)
         yield
     finally:
-        detach_scores(model, sites)
+        detach_scores(model, sites, groupings)

@@ -66,10 +66,15 @@ def transform(
     for module in result.modules():
         unmask(module, keep_masked=False)
     factor = {"sr-ste": decay, "ste": 0.0, "fixed": None}[training]
-    for site in sites:
-        if site.name in resolved:
-            spec = MaskSpec(site.name, resolved[site.name], resolved.grouping(site), factor, training == "fixed")
-            _mask(result, site, spec)
+    try:
+        for site in sites:
+            if site.name in resolved:
+                spec = MaskSpec(site.name, resolved[site.name], resolved.grouping(site), factor, training == "fixed")
+                _mask(result, site, spec)
+    except Exception:
+        for module in result.modules():
+            unmask(module, keep_masked=False)
+        raise
     return to_graph(result, example_input) if as_graph else result
 
 
@@ -127,7 +132,13 @@ def conversion_difference(model: nn.Module, sites: Sites, example: Example) -> f
             module.training = training
     if [t.shape for t in before] != [t.shape for t in after]:
         return float("inf")
-    return max((float((a - b).abs().nan_to_num().max()) for a, b in zip(before, after, strict=True) if a.numel()), default=0.0)
+    return max((_difference(a, b) for a, b in zip(before, after, strict=True) if a.numel()), default=0.0)
+
+
+def _difference(a: Tensor, b: Tensor) -> float:
+    """Largest difference; the same infinity or NaN on both sides is none, on one side it is infinite."""
+    same = (a == b) | (a.isnan() & b.isnan())
+    return float(torch.where(same, 0.0, (a - b).abs()).nan_to_num(nan=float("inf")).max())
 
 
 def scheme_of(model: nn.Module) -> Scheme:

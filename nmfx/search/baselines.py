@@ -10,11 +10,10 @@ from nmfx.search.tables import Tables
 
 
 def uniform(problem: Problem, tables: Tables) -> Outcome:
-    """One N for every site, the largest that fits everywhere; what it leaves is spent on one step up for single sites."""
-    longest = max(map(len, problem.options))
-    levels = ([max(0, len(options) - longest + level) for options in problem.options] for level in reversed(range(longest)))
-    choice = next(choice for choice in levels if problem.left(choice) >= 0)  # pose() has checked that the sparsest fits
-    chosen, trims = trim(problem, choice, limit=[option + 1 for option in choice])
+    """One N for every site, the largest that fits everywhere; what it leaves is spent on single sites."""
+    steps = [list(choice) for choice in zip(*problem.levels, strict=True)]  # one choice for each candidate N
+    choice = max((c for c in steps if problem.left(c) >= 0), key=steps.index)  # pose() has checked that the sparsest fits
+    chosen, trims = trim(problem, choice)
     return Outcome(tuple(chosen), (*moves(problem, choice, "the densest pattern that fits everywhere"), *trims))
 
 

@@ -29,17 +29,17 @@ class Outcome:
     events: tuple[Event, ...]
 
 
-def trim(problem: Problem, choice: Sequence[int], limit: Sequence[int] | None = None) -> tuple[list[int], list[Event]]:
-    """Raise the N of sites, the largest step that still fits first, until no step fits; no option beyond `limit`."""
+def trim(problem: Problem, choice: Sequence[int]) -> tuple[list[int], list[Event]]:
+    """Raise the N of sites, the largest step that still fits first, until no step fits."""
     chosen, events = list(choice), list[Event]()
     while True:
         left = problem.left(chosen)
         steps = [
             (problem.costs[i][chosen[i] + 1] - problem.costs[i][chosen[i]], -i)
             for i in problem.free
-            if chosen[i] + 1 < len(problem.options[i]) and (limit is None or chosen[i] < limit[i])
+            if chosen[i] + 1 < len(problem.options[i])
         ]
-        fitting = [step for step in steps if 0 < step[0] <= left]
+        fitting = [step for step in steps if step[0] <= left]
         if not fitting:
             return chosen, events
         index = -max(fitting)[1]

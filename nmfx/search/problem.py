@@ -6,6 +6,7 @@ import fnmatch
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Literal
 
 from nmfx import text
@@ -28,17 +29,21 @@ class Budget:
 
     @property
     def limit(self) -> int:
-        """The most that may be kept; a target within 1e-9 of a whole number of weights means that number."""
-        return math.floor((1 - self.target) * self.dense + 1e-9 * max(1, self.dense))
+        """The most that may be kept, exactly: the target counts as the decimal number it is written as."""
+        return math.floor((1 - Fraction(repr(self.target))) * self.dense)
 
 
 @dataclass(frozen=True)
 class Problem:
-    """The choice to make: one of ``options[i]`` for site i, ascending in density, dense last; ``costs[i]`` likewise."""
+    """The choice to make: one of ``options[i]`` for site i, ascending in density, dense last; ``costs[i]`` likewise.
+
+    ``levels[i][k]`` is the option of site i that the k-th smallest candidate N comes to.
+    """
 
     sites: Sites
     options: tuple[tuple[Pattern, ...], ...]
     costs: tuple[tuple[int, ...], ...]
+    levels: tuple[tuple[int, ...], ...]
     budget: Budget
     layout: Layout
     remainder: Remainder
@@ -100,29 +105,35 @@ def pose(
     for glob in wanted:
         if not any(fnmatch.fnmatchcase(site.name, glob) for site in sites):
             raise SearchError(f"keep-dense: no site matches {glob!r}{text.nearest(glob, [s.name for s in sites])}")
+    if numbers == (m,):
+        raise SearchError(f"target {target:g} is out of reach: no candidate N is below M = {m}, and M itself is dense")
     options: list[tuple[Pattern, ...]] = []
+    levels: list[tuple[int, ...]] = []
     reasons: dict[str, str] = {}
     for site in sites:
         if rule := next((glob for glob in wanted if fnmatch.fnmatchcase(site.name, glob)), None):
             reasons[site.name] = f"kept dense by {rule!r}"
             options.append((Pattern.DENSE,))
+            levels.append((0,) * len(numbers))
             continue
         fitted = [fit(site, Pattern(n, m), layout, remainder) for n in numbers if n < m]
         if reason := next((reason for _, reason in fitted if reason), ""):
             reasons[site.name] = reason
-        options.append((*dict.fromkeys(p for p, _ in fitted if not p.is_dense), Pattern.DENSE))
+        choice = (*dict.fromkeys(p for p, _ in fitted if not p.is_dense), Pattern.DENSE)
+        options.append(choice)
+        levels.append((*(len(choice) - 1 if p.is_dense else choice.index(p) for p, _ in fitted), len(choice) - 1))
     costs = tuple(
         tuple(_cost(site, p, budget, layout, remainder) for p in choice) for site, choice in zip(sites, options, strict=True)
     )
     limit = Budget(budget, float(target), sites.weights if budget == "params" else sites.macs)
     if not limit.dense:
         raise SearchError(f"{sites.model or 'the model'} has no {budget} to save: no sites")
-    problem = Problem(sites, tuple(options), costs, limit, layout, remainder, reasons)
+    problem = Problem(sites, tuple(options), costs, tuple(levels), limit, layout, remainder, reasons)
     least = sum(min(choice) for choice in costs)
     if least > limit.limit:
         raise SearchError(
             f"target {target:g} of {budget} is out of reach: with 1:{m} everywhere it can be, the largest target is "
-            f"{1 - least / limit.dense:.6f}{_out_of_reach(problem)}"
+            f"{math.floor(10**6 * (1 - Fraction(least, limit.dense))) / 10**6:.6f}{_out_of_reach(problem)}"
         )
     return problem
 
@@ -135,9 +146,9 @@ def _cost(site: Site, pattern: Pattern, budget: BudgetKind, layout: Layout, rema
 
 
 def _out_of_reach(problem: Problem) -> str:
-    fixed = [s for s, options in zip(problem.sites, problem.options, strict=True) if len(options) == 1]
-    largest = max(fixed, key=lambda site: site.weights, default=None)
-    if largest is None:
+    fixed = [i for i, options in enumerate(problem.options) if len(options) == 1]
+    if not fixed:
         return "; a larger M reaches further"
-    reason = problem.dense_reasons[largest.name]
+    largest = problem.sites.sites[max(fixed, key=lambda i: problem.costs[i][0])]
+    reason = problem.dense_reasons.get(largest.name, "no pattern fits it")
     return f"; of the {len(fixed)} of {len(problem.options)} sites that stay dense {largest.name} is the largest ({reason})"

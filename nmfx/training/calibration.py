@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from nmfx.errors import NmfxError
 
 
 @torch.no_grad()
@@ -22,10 +25,16 @@ def recalibrate_bn(model: nn.Module, batches: Iterable[Any]) -> int:
 
     Returns:
         The number of batches seen. Models without batch normalisation see none.
+
+    Raises:
+        NmfxError: there are no batches; the statistics are left as they are.
     """
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.running_mean is not None]
     if not norms:
         return 0
+    first = next(remaining := iter(batches), None)
+    if first is None:
+        raise NmfxError("recalibrate_bn: no batches to re-estimate the statistics on")
     modes = [(module, module.training) for module in model.modules()]
     momenta = [module.momentum for module in norms]
     model.eval()  # dropout and drop path stay off: only the statistics are wanted
@@ -35,7 +44,7 @@ def recalibrate_bn(model: nn.Module, batches: Iterable[Any]) -> int:
         module.train()
     count, device = 0, next(model.parameters()).device
     try:
-        for batch in batches:
+        for batch in itertools.chain([first], remaining):
             model(_input_of(batch, device))
             count += 1
     finally:

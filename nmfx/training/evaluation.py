@@ -22,8 +22,8 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Evaluation:
-    """Accuracy of `model` in eval mode over ``(input, label)`` batches; the model's mode is restored."""
-    training, device = model.training, next(model.parameters()).device
+    """Accuracy of `model` in eval mode over ``(input, label)`` batches; the modules' modes are restored."""
+    modes, device = [(module, module.training) for module in model.modules()], next(model.parameters()).device
     top1, top5, loss = AverageMeter(), AverageMeter(), AverageMeter()
     model.eval()
     try:
@@ -35,5 +35,6 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Eval
             top5.update(fifth.item() / 100, len(x))
             loss.update(nn.functional.cross_entropy(logits, label).item(), len(x))
     finally:
-        model.train(training)
+        for module, training in modes:
+            module.training = training
     return Evaluation(top1.avg, top5.avg, loss.avg, int(top1.count))

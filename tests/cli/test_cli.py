@@ -15,7 +15,7 @@ import torch
 import torchvision
 import yaml
 from awkward import same
-from cases import bug, cases
+from cases import cases
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils._pytree import tree_leaves
@@ -408,10 +408,6 @@ CONVERT_ERRORS = {
 
 @cases(
     CONVERT_ERRORS,
-    {
-        "size digits": "parse_size: '²'.isdigit() is true, int('²') raises ValueError",
-        "under a file": "_replace_directory calls mkdir before its try: FileExistsError or NotADirectoryError",
-    },
 )
 def test_convert_says_what_is_wrong(name: str, fails: Callable[..., str], nmfx: Run) -> None:
     nmfx("convert", "demo:digits", "--out", "old.nmfx")
@@ -447,10 +443,6 @@ SEARCH_ERRORS = {
 
 @cases(
     SEARCH_ERRORS,
-    {
-        "dense candidate": "_out_of_reach looks up a reason that is not there: KeyError",
-        "existing beside": "save_scheme overwrites the .txt beside --out without asking",
-    },
 )
 def test_search_says_what_is_wrong(name: str, digits: Path, fails: Callable[..., str]) -> None:
     for file in ("old.yaml", "notes.txt"):
@@ -460,7 +452,6 @@ def test_search_says_what_is_wrong(name: str, digits: Path, fails: Callable[...,
     assert message in fails("search", *options)
 
 
-@bug("save_scheme deletes the .txt beside --out when the scheme has no words in the published format")
 def test_a_file_beside_the_scheme_is_not_deleted(digits: Path) -> None:
     Path("notes.txt").write_text("mine")
     main(["search", "--target", "0.5", "--remainder", "short", "--out", "notes.yaml"])
@@ -493,7 +484,6 @@ def test_what_is_there_is_not_overwritten(digits: Path, nmfx: Run, fails: Callab
     nmfx("export", "--force")
 
 
-@bug("export asks about scheme.yaml only, and overwrites the scheme.txt beside it")
 def test_export_asks_before_it_overwrites_scheme_txt(digits: Path, nmfx: Run, fails: Callable[..., str]) -> None:
     nmfx("search", "--target", "0.5")
     Path("out").mkdir()
@@ -501,7 +491,6 @@ def test_export_asks_before_it_overwrites_scheme_txt(digits: Path, nmfx: Run, fa
     assert "scheme.txt exists already" in fails("export", "--out", "out")
 
 
-@bug("export writes its files one by one: when the ONNX exporter fails, the others stay, and a second run needs --force")
 def test_an_export_that_fails_writes_nothing(
     digits: Path, nmfx: Run, fails: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -540,10 +529,6 @@ SPOILT: dict[str, tuple[str, bytes | None, str]] = {
 
 @cases(
     SPOILT,
-    {
-        "binary": "open_work catches OSError, not UnicodeDecodeError",
-        "newer": "open_work does not look at the version that convert writes",
-    },
 )
 def test_a_spoilt_work_directory_is_refused(name: str, digits: Path, fails: Callable[..., str]) -> None:
     file, content, message = SPOILT[name]
@@ -588,13 +573,11 @@ def test_inspect_says_what_is_wrong(fails: Callable[..., str], nmfx: Run) -> Non
 # Brackets are markup to rich.
 
 
-@bug("paths and names are printed as rich markup: [old] in a path disappears")
 def test_a_path_is_shown_as_it_is(nmfx: Run) -> None:
     out, _ = nmfx("convert", "demo:digits", "--out", "x[old].nmfx")
     assert "x[old].nmfx" in out
 
 
-@bug("inspect prints the names of a scheme file as rich markup: MarkupError")
 def test_names_of_a_foreign_scheme_are_shown_as_they_are(nmfx: Run) -> None:
     Path("s.yaml").write_text('nmfx: scheme\nversion: 1\npatterns: {"a[/b].weight": "2:4"}\n')
     out, _ = nmfx("inspect", "s.yaml")
@@ -654,7 +637,7 @@ BUILT_OTHERWISE = (
 
 
 @pytest.mark.filterwarnings("ignore:The default weight initialization of GoogleNet")
-@cases(OTHERWISE, dict.fromkeys(OTHERWISE, BUILT_OTHERWISE))
+@cases(OTHERWISE)
 def test_a_pretrained_network_goes_through_the_chain(name: str, nmfx: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     weights, make = OTHERWISE[name]
     monkeypatch.setattr(weights, "get_state_dict", lambda self, *args, **options: state)

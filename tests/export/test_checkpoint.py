@@ -20,7 +20,7 @@ import torch
 import torchvision
 from awkward import build, run, same, snapshot
 from awkward import models as awkward_models
-from cases import bug, cases
+from cases import cases
 from torch import Tensor, nn
 
 from nmfx.demo.digits import load_demo
@@ -183,7 +183,6 @@ def test_a_tied_weight_is_stored_once_and_stays_tied(tmp_path: Path) -> None:
     assert loaded.embed._parameters["weight"] is loaded.decoder._parameters["weight"]
 
 
-@bug("the header lists a tied weight under each name: its scheme, and that of the loaded model, names what is no site")
 def test_the_scheme_of_a_tied_weight_fits_its_own_model(tmp_path: Path) -> None:
     model, example = build("tied")
     sites = find_sites(model, example)
@@ -214,7 +213,6 @@ def test_what_was_tied_may_be_loaded_apart(tmp_path: Path) -> None:
     assert same([loaded(x)], [model(x)])
 
 
-@bug("load_checkpoint copies two different tensors into one tied parameter, and the last one wins")
 def test_what_was_apart_is_not_loaded_tied(tmp_path: Path) -> None:
     save_checkpoint(transform(Pair(tied=False), "2:4", example_input=torch.empty(1, 8)), tmp_path / "pair.safetensors")
     with pytest.raises(CheckpointError, match=r"a\.weight|b\.weight"):
@@ -302,7 +300,7 @@ UNSEEN = (
 )
 
 
-@cases(VARIANTS, dict.fromkeys(set(VARIANTS) - {"input"}, UNSEEN))
+@cases(VARIANTS)
 def test_a_model_that_cannot_be_rebuilt_is_not_rebuilt_wrong(name: str, tmp_path: Path) -> None:
     model = randomise(VARIANTS[name]())
     save_checkpoint(model, tmp_path / "model.safetensors")
@@ -476,7 +474,6 @@ def test_a_model_that_does_not_fit_is_left_alone(
     assert state_of(model) == before
 
 
-@bug("load_checkpoint rounds the values to the dtype of the given model without a word")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_another_dtype_is_refused_or_kept(dtype: torch.dtype, whole: tuple[bytes, int], tmp_path: Path) -> None:
     (tmp_path / "good.safetensors").write_bytes(whole[0])
@@ -487,7 +484,6 @@ def test_another_dtype_is_refused_or_kept(dtype: torch.dtype, whole: tuple[bytes
     assert_same_facts(loaded, load_checkpoint(tmp_path / "good.safetensors"))
 
 
-@bug("load_state_dict warns that copying into a meta parameter does nothing, and the model that comes back holds no values")
 def test_a_model_without_memory_is_refused_or_filled(whole: tuple[bytes, int], tmp_path: Path) -> None:
     (tmp_path / "good.safetensors").write_bytes(whole[0])
     with torch.device("meta"):
@@ -528,7 +524,6 @@ def test_what_safetensors_cannot_hold_is_refused(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@bug("save_checkpoint of a model on the meta device: NotImplementedError of torch from .cpu()")
 def test_a_model_without_values_cannot_be_saved(tmp_path: Path) -> None:
     with torch.device("meta"):
         model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
@@ -546,7 +541,6 @@ def small_disk() -> Iterator[None]:
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-@bug("save_file reports a full disk as a SafetensorError, which write_atomic lets pass")
 @pytest.mark.usefixtures("small_disk")
 def test_a_full_disk_is_an_error_of_ours_and_keeps_the_old_file(tmp_path: Path) -> None:
     path, model = tmp_path / "model.safetensors", network("demo")

@@ -10,7 +10,6 @@ import pytest
 import timm
 import torch
 from awkward import MODELS, build, models, run, same, snapshot
-from cases import bug
 from torch import Tensor, nn
 
 from nmfx.errors import SchemeError, VerificationError
@@ -61,7 +60,6 @@ def test_masked_and_baked_are_verified_alike(name: str) -> None:
         assert found.sites == len(scheme)
 
 
-@bug("verify(converted) counts a tied weight once for each of its owners, verify(baked, scheme) once")
 def test_a_tied_weight_is_verified_once() -> None:
     _, masked, scheme, example = converted("tied")
     assert verify(masked) == verify(bake(masked), scheme, example_input=example)

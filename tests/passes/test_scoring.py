@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from awkward import MODELS, build, models, run, same, snapshot
-from cases import bug
 from torch import Tensor, nn
 
 from nmfx.errors import NmfxError
@@ -98,7 +97,6 @@ class Taken(nn.Module):
         return self.second(self.first(x))
 
 
-@bug("scored() detaches after a failed attach too, and so removes the module's own buffer")
 @pytest.mark.parametrize("suffix", ["_threshold", "_count"])
 def test_a_name_that_is_taken_is_refused_and_left_alone(suffix: str) -> None:
     model = Taken(suffix)

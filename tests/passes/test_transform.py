@@ -13,7 +13,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from awkward import MODELS, build, models, run, same, snapshot
-from cases import bug, cases
+from cases import cases
 from torch import Tensor, nn
 
 from nmfx.errors import NmfxError, SchemeError, TraceError
@@ -239,7 +239,7 @@ class Clash(Net):
 
 @pytest.mark.parametrize(
     "inplace",
-    [False, pytest.param(True, marks=bug("transform(inplace=True) fails half-way and leaves the first sites masked"))],
+    [False, True],
     ids=["copy", "inplace"],
 )
 def test_a_conversion_that_fails_changes_nothing(inplace: bool) -> None:
@@ -410,7 +410,7 @@ class Drifting(nn.Module):
     "drift",
     [
         [0.0, 0.5],
-        pytest.param([0.0, float("nan")], marks=bug("conversion_difference: nan_to_num turns a new NaN into no difference")),
+        [0.0, float("nan")],
     ],
     ids=["number", "nan"],
 )

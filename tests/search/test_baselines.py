@@ -53,7 +53,7 @@ LEVELS = (
 
 
 @kinds
-@cases(POLICIES, {"short": LEVELS, "all N, smaller": LEVELS}, arg="policy")
+@cases(POLICIES, arg="policy")
 def test_uniform_is_the_largest_n_that_fits_everywhere(policy: str, kind: Any) -> None:
     options = {key: value for key, value in POLICIES[policy].items() if key != "candidates"}
     for name in MODELS:
@@ -196,11 +196,5 @@ def test_a_trim_takes_the_largest_step_that_fits(name: str, kind: Any) -> None:
         state[taken] += 1
         assert event.cost == problem.cost(state) <= problem.budget.limit
     assert state == choice
-    assert all(a.cost < b.cost for a, b in pairwise(events))
+    assert all(a.cost <= b.cost for a, b in pairwise(events))
     assert trim(problem, choice) == (choice, [])
-
-
-def test_a_trim_keeps_to_its_limit() -> None:
-    problem, _ = posed("digits", 0.0)
-    choice, _ = trim(problem, [0] * len(problem.options), limit=[min(1, len(o) - 1) for o in problem.options])
-    assert [choice[i] for i in problem.free] == [1] * len(problem.free)

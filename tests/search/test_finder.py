@@ -13,7 +13,7 @@ import pytest
 import torch
 from awkward import build, snapshot
 from awkward import models as awkward_models
-from cases import bug, cases
+from cases import cases
 from small import MODELS, searched
 from torch import Tensor, nn
 
@@ -108,7 +108,6 @@ def test_no_further_step_fits(name: str, method: str, kind: Any) -> None:
     assert not steps_that_fit(name, method, kind)
 
 
-@bug("uniform raises each site by one step at most: a second one may fit in what is left, though `left` says none does")
 @kinds
 def test_no_further_step_fits_after_uniform(kind: Any) -> None:
     assert not [step for name in MODELS for step in steps_that_fit(name, "uniform", kind)]
@@ -126,10 +125,7 @@ class Auxiliary(nn.Module):
         return (self.head(x), self.aux(x)) if self.training else self.head(x)
 
 
-FREE = "trim() takes steps of a positive cost only: under a MAC budget an auxiliary head is pruned although that saves nothing"
-
-
-@cases(METHODS, {"uniform": FREE, "erk": FREE}, arg="method")
+@cases(METHODS, arg="method")
 def test_what_costs_nothing_is_not_pruned(method: str) -> None:
     model = Auxiliary()
     sites = find_sites(model, torch.empty(1, 64))
@@ -285,10 +281,9 @@ BAD_OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "all dense": ({"keep_dense": ["*"]}, r"the largest target is 0\.000000"),
     "glob": ({"keep_dense": ["blok*"]}, r"no site matches 'blok\*'"),
 }
-NO_REASON = "_out_of_reach looks up the reason of a site that is dense for want of candidates: KeyError"
 
 
-@cases(BAD_OPTIONS, {"no candidates": NO_REASON, "candidate M": NO_REASON})
+@cases(BAD_OPTIONS)
 def test_what_cannot_be_asked_says_why(name: str) -> None:
     (model, sites), (options, message) = searched("digits"), BAD_OPTIONS[name]
     before = snapshot(model)

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 import torchvision
-from cases import bug
 from small import MODELS, searched
 from torch import nn
 
@@ -101,7 +100,6 @@ def test_the_limit_is_the_whole_number_below(target: str, dense: int) -> None:
     assert Budget("params", float(target), dense).limit == math.floor((1 - Fraction(target)) * dense)
 
 
-@bug("Budget.limit adds 1e-9 of dense, which at 4 GMACs is 4 MACs above the budget")
 @pytest.mark.parametrize("dense", [4_089_184_256, 190_000_000_001], ids=["resnet50", "large"])
 def test_the_limit_of_large_models_is_not_exceeded(dense: int) -> None:
     for target in TARGETS:
@@ -154,7 +152,6 @@ def largest(message: str) -> float:
 @kinds
 @policies
 @models
-@bug("the largest target is rounded to six digits, up as often as down, and then it is out of reach itself")
 def test_the_largest_target_works(name: str, policy: str, kind: Any) -> None:
     _, sites = searched(name)
     for m in (2, 4, 7, 8, 12, 16, 32):
@@ -179,7 +176,7 @@ def test_the_largest_target_is_about_right(kind: Any) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "name"),
-    [("params", "point"), pytest.param("macs", "stem", marks=bug("_out_of_reach compares weights under a MAC budget too"))],
+    [("params", "point"), ("macs", "stem")],
     ids=["params", "macs"],
 )
 def test_the_dense_site_that_costs_most_is_named(kind: Any, name: str) -> None:

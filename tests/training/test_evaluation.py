@@ -8,7 +8,6 @@ from collections.abc import Iterator
 import pytest
 import torch
 from awkward import build, same, snapshot
-from cases import bug
 from torch import Tensor, nn
 
 from nmfx.passes.baking import bake
@@ -74,7 +73,6 @@ def test_the_model_is_left_as_it_was(train: bool) -> None:
     assert snapshot(model) == before
 
 
-@bug("evaluate ends with model.train(mode), which wakes a batch normalisation that fine-tuning had frozen")
 def test_the_modes_of_a_models_parts_survive() -> None:
     model, example = build("residual")
     model.train()
