@@ -218,7 +218,10 @@ class Scheme(Mapping[str, Pattern]):
             return Scheme.from_published(content, _needed(sites, path), origin=str(path))
         scheme = Scheme.from_yaml(content, origin=str(path))
         if sites is not None:
-            scheme.check(sites)
+            totals, said = scheme.totals(sites), text.load_yaml(content, str(path), SchemeError).get("totals", {})
+            for key, value in said.items():
+                if key != "sparsity" and str(found := getattr(totals, key, None)) != value:
+                    raise SchemeError(f"{path}: says {key} {value}, its patterns come to {found}; make it anew")
         return scheme
 
     def to_yaml(self, sites: Sites | None = None) -> str:
@@ -250,6 +253,10 @@ class Scheme(Mapping[str, Pattern]):
         layout, short = tree.get("layout", "strict"), tree.get("short", "false")
         if layout not in ("strict", "flat") or short not in ("true", "false"):
             raise SchemeError(f"{origin}: layout {layout!r} or short {short!r}: expected strict or flat, true or false")
+        if "patterns" not in tree or ("sites" in tree and tree.get("shapes", {}).keys() != tree["patterns"].keys()):
+            raise SchemeError(f"{origin}: patterns or shapes are missing: the file is truncated; make it anew")
+        if not str(tree.get("m", "1")).isdigit():
+            raise SchemeError(f"{origin}: m: {tree['m']!r} is not a group size")
         patterns, shapes = tree.get("patterns", {}), tree.get("shapes", {})
         if not isinstance(patterns, dict) or not isinstance(shapes, dict):
             raise SchemeError(f"{origin}: 'patterns' and 'shapes' should map weight names to N:M and to shapes")

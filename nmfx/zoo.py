@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import io
 import os
+import re
 import socket
 import sys
 from collections.abc import Iterator
@@ -47,7 +49,8 @@ class Source:
 
             extra = {"weights_backbone": None} if _takes_backbone(self.name) else {}
             weights = "DEFAULT" if pretrained else None
-            model = torchvision.models.get_model(self.name, weights=weights, **({} if pretrained else extra), **self.kwargs)
+            with contextlib.redirect_stdout(io.StringIO()):  # torch.hub says there what it downloads
+                model = torchvision.models.get_model(self.name, weights=weights, **({} if pretrained else extra), **self.kwargs)
         elif self.library == "timm":
             import timm
 
@@ -121,7 +124,7 @@ def find_source(name: str) -> Source:
             library, _, model = candidate.partition(":")
             return Source(library, model)
     plain = {entry.partition(":")[2]: entry for entry in reversed(known)}
-    near = difflib.get_close_matches(name.rpartition(":")[2], plain, n=4, cutoff=0.6)
+    near = difflib.get_close_matches(name.rpartition(":")[2].lower(), plain, n=4, cutoff=0.6)
     hint = f"; nearest: {', '.join(plain[n] for n in near)}" if near else "; see timm.list_models() and torchvision's list"
     raise ModelError(f"no model is called {name!r} in torchvision or timm{hint}")
 
@@ -154,12 +157,14 @@ def _candidates(model: nn.Module) -> Iterator[Source]:
     if type(model).__module__ == "nmfx.demo.digits":
         yield Source("demo", "digits")
     last = list(model.parameters())[-1:]
-    classes = {"num_classes": last[0].shape[0]} if last and last[0].dim() else {}
+    classes: dict[str, Any] = {"num_classes": last[0].shape[0]} if last and last[0].dim() else {}
     if architecture := getattr(model, "pretrained_cfg", {}).get("architecture"):
-        yield from (Source("timm", architecture), Source("timm", architecture, {"num_classes": model.num_classes}))
+        yield Source("timm", architecture)
+        known = {"num_classes": model.num_classes} if hasattr(model, "num_classes") else {}
+        yield Source("timm", architecture, known)
         first = next((p for n, p in model.named_parameters() if p.dim() == 4 and n.endswith("weight")), None)
         if first is not None:
-            yield Source("timm", architecture, {"num_classes": model.num_classes, "in_chans": first.shape[1]})
+            yield Source("timm", architecture, {**known, "in_chans": first.shape[1]})
     defined = getattr(type(model), "_plain_class", type(model)).__module__
     if defined.startswith("torchvision.models"):
         import torchvision
@@ -294,12 +299,15 @@ def build_random(source: Source, seed: int = 0) -> nn.Module:
     """The model with random weights, the same ones for the same seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return source.build()
+        try:
+            return source.build()
+        except (RuntimeError, ValueError, TypeError) as error:
+            raise ModelError(f"{source} cannot be built: {_first_line(error)}") from error
 
 
 def _first_line(error: BaseException) -> str:
     text = next((line for line in str(error).strip().splitlines() if line.strip()), type(error).__name__)
-    return text.strip()[:200]
+    return re.sub(r"\x1b\[[0-9;]*m", "", text.strip())[:200]
 
 
 def load_weights(model: nn.Module, path: Path) -> None:

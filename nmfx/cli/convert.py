@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from argparse import Namespace
 from pathlib import Path
 
@@ -60,7 +61,7 @@ def convert(name: str, path: Path, args: Namespace) -> work.Work:
         out.print(str(to_graph(model).graph), soft_wrap=True)
     result = work.create(path, built, size, scheme if len(scheme) else None, sites, force=args.force)
     result.warn()
-    out.print(f"wrote {path}/; next: nmfx search {path} --target 0.875", soft_wrap=True)
+    out.print(f"wrote {path}/; next: nmfx search {shlex.quote(str(path))} --target 0.875", soft_wrap=True)
     return result
 
 

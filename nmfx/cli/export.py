@@ -32,6 +32,9 @@ def run(args: Namespace) -> None:
     paths |= {"onnx": folder / f"{name}.onnx"} if args.onnx else {}
     work.check_free([*paths.values(), paths["scheme"].with_suffix(".txt")], force=args.force)
     _write(found, scheme_path, paths)
+    for stale in (folder / f"{name}.baked.safetensors", folder / f"{name}.onnx"):
+        if stale not in paths.values():  # of an earlier export, with another scheme
+            stale.unlink(missing_ok=True)
 
 
 def _write(found: work.Work, scheme_path: Path, paths: Mapping[str, Path]) -> None:
@@ -44,7 +47,7 @@ def _write(found: work.Work, scheme_path: Path, paths: Mapping[str, Path]) -> No
         transform(model, scheme, sites=sites, inplace=True)
         checked = verify(model) if len(scheme) else None
         with all_or_nothing(folder) as draft:
-            work.save_scheme(scheme, draft / paths["scheme"].name, sites)
+            written = work.save_scheme(scheme, draft / paths["scheme"].name, sites)
             save_checkpoint(model, draft / paths["checkpoint"].name, info={**scheme.info, "weights": found.weights})
             baked = bake(model, inplace=True)
             if "baked" in paths:
@@ -55,6 +58,8 @@ def _write(found: work.Work, scheme_path: Path, paths: Mapping[str, Path]) -> No
     out.print(f"\npatterns: {tables.pattern_counts(scheme, sites)}")
     if checked is not None:
         out.print(f"verified: {checked.groups:,} groups of {checked.sites} sites hold at most N")
+    if len(written) > 1:
+        out.print(f"wrote {folder / written[1].name}", soft_wrap=True)
     for kind, path in paths.items():
         share = f", {path.stat().st_size / dense:.1%} of the dense weights" if kind == "checkpoint" else ""
         out.print(f"wrote {path} ({tables.size(path.stat().st_size)}{share})", soft_wrap=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from nmfx.cli.console import heading, output, working
 from nmfx.errors import NmfxError, SearchError
 from nmfx.scheme import Scheme
 from nmfx.search.finder import SearchResult, find_scheme
+from nmfx.zoo import find_source
 
 DEMO = "demo:digits"
 
@@ -19,6 +21,8 @@ def run(args: Namespace) -> None:
     """Find the model, search, show, write."""
     found, out = _work(args), output()
     path = Path(args.out) if args.out else found.scheme_path
+    if path.suffix not in (".yaml", ".yml"):
+        raise NmfxError(f"--out {path}: expected a name that ends in .yaml (the published format goes to .txt beside it)")
     work.check_free([path, path.with_suffix(".txt")], force=args.force)
     with working(f"searching {found.model}: {args.method}, {args.target:g} of {args.budget}"):
         model = found.load()
@@ -38,7 +42,9 @@ def run(args: Namespace) -> None:
     _show(result, scheme, events=args.events)
     found.warn()
     written = work.save_scheme(scheme, path, result.sites, force=args.force)
-    out.print(f"wrote {', '.join(map(str, written))}; next: nmfx export {found.path}", soft_wrap=True)
+    chosen = f" --scheme {shlex.quote(str(path))}" if args.out else ""
+    following = f"nmfx export {shlex.quote(str(found.path))}{chosen}"
+    out.print(f"wrote {', '.join(map(str, written))}; next: {following}", soft_wrap=True)
 
 
 def _work(args: Namespace) -> work.Work:
@@ -56,7 +62,10 @@ def _work(args: Namespace) -> work.Work:
     name = args.model or DEMO
     path = work.directory_for(name)
     if path.exists():
-        return work.open_work(path)
+        there, wanted = work.open_work(path), str(find_source(name))
+        if there.model != wanted:
+            raise NmfxError(f"{path} holds {there.model}, not {wanted}; use `nmfx convert {wanted} --out OTHER.nmfx`")
+        return there
     defaults = Namespace(weights="auto", pattern=None, scheme=None, input_size=None, graph=False, force=False)
     return convert.convert(name, path, defaults)
 

@@ -32,7 +32,7 @@ def site_table(sites: Sites, scheme: Scheme, reasons: Mapping[str, str]) -> Tabl
     """One row a site: name, shape, pattern, MACs, and its share of all weights."""
     table = Table(box=None, pad_edge=False, header_style="bold", show_edge=False)
     table.add_column("site", overflow="fold", ratio=1)
-    for column in ("shape", "pattern", "MACs", "share"):
+    for column in ("shape", "pattern", "MACs", "of weights"):
         table.add_column(column, justify="right" if column != "shape" else "left", no_wrap=True)
     for site in sites:
         shape = "x".join(map(str, site.shape))

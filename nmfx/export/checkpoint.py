@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from nmfx.errors import CheckpointError, ModelError
 from nmfx.export.packing import pack, unpack
 from nmfx.files import write_atomic
-from nmfx.graph.masked import MaskedSite, mask_attribute, masked_sites, unmask
+from nmfx.graph.masked import MaskedSite, mask_attribute, masked_sites, renew, unmask
 from nmfx.graph.reading import MaskSpec, mask_name
 from nmfx.scheme import Scheme
 from nmfx.sparsity.layout import Grouping
@@ -69,6 +69,7 @@ def save_checkpoint(model: nn.Module, path: str | Path, *, info: Mapping[str, st
     Raises:
         CheckpointError: the state dict holds something that is not a tensor, or has no values (meta device).
     """
+    renew(model)
     packed = {f"{site.path}.{site.attr}".lstrip("."): site for site in masked_sites(model)}
     tensors, aliases = _unpacked(model, packed)  # first, as it refuses what cannot be saved
     for name, site in packed.items():

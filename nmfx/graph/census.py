@@ -307,6 +307,8 @@ def find_sites(model: nn.Module, example_input: Any = None) -> Sites:
 
     The model is not changed: a copy runs on the meta device (CPU memory is used only by models that need values).
     """
+    if not isinstance(model, nn.Module):
+        raise TraceError(f"expected an nn.Module, got {type(model).__name__}; build_model(name).model makes one of a name")
     example = Example.of(example_input) if example_input is not None else example_for(model)
     copied, census, training = take_census(model, example)
     owners: dict[int, list[tuple[str, str]]] = {}

@@ -157,6 +157,13 @@ def masked_sites(model: nn.Module) -> Iterator[MaskedSite]:
                 yield MaskedSite(module, path, attr, state)
 
 
+def renew(model: nn.Module) -> None:
+    """Doubt every cached value: the next read computes it anew, as weights may have been written where nobody could see it."""
+    for site in masked_sites(model):
+        if site.state.cache is not None:
+            site.state.cache.dirty = True
+
+
 def freeze(model: nn.Module, frozen: bool = True) -> None:
     """Hold every mask as it is now, or with ``frozen=False`` let the masks follow the weights again."""
     for site in masked_sites(model):

@@ -10,7 +10,7 @@ from torch import nn
 
 from nmfx.errors import VerificationError
 from nmfx.graph.census import find_sites
-from nmfx.graph.masked import masked_sites, unmask
+from nmfx.graph.masked import masked_sites, renew, unmask
 from nmfx.passes.transform import AnyScheme, resolve_scheme
 from nmfx.sparsity.mask import check_groups
 
@@ -18,6 +18,7 @@ from nmfx.sparsity.mask import check_groups
 def bake(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     """A copy of a converted model in plain modules of the original classes, with real zeros and no masks."""
     result = model if inplace else copy.deepcopy(model)
+    renew(result)
     for module in result.modules():
         unmask(module, keep_masked=True)
     return result
@@ -42,6 +43,7 @@ def verify(model: nn.Module, scheme: AnyScheme | None = None, *, example_input: 
     Raises:
         VerificationError: naming the first group that holds more, or a model with nothing to verify.
     """
+    renew(model)
     checks = {}
     if scheme is None:
         for masked in masked_sites(model):

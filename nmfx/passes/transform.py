@@ -18,7 +18,7 @@ from nmfx.graph.masked import is_masked, mask_attribute, masked_sites, unmask
 from nmfx.graph.reading import MaskSpec
 from nmfx.graph.site import Site, Sites
 from nmfx.graph.tracer import to_graph
-from nmfx.scheme import Scheme
+from nmfx.scheme import Scheme, fit
 from nmfx.sparsity.layout import Grouping
 from nmfx.sparsity.pattern import Pattern
 from nmfx.zoo import Example
@@ -59,6 +59,8 @@ def transform(
     """
     if training not in ("sr-ste", "ste", "fixed"):
         raise SchemeError(f"training={training!r}: expected 'sr-ste', 'ste' or 'fixed'")
+    if not 0 <= decay < float("inf"):
+        raise SchemeError(f"decay={decay}: expected a finite factor of 0 or more, such as 2e-4")
     sites = sites if sites is not None else find_sites(model, example_input)
     resolved = resolve_scheme(scheme, sites)
     resolved.check(sites)
@@ -94,7 +96,14 @@ def resolve_scheme(scheme: AnyScheme, sites: Sites) -> Scheme:
     if isinstance(scheme, Scheme):
         return scheme
     if isinstance(scheme, Pattern) or (isinstance(scheme, str) and re.fullmatch(r"\s*\d+\s*:\s*\d+\s*", scheme)):
-        return Scheme.uniform(sites, Pattern(scheme))
+        pattern = Pattern(scheme)
+        if not len(sites):
+            raise SchemeError(f"{sites.model or 'the model'} has no sites: no weight of a convolution, linear or matmul")
+        uniform = Scheme.uniform(sites, pattern)
+        if not uniform and not pattern.is_dense:
+            reasons = sorted({reason for site in sites if (reason := fit(site, pattern)[1])})
+            raise SchemeError(f"{pattern} fits none of the {len(sites)} sites: {'; '.join(reasons[:4])}")
+        return uniform
     if isinstance(scheme, str | Path):
         return Scheme.load(scheme, sites)
     if isinstance(scheme, Mapping):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -53,16 +53,16 @@ class SearchResult:
         seconds: time of the search alone.
     """
 
-    scheme: Scheme
-    sites: Sites
+    scheme: Scheme = field(repr=False)
+    sites: Sites = field(repr=False)
     totals: Totals
     budget: Budget
     method: str
-    events: tuple[Event, ...]
+    events: tuple[Event, ...] = field(repr=False)
     left: int
     loss: float
     optimum: float
-    dense_reasons: Mapping[str, str]
+    dense_reasons: Mapping[str, str] = field(repr=False)
     seconds: float
 
 

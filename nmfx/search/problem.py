@@ -132,7 +132,7 @@ def pose(
     least = sum(min(choice) for choice in costs)
     if least > limit.limit:
         raise SearchError(
-            f"target {target:g} of {budget} is out of reach: with 1:{m} everywhere it can be, the largest target is "
+            f"target {target:g} of {budget} is out of reach: with {numbers[0]}:{m} everywhere it can be, the largest target is "
             f"{math.floor(10**6 * (1 - Fraction(least, limit.dense))) / 10**6:.6f}{_out_of_reach(problem)}"
         )
     return problem

@@ -437,7 +437,7 @@ SEARCH_ERRORS = {
     "two sources": (["digits.nmfx", "--model", "resnet18"], "give a work directory or --model, not both"),
     "existing": (["--out", "old.yaml"], "old.yaml exists already; give --force"),
     "existing beside": (["--out", "notes.yaml"], "notes.txt exists already; give --force"),
-    "a folder": (["--out", "folder", "--force"], "folder: cannot be written"),
+    "a folder": (["--out", "folder", "--force"], "--out folder: expected a name that ends in .yaml"),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import random
@@ -532,20 +533,21 @@ def test_a_model_without_values_cannot_be_saved(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def small_disk() -> Iterator[None]:
-    """No file can grow beyond 4 kB."""
+    """No file can grow beyond 4 kB; for this block only, as pytest's own output may go to a file."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-@pytest.mark.usefixtures("small_disk")
 def test_a_full_disk_is_an_error_of_ours_and_keeps_the_old_file(tmp_path: Path) -> None:
     path, model = tmp_path / "model.safetensors", network("demo")
     path.write_text("mine")
-    with pytest.raises(NmfxError, match=r"model\.safetensors: cannot be written"):
+    with pytest.raises(NmfxError, match=r"model\.safetensors: cannot be written"), small_disk():
         save_checkpoint(model, path)
     assert path.read_text() == "mine"
     assert list(tmp_path.iterdir()) == [path]

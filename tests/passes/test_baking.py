@@ -199,3 +199,13 @@ def test_a_timm_network_is_baked() -> None:
         assert same([baked(x)], [masked(x)])
     assert verify(baked, scheme_of(masked)) == verify(masked)
     assert type(baked) is type(model)
+
+
+def test_what_is_kept_is_what_the_weights_are_now() -> None:
+    model = transform(nn.Sequential(nn.Linear(64, 64, bias=False)), "2:4", example_input=torch.empty(1, 64)).eval()
+    with torch.no_grad():
+        model(torch.zeros(1, 64))  # cached
+    dict(model.named_parameters())["0.weight"].data[7, 4] = 6.0  # one entry, without a trace
+    assert bake(model)[0].weight[7, 4] == 6.0
+    verify(model)
+    assert model[0].weight[7, 4] == 6.0
