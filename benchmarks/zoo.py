@@ -32,7 +32,7 @@ from nmfx.graph.census import Census, Operand, _plain_attention, _storage
 from nmfx.graph.masked import throw_away_copy
 from nmfx.graph.tracer import to_graph, trace
 from nmfx.passes.transform import conversion_difference
-from nmfx.zoo import Example, Source, example_for, find_source, list_models
+from nmfx.zoo import Example, Source, example_for, find_source, list_models, versions
 
 PATTERNS = ("2:4", "4:16")
 
@@ -215,6 +215,46 @@ def run_one(name: str, numerics_limit: float, memory: float, path: str) -> None:
     Path(path).write_text(json.dumps(record))
 
 
+def write_table(records: list[dict[str, Any]], path: Path) -> None:
+    """The records as docs/zoo.md: counts, what failed, and one row a model."""
+    good = [record for record in records if record["ok"]]
+    root = [record for record in good if isinstance(record["fx"], dict)]
+    checked = [record for record in good if "train" in record]
+    reads = [record for record in good if record.get("reads") == "all masked"]
+    lines = [
+        "# The zoo, measured",
+        "",
+        f"Written by `python benchmarks/zoo.py --table docs/zoo.md` on {time.strftime('%Y-%m-%d')}: "
+        + ", ".join(f"{name} {version}" for name, version in versions().items()),
+        "",
+        f"- {len(good)} of {len(records)} models convert to 2:4 and 4:16 with their keys, order and class, and copy;",
+        f"- {len(reads)} were followed through a forward pass of the converted model: every weight of the scheme "
+        "is read masked (the others ask for values on the way, which the meta device has not);",
+        f"- sites hold {sum(r['share'] for r in good) / max(1, len(good)):.2%} of a model's parameters on average;",
+        f"- {len(root)} trace in torch.fx at the root;",
+        f"- {len(checked)} were also compared on the CPU with pre-masked weights: outputs, gradients, buffers, baking, "
+        "checkpoint.",
+        "",
+        *(f"- FAILED {record['model']}: {record['error']}" for record in records if not record["ok"]),
+        "",
+        "| model | parameters | sites | share | fx | skipped |",
+        "|---|---|---|---|---|---|",
+    ]
+    for record in good:
+        reasons = sorted({reason for _, reason in record["skipped"].values()})
+        traced = f"{record['fx']['share']:.1%}" if isinstance(record["fx"], dict) else "parts"
+        cells = (
+            record["model"],
+            f"{record['parameters']:,}",
+            record["sites"],
+            f"{record['share']:.2%}",
+            traced,
+            "; ".join(reasons),
+        )
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    path.write_text("\n".join(lines) + "\n")
+
+
 def main() -> None:
     """Run what is missing, two at a time."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -224,8 +264,12 @@ def main() -> None:
     parser.add_argument("--numerics", type=float, default=60e6, help="largest model, in parameters, to run on the CPU")
     parser.add_argument("--seconds", type=float, default=400)
     parser.add_argument("--memory", type=float, default=40, help="GiB of address space a process")
+    parser.add_argument("--table", type=Path, help="only write the records as a Markdown table to this file")
     args = parser.parse_args()
     out = Path(args.out)
+    if args.table:
+        write_table([json.loads(line) for line in out.read_text().splitlines()], args.table)
+        return
     done = {json.loads(line)["model"] for line in out.read_text().splitlines()} if out.exists() else set()
     names = [n for n in list_models() if fnmatch.fnmatch(n, args.only) and n not in done]
     context, running, total = multiprocessing.get_context("fork"), [], len(names)
