@@ -25,15 +25,15 @@ class SiteTracer(fx.Tracer):
     ``get_attr`` node, which goes through the mask when the graph runs.
     """
 
-    proxy_buffer_attributes = True  # what is computed from a buffer follows the buffer, instead of becoming a constant
-
-    def __init__(self, leaves: tuple[type[nn.Module], ...] = ()) -> None:
+    def __init__(self, leaves: tuple[type[nn.Module], ...] = (), *, follow_buffers: bool = True) -> None:
         from timm.layers import get_notrace_functions, get_notrace_modules
         from torchvision.ops import DropBlock2d, DropBlock3d, StochasticDepth
 
         super().__init__(autowrap_functions=tuple(get_notrace_functions()), param_shapes_constant=True)
         self.leaves = (*get_notrace_modules(), StochasticDepth, DropBlock2d, DropBlock3d, *leaves)
         self.stack: list[nn.Module] = []
+        # What is computed from a buffer follows the buffer, instead of becoming a constant.
+        self.proxy_buffer_attributes = follow_buffers
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         """Only parameters have constant shapes: fx's ParameterProxy refuses buffers."""
@@ -52,11 +52,11 @@ class SiteTracer(fx.Tracer):
         return result
 
 
-def _trace(model: nn.Module, concrete: dict[str, Any]) -> fx.Graph:
+def _trace(model: nn.Module, concrete: dict[str, Any], *, follow_buffers: bool) -> fx.Graph:
     """Trace `model`, making the innermost module class that fails a leaf and trying again."""
     leaves: tuple[type[nn.Module], ...] = ()
     while True:
-        tracer = SiteTracer(leaves)
+        tracer = SiteTracer(leaves, follow_buffers=follow_buffers)
         try:
             return tracer.trace(model, concrete_args=concrete)
         except Exception as error:
@@ -86,12 +86,21 @@ class Traced:
 def trace(model: nn.Module, *, train: bool = False) -> Traced:
     """The fx graph of `model`, traced on a throw-away copy: the model is not touched.
 
+    Where a buffer's values decide what is computed (rotary embeddings of EVA), buffers count as constants.
+
     Raises:
         TraceError: fx cannot trace the model at the root.
     """
+    try:
+        return _trace_copy(model, train, follow_buffers=True)
+    except TraceError:
+        return _trace_copy(model, train, follow_buffers=False)
+
+
+def _trace_copy(model: nn.Module, train: bool, *, follow_buffers: bool) -> Traced:
     for device in ("meta", None):  # a copy with values only where the graph holds constants computed from them
         copied = throw_away_copy(model, device).train(train)
-        graph = _trace(copied, _defaults(copied))
+        graph = _trace(copied, _defaults(copied), follow_buffers=follow_buffers)
         names = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
         constants = {name: getattr(copied, name) for name in sorted(names) if name.startswith("_tensor_constant")}
         if all(value.device.type != "meta" for value in constants.values()):
