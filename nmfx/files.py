@@ -22,11 +22,7 @@ def write_atomic(path: Path, write: Callable[[Path], None], *, force: bool = Tru
     """
     if path.exists() and not force:
         raise NmfxError(f"{path} exists already; give --force to overwrite it, or another name")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    except OSError as error:
-        raise NmfxError(f"{path}: cannot be written: {error.strerror or error}") from error
+    folder = draft_beside(path)
     try:
         write(folder / path.name)
         (folder / path.name).chmod(0o666 & ~_umask())
@@ -35,6 +31,19 @@ def write_atomic(path: Path, write: Callable[[Path], None], *, force: bool = Tru
         raise NmfxError(f"{path}: cannot be written: {getattr(error, 'strerror', None) or error}") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def draft_beside(path: Path) -> Path:
+    """A new temporary folder beside `path`, on the same disk, so that a rename finishes the job.
+
+    Raises:
+        NmfxError: the folder of `path` cannot be made or written to.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    except OSError as error:
+        raise NmfxError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 
 @contextlib.contextmanager

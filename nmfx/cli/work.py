@@ -23,6 +23,7 @@ from nmfx import text
 from nmfx.cli.console import warn
 from nmfx.errors import NmfxError
 from nmfx.export.plain import save_baked
+from nmfx.files import draft_beside
 from nmfx.graph.census import find_sites
 from nmfx.graph.site import Sites
 from nmfx.scheme import Scheme
@@ -139,11 +140,7 @@ def check_absent(path: Path, *, force: bool) -> None:
 
 
 def _replace_directory(path: Path, write: Callable[[Path], None]) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    except OSError as error:
-        raise NmfxError(f"{path}: cannot be written: {error.strerror or error}") from error
+    folder = draft_beside(path)
     try:
         write(folder)
         folder.chmod(0o755)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from nmfx.errors import CheckpointError, ModelError
 from nmfx.export.packing import pack, unpack
 from nmfx.files import write_atomic
-from nmfx.graph.masked import MaskedSite, mask_attribute, masked_sites, renew, unmask
+from nmfx.graph.masked import STATES, MaskedSite, mask_attribute, masked_sites, renew, unmask
 from nmfx.graph.reading import MaskSpec, mask_name
 from nmfx.scheme import Scheme
 from nmfx.sparsity.layout import Grouping
@@ -229,7 +229,7 @@ def _fill(
         # The mask as it was, not one found anew: kept weights may be zero, and dropped ones are zero now.
         weight = cast(nn.Parameter, owner._parameters[attr])
         owner._buffers[mask_name(attr)] = masks[name].to(weight.device)
-        owner.__dict__["_masked_sites"][attr].refresh(owner, attr, weight, update=False)
+        owner.__dict__[STATES][attr].refresh(owner, attr, weight, update=False)
     return model.eval()
 
 

@@ -14,6 +14,8 @@ from torch import Tensor, fx, nn
 
 from nmfx.errors import TraceError
 from nmfx.graph.masked import is_masked, throw_away_copy
+from nmfx.graph.modes import keep_modes
+from nmfx.zoo import Example
 
 log = logging.getLogger(__name__)
 
@@ -185,21 +187,18 @@ def to_graphs(model: nn.Module) -> dict[str, SiteGraph]:
 
 
 def _compare(model: nn.Module, view: SiteGraph, example_input: Any) -> None:
-    from nmfx.zoo import Example
-
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     example = Example.of(example_input).to(device)
     if device.type == "meta":
         return
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval(), view.eval()
-        with torch.no_grad():
-            expected, found = (m(*example.args, **example.kwargs) for m in (model, view))
-        torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
-    except AssertionError as error:
-        raise TraceError(f"{type(model).__name__}: its fx graph computes something else: {error}") from error
-    finally:
-        view.train(modes[0][1])
-        for module, training in modes:
-            module.training = training
+    mode = model.training
+    with keep_modes(model):
+        try:
+            model.eval(), view.eval()
+            with torch.no_grad():
+                expected, found = (m(*example.args, **example.kwargs) for m in (model, view))
+            torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+        except AssertionError as error:
+            raise TraceError(f"{type(model).__name__}: its fx graph computes something else: {error}") from error
+        finally:
+            view.train(mode)

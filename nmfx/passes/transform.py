@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from nmfx.errors import SchemeError
 from nmfx.graph.census import find_sites
 from nmfx.graph.masked import is_masked, mask_attribute, masked_sites, unmask
+from nmfx.graph.modes import keep_modes
 from nmfx.graph.reading import MaskSpec
 from nmfx.graph.site import Site, Sites
 from nmfx.graph.tracer import to_graph
@@ -120,8 +121,6 @@ def conversion_difference(model: nn.Module, sites: Sites, example: Example) -> f
     """
     if any(is_masked(module) for module in model.modules()):
         raise SchemeError(f"{type(model).__name__} is converted already; compare its baked copy")
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
 
     def outputs() -> list[Tensor]:
         with torch.random.fork_rng(devices=[]):
@@ -129,16 +128,16 @@ def conversion_difference(model: nn.Module, sites: Sites, example: Example) -> f
             leaves = tree_leaves(model(*example.args, **example.kwargs))
         return [leaf.detach().double() for leaf in leaves if isinstance(leaf, Tensor)]
 
-    try:
-        before = outputs()
-        for site in sites:
-            _mask(model, site, MaskSpec(site.name, Pattern.DENSE, Grouping(site.rows, 1)))
-        after = outputs()
-    finally:
-        for module in model.modules():
-            unmask(module, keep_masked=False)
-        for module, training in modes:
-            module.training = training
+    with keep_modes(model):
+        model.eval()
+        try:
+            before = outputs()
+            for site in sites:
+                _mask(model, site, MaskSpec(site.name, Pattern.DENSE, Grouping(site.rows, 1)))
+            after = outputs()
+        finally:
+            for module in model.modules():
+                unmask(module, keep_masked=False)
     if [t.shape for t in before] != [t.shape for t in after]:
         return float("inf")
     return max((_difference(a, b) for a, b in zip(before, after, strict=True) if a.numel()), default=0.0)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from nmfx.errors import NmfxError
+from nmfx.graph.modes import keep_modes
 
 
 @torch.no_grad()
@@ -35,23 +36,21 @@ def recalibrate_bn(model: nn.Module, batches: Iterable[Any]) -> int:
     first = next(remaining := iter(batches), None)
     if first is None:
         raise NmfxError("recalibrate_bn: no batches to re-estimate the statistics on")
-    modes = [(module, module.training) for module in model.modules()]
     momenta = [module.momentum for module in norms]
-    model.eval()  # dropout and drop path stay off: only the statistics are wanted
-    for module in norms:
-        module.reset_running_stats()
-        module.momentum = None  # a cumulative average
-        module.train()
     count, device = 0, next(model.parameters()).device
-    try:
-        for batch in itertools.chain([first], remaining):
-            model(_input_of(batch, device))
-            count += 1
-    finally:
-        for module, momentum in zip(norms, momenta, strict=True):
-            module.momentum = momentum
-        for changed, training in modes:
-            changed.training = training
+    with keep_modes(model):
+        model.eval()  # dropout and drop path stay off: only the statistics are wanted
+        try:
+            for module in norms:
+                module.reset_running_stats()
+                module.momentum = None  # a cumulative average
+                module.train()
+            for batch in itertools.chain([first], remaining):
+                model(_input_of(batch, device))
+                count += 1
+        finally:
+            for module, momentum in zip(norms, momenta, strict=True):
+                module.momentum = momentum
     return count
 
 

@@ -9,6 +9,8 @@ import torch
 from timm.utils import AverageMeter, accuracy
 from torch import Tensor, nn
 
+from nmfx.graph.modes import keep_modes
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -23,10 +25,10 @@ class Evaluation:
 @torch.no_grad()
 def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Evaluation:
     """Accuracy of `model` in eval mode over ``(input, label)`` batches; the modules' modes are restored."""
-    modes, device = [(module, module.training) for module in model.modules()], next(model.parameters()).device
+    device = next(model.parameters()).device
     top1, top5, loss = AverageMeter(), AverageMeter(), AverageMeter()
-    model.eval()
-    try:
+    with keep_modes(model):
+        model.eval()
         for x, label in batches:
             x, label = x.to(device), label.to(device)
             logits = model(x).float()
@@ -34,7 +36,4 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Eval
             top1.update(first.item() / 100, len(x))
             top5.update(fifth.item() / 100, len(x))
             loss.update(nn.functional.cross_entropy(logits, label).item(), len(x))
-    finally:
-        for module, training in modes:
-            module.training = training
     return Evaluation(top1.avg, top5.avg, loss.avg, int(top1.count))
