@@ -250,7 +250,7 @@ def example_for(model: nn.Module) -> Example:
         return Example((torch.rand(1, 3, 128, 128), torch.rand(1, 3, 128, 128)))
     if defined.startswith("torchvision.models.detection"):
         return Example(([torch.rand(3, 320, 320)],))
-    side = 299 if defined == "torchvision.models.inception" else getattr(model, "image_size", 224)
+    side = 299 if defined.endswith(".inception") else getattr(model, "image_size", 224)
     return Example((torch.empty(1, 3, side, side),))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import logging
@@ -176,14 +177,13 @@ def to_graphs(model: nn.Module) -> dict[str, SiteGraph]:
     Detectors, which loop over pictures, come apart into their backbone, heads and the like. A part is traced by itself: what
     its parent feeds it is not known, so compare it with the module before relying on it.
     """
-    try:
-        return {"": to_graph(model)}
-    except TraceError:
-        parts: dict[str, SiteGraph] = {}
-        for name, child in model.named_children():
-            if any(True for _ in child.parameters()):
-                parts |= {f"{name}.{path}".rstrip("."): view for path, view in to_graphs(child).items()}
-        return parts
+    with contextlib.suppress(TraceError):  # a module that holds a masked weight itself needs a parent: a graph of one call
+        return {"": to_graph(nn.Sequential(model) if is_masked(model) else model)}
+    parts: dict[str, SiteGraph] = {}
+    for name, child in model.named_children():
+        if any(True for _ in child.parameters()):
+            parts |= {f"{name}.{path}".rstrip("."): view for path, view in to_graphs(child).items()}
+    return parts
 
 
 def _compare(model: nn.Module, view: SiteGraph, example_input: Any) -> None:
