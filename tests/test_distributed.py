@@ -1,8 +1,9 @@
-"""A converted model under DistributedDataParallel (gloo, two processes on this machine)."""
+"""A converted model under DistributedDataParallel and fully_shard (gloo, two processes on this machine)."""
 
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import nmfx
@@ -22,8 +26,9 @@ def make_model() -> nn.Module:
     return nn.Sequential(*layers)
 
 
-def converted(decay: float) -> nn.Module:
-    return nmfx.transform(make_model(), "2:4", example_input=torch.zeros(1, 3, 8, 8), decay=decay)
+def converted(decay: float | None) -> nn.Module:
+    settings = {"training": "fixed"} if decay is None else {"decay": decay}
+    return nmfx.transform(make_model(), "2:4", example_input=torch.zeros(1, 3, 8, 8), **settings)
 
 
 def batch() -> tuple[Tensor, Tensor]:
@@ -39,25 +44,43 @@ def train(model: nn.Module, x: Tensor, y: Tensor, steps: int = 3) -> None:
         optimizer.step()
 
 
-def worker(rank: int, folder: str, decay: float) -> None:
+def ddp(model: nn.Module) -> nn.Module:
+    return DistributedDataParallel(model)
+
+
+def fsdp(model: nn.Module) -> nn.Module:
+    """Every layer by itself, freed after its forward pass, and the rest at the root."""
+    mesh = init_device_mesh("cpu", (2,))
+    for layer in [*model, model]:
+        if any(True for _ in layer.parameters()):
+            fully_shard(layer, mesh=mesh)
+    return model
+
+
+def worker(rank: int, folder: str, wrap: Callable[[nn.Module], nn.Module], decay: float | None) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    model = DistributedDataParallel(converted(decay))
+    model = wrap(converted(decay))
     x, y = batch()
     train(model, x[rank::2], y[rank::2])
-    nmfx.verify(model.module)
-    torch.save({key.removeprefix("module."): value for key, value in model.state_dict().items()}, f"{folder}/{rank}.pt")
+    whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    if whole:  # FSDP gives the first process everything, and the others nothing
+        torch.save(whole, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("decay", [0.0, 0.01], ids=["ste", "sr-ste"])
-def test_two_processes_follow_one(decay: float) -> None:
+@pytest.mark.parametrize("wrap", [ddp, fsdp])
+@pytest.mark.parametrize("decay", [None, 0.0, 0.01], ids=["fixed", "ste", "sr-ste"])
+def test_two_processes_follow_one(wrap: Callable[[nn.Module], nn.Module], decay: float | None) -> None:
     alone = converted(decay)
     train(alone, *batch())
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(worker, args=(folder, decay), nprocs=2)
-        states = [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+        mp.spawn(worker, args=(folder, wrap, decay), nprocs=2)
+        states = [torch.load(path, weights_only=True) for path in sorted(Path(folder).glob("*.pt"))]
     assert list(states[0]) == list(alone.state_dict())
     for key, value in alone.state_dict().items():
-        assert torch.equal(states[0][key], states[1][key])
+        assert torch.equal(states[0][key], states[-1][key])
         torch.testing.assert_close(states[0][key], value, rtol=1e-4, atol=1e-6)  # sums of halves round otherwise
+    loaded = converted(decay)
+    loaded.load_state_dict(states[0])
+    nmfx.verify(loaded)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -166,7 +167,7 @@ class MaskState:
         if not isinstance(weight, Tensor):  # None, or a Proxy while fx traces: the graph reads the attribute when it runs
             return weight
         if not _can_cache(weight):
-            return self._compute(owner, attr, weight)
+            return weight if _is_shard(weight) else self._compute(owner, attr, weight)
         self.check_writes()
         cache = self.cache
         if cache is None or not cache.holds(weight):
@@ -230,7 +231,8 @@ class MaskState:
         fresh = self.refresh(owner, attr, weight, reuse=False)
         if not torch.equal(fresh.masked, cache.masked):
             return fresh
-        self.cache, cache.dirty = cache, False
+        # A new node, because FSDP orders its work by the age of nodes: it frees a weight behind those made in this forward.
+        self.cache, cache.dirty, cache.live = cache, False, None
         return cache
 
     def _renewal(self, owner: nn.Module, attr: str) -> Callable[[], None]:
@@ -269,6 +271,12 @@ def _probe(alias: Tensor) -> Tensor:
     while math.gcd(step, alias.numel()) != 1:
         step += 1
     return alias.as_strided((-(-alias.numel() // step),), (step,), alias.storage_offset())
+
+
+def _is_shard(weight: Tensor) -> bool:
+    """Whether torch.distributed asks for the shard that it put here itself; what a module computes with is always masked."""
+    caller = sys._getframe(3).f_globals.get("__name__", "")
+    return type(weight).__name__ == "DTensor" and caller.startswith("torch.distributed.")
 
 
 def _can_cache(weight: Tensor) -> bool:

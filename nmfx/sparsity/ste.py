@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nmfx.errors import NmfxError
+
 
 def dense_gradient(grad: Tensor, weight: Tensor, mask: Tensor, masked: Tensor, decay: float | None) -> Tensor:
     """Gradient of the dense weight from that of the masked one, ``g``.
@@ -41,6 +43,11 @@ class MaskedRead(torch.autograd.Function):
         """Gradient of the dense weight."""
         if (cache := ctx.note()) is not None:
             cache.dirty = True
+        if ctx.decay and not ctx.weight.untyped_storage().nbytes():  # reading freed memory would end the process
+            raise NmfxError(
+                "a masked weight was freed before its backward pass: FSDP needs a backward pass after every forward pass with "
+                "gradients; run the others under torch.no_grad()"
+            )
         return dense_gradient(grads[0], ctx.weight.detach(), ctx.mask, ctx.masked, ctx.decay), None, None, None, None
 
 
