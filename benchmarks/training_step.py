@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import nmfx
 from nmfx.graph.masked import masked_sites
 from nmfx.sparsity.mask import make_mask
-from nmfx.zoo import build_model
+from nmfx.zoo.building import build_model
 
 
 class ArgsortMask(nn.Module):

@@ -33,7 +33,8 @@ from nmfx.graph.masked import throw_away_copy
 from nmfx.graph.tracer import to_graph, to_graphs, trace
 from nmfx.passes.transform import conversion_difference
 from nmfx.scheme import Scheme
-from nmfx.zoo import Example, Source, example_for, find_source, list_models, versions
+from nmfx.zoo.example import Example, example_for
+from nmfx.zoo.source import Source, find_source, list_models, versions
 
 PATTERNS = ("2:4", "4:16")
 

@@ -23,7 +23,7 @@ from nmfx.graph.site import Site, Sites
 from nmfx.passes.transform import transform
 from nmfx.scheme import Scheme, fit, published_keys, shapes_of
 from nmfx.sparsity.pattern import Pattern
-from nmfx.zoo import Example
+from nmfx.zoo.example import Example
 
 PUBLISHED = Path(__file__).parent / "data" / "resnet50_m16_0.80.txt"
 

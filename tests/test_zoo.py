@@ -18,20 +18,11 @@ from awkward import Residual, run, same
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from nmfx import zoo
 from nmfx.errors import ModelError, NmfxError
 from nmfx.passes.transform import transform
-from nmfx.zoo import (
-    Example,
-    Source,
-    build_model,
-    example_for,
-    find_source,
-    identify,
-    identify_quickly,
-    list_models,
-    load_weights,
-)
+from nmfx.zoo.building import build_model, load_weights
+from nmfx.zoo.example import Example, example_for
+from nmfx.zoo.source import Source, find_source, identify, identify_quickly, list_models, versions
 
 # --- names
 
@@ -406,5 +397,5 @@ def test_a_missing_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_versions() -> None:
-    assert torch.__version__.startswith(zoo.versions()["torch"].partition("+")[0])
-    assert zoo.versions().keys() == {"python", "torch", "torchvision", "timm"}
+    assert torch.__version__.startswith(versions()["torch"].partition("+")[0])
+    assert versions().keys() == {"python", "torch", "torchvision", "timm"}

@@ -18,7 +18,7 @@ from nmfx.passes.baking import verify
 from nmfx.passes.transform import conversion_difference, resolve_scheme, transform
 from nmfx.scheme import Scheme, fit
 from nmfx.sparsity.pattern import Pattern
-from nmfx.zoo import build_model
+from nmfx.zoo.building import build_model
 
 
 def run(args: Namespace) -> None:

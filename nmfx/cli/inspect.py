@@ -12,7 +12,7 @@ from nmfx.errors import NmfxError, SchemeError
 from nmfx.export.checkpoint import read_checkpoint
 from nmfx.graph.census import find_sites
 from nmfx.scheme import Scheme
-from nmfx.zoo import find_source
+from nmfx.zoo.source import find_source
 
 
 def run(args: Namespace) -> None:

@@ -12,7 +12,7 @@ from nmfx.cli.console import heading, output, working
 from nmfx.errors import NmfxError, SearchError
 from nmfx.scheme import Scheme
 from nmfx.search.finder import SearchResult, find_scheme
-from nmfx.zoo import find_source
+from nmfx.zoo.source import find_source
 
 DEMO = "demo:digits"
 

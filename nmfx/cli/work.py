@@ -27,7 +27,9 @@ from nmfx.files import draft_beside
 from nmfx.graph.census import find_sites
 from nmfx.graph.site import Sites
 from nmfx.scheme import Scheme
-from nmfx.zoo import SOURCE, Built, Example, Source, build_random, example_for, find_source, load_weights
+from nmfx.zoo.building import Built, build_random, load_weights
+from nmfx.zoo.example import Example, example_for
+from nmfx.zoo.source import SOURCE, Source, find_source
 
 VERSION = 1
 KEYS = ("nmfx", "version", "model", "kwargs", "weights", "note", "input_size")

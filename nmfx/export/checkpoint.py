@@ -27,7 +27,8 @@ from nmfx.graph.reading import MaskSpec, mask_name
 from nmfx.scheme import Scheme
 from nmfx.sparsity.layout import Grouping
 from nmfx.sparsity.pattern import Pattern
-from nmfx.zoo import Source, check_state, identify
+from nmfx.zoo.building import check_state
+from nmfx.zoo.source import Source, identify
 
 VERSION = 1
 

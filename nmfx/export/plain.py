@@ -14,7 +14,7 @@ from torch import nn
 
 from nmfx.errors import CheckpointError
 from nmfx.files import write_atomic
-from nmfx.zoo import Example
+from nmfx.zoo.example import Example
 
 
 def save_baked(model: nn.Module, path: Path, *, force: bool = True) -> None:

@@ -25,7 +25,7 @@ from nmfx.errors import TraceError
 from nmfx.graph.masked import throw_away_copy
 from nmfx.graph.site import Site, Sites, Skipped
 from nmfx.sparsity.layout import Rows
-from nmfx.zoo import Example, example_for
+from nmfx.zoo.example import Example, example_for
 
 log = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from nmfx.errors import TraceError
 from nmfx.graph.masked import is_masked, throw_away_copy
 from nmfx.graph.modes import keep_modes
-from nmfx.zoo import Example
+from nmfx.zoo.example import Example
 
 log = logging.getLogger(__name__)
 

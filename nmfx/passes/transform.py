@@ -22,7 +22,7 @@ from nmfx.graph.tracer import to_graph
 from nmfx.scheme import Scheme, fit
 from nmfx.sparsity.layout import Grouping
 from nmfx.sparsity.pattern import Pattern
-from nmfx.zoo import Example
+from nmfx.zoo.example import Example
 
 Training = Literal["sr-ste", "ste", "fixed"]
 AnyScheme = Scheme | str | Pattern | Path | Mapping[str, str | Pattern]

@@ -22,7 +22,7 @@ from nmfx.search.knapsack import solve
 from nmfx.search.problem import Budget, BudgetKind, Problem, pose
 from nmfx.search.tables import Tables
 from nmfx.sparsity.layout import Layout
-from nmfx.zoo import identify_quickly
+from nmfx.zoo.source import identify_quickly
 
 
 def knapsack(problem: Problem, tables: Tables) -> Outcome:

@@ -29,7 +29,8 @@ from nmfx.graph.census import find_sites
 from nmfx.passes.baking import bake, verify
 from nmfx.passes.transform import scheme_of, transform
 from nmfx.scheme import Scheme
-from nmfx.zoo import Source, build_model
+from nmfx.zoo.building import build_model
+from nmfx.zoo.source import Source
 
 ROOT = Path(__file__).parents[2]
 DIGITS = Path("digits.nmfx")

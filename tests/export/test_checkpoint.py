@@ -33,7 +33,7 @@ from nmfx.graph.site import Sites
 from nmfx.passes.baking import bake, verify
 from nmfx.passes.transform import scheme_of, transform
 from nmfx.scheme import Scheme
-from nmfx.zoo import Source, find_source
+from nmfx.zoo.source import Source, find_source
 
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from nmfx.errors import SchemeError, TraceError
 from nmfx.graph.census import find_sites
 from nmfx.passes.transform import transform
-from nmfx.zoo import Example
+from nmfx.zoo.example import Example
 
 # name -> kind, rows, MACs per sample, by hand: MACs are positions x weights
 EXPECTED: dict[str, dict[str, tuple[str, tuple[int, int, int], int]]] = {

@@ -29,7 +29,7 @@ from nmfx.scheme import Scheme
 from nmfx.sparsity.layout import Grouping
 from nmfx.sparsity.mask import make_mask
 from nmfx.sparsity.pattern import Pattern
-from nmfx.zoo import Example
+from nmfx.zoo.example import Example
 
 CONVERTIBLE = [name for name in MODELS if name != "scripted"]  # deepcopy of a ScriptModule makes non-leaf parameters
 METHODS = {"sr-ste": 0.125, "ste": 0.0, "kept": None}  # an eighth: exact in every precision

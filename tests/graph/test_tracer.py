@@ -19,7 +19,7 @@ from nmfx.graph.tracer import SiteGraph, to_graph, to_graphs, trace
 from nmfx.passes.baking import bake
 from nmfx.passes.transform import transform
 from nmfx.scheme import Scheme
-from nmfx.zoo import Example
+from nmfx.zoo.example import Example
 
 TRACEABLE = [name for name in MODELS if name not in ("branching", "scripted")]  # branching asks for values in its root
 

@@ -24,7 +24,7 @@ from nmfx.passes.baking import bake
 from nmfx.passes.transform import conversion_difference, scheme_of, transform
 from nmfx.scheme import Scheme
 from nmfx.sparsity.pattern import Pattern
-from nmfx.zoo import Example
+from nmfx.zoo.example import Example
 
 CONVERTIBLE = [name for name in MODELS if name != "scripted"]  # deepcopy of a ScriptModule makes non-leaf parameters
 

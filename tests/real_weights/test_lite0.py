@@ -18,7 +18,7 @@ from nmfx.scheme import Scheme
 from nmfx.search.finder import METHODS, SearchResult, find_scheme
 from nmfx.training.calibration import recalibrate_bn
 from nmfx.training.evaluation import evaluate
-from nmfx.zoo import Example
+from nmfx.zoo.example import Example
 
 DENSITY = 0.5
 

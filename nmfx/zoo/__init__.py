@@ -1,0 +1,1 @@
+"""Models of timm, torchvision and the demo: built by name, recognised again, fed an input that fits."""

@@ -1,0 +1,107 @@
+"""Models built by name, with the weights that can be had."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nmfx.errors import ModelError
+from nmfx.zoo.source import Source, find_source
+
+
+@dataclass(frozen=True)
+class Built:
+    """A model built by name. ``weights``: pretrained, file, or random; ``note``: why it is not what was hoped for."""
+
+    model: nn.Module
+    source: Source
+    weights: str
+    note: str = ""
+
+
+def build_model(name: str, *, weights: str = "auto", seed: int = 0) -> Built:
+    """Build a model of torchvision, timm or the demo by name, in eval mode.
+
+    Args:
+        weights: ``auto`` takes pretrained weights and goes on with random ones (saying why) when they cannot be had;
+            ``pretrained`` makes that an error; ``none`` takes random ones; anything else is a safetensors or .pth file.
+
+    Raises:
+        ModelError: unknown name, weights that cannot be had, or a file that does not fit.
+    """
+    source, note = find_source(name), ""
+    if weights in ("auto", "pretrained"):
+        try:
+            return Built(source.build(pretrained=True), source, "pretrained")
+        except (OSError, RuntimeError, ValueError, KeyError) as error:
+            note = f"pretrained weights of {source} cannot be had: {_first_line(error)}"
+            if weights == "pretrained":
+                raise ModelError(f"{note}. Use --weights FILE, or --weights none for the structure only") from error
+    model = build_random(source, seed)
+    if weights in ("auto", "none"):
+        return Built(model, source, "random", note)
+    load_weights(model, Path(weights))
+    return Built(model, source, "file", f"weights from {weights}")
+
+
+def build_random(source: Source, seed: int = 0) -> nn.Module:
+    """The model with random weights, the same ones for the same seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            return source.build()
+        except (RuntimeError, ValueError, TypeError) as error:
+            raise ModelError(f"{source} cannot be built: {_first_line(error)}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    text = next((line for line in str(error).strip().splitlines() if line.strip()), type(error).__name__)
+    return re.sub(r"\x1b\[[0-9;]*m", "", text.strip())[:200]
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Load a safetensors file, or a .pth/.pt/.bin read with ``weights_only``, into `model`; every key must match.
+
+    Raises:
+        ModelError: the file cannot be read, or the first key that is missing, unknown or of another shape.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            state: Any = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ModelError(f"{path}: no such file") from None
+    except Exception as error:
+        raise ModelError(f"{path}: cannot be read as weights: {_first_line(error)}") from error
+    for key in ("state_dict", "model_state_dict", "model", "state_dict_ema"):
+        state = state[key] if isinstance(state, dict) and isinstance(state.get(key), dict) else state
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ModelError(f"{path}: holds no state dict of tensors")
+    if state and all(key.startswith("module.") for key in state):  # saved from a DataParallel wrapper
+        state = {key.removeprefix("module."): value for key, value in state.items()}
+    check_state(model, state, str(path))
+    model.load_state_dict(state, strict=False)
+
+
+def check_state(model: nn.Module, state: dict[str, Tensor], origin: str) -> None:
+    """Check that `state` has the keys and shapes of `model`.
+
+    Raises:
+        ModelError: naming the first difference. Missing ``num_batches_tracked`` counters are allowed: old files lack them.
+    """
+    own = model.state_dict()
+    for key, value in own.items():
+        if key not in state and not key.endswith("num_batches_tracked"):
+            raise ModelError(f"{origin}: {key} {tuple(value.shape)} is missing; the file holds {len(state)} tensors")
+        if key in state and state[key].shape != value.shape:
+            raise ModelError(f"{origin}: {key} has shape {tuple(state[key].shape)}, the model expects {tuple(value.shape)}")
+    if extra := next((key for key in state if key not in own), None):
+        raise ModelError(f"{origin}: {extra} {tuple(state[extra].shape)} is not a weight of {type(model).__name__}")
