@@ -8,9 +8,9 @@ from statistics import median
 
 import torch
 
-from nmfx.export.packing import pack, packed_sizes, unpack
 from nmfx.sparsity.layout import Grouping
 from nmfx.sparsity.mask import make_mask
+from nmfx.sparsity.packing import pack, packed_sizes, unpack
 from nmfx.sparsity.pattern import Pattern
 
 SHAPES = ((2048, 2048, 1, 1), (512, 512, 3, 3))

@@ -20,12 +20,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from nmfx.errors import CheckpointError, ModelError
-from nmfx.export.packing import pack, unpack
 from nmfx.files import write_atomic
 from nmfx.graph.masked import STATES, MaskedSite, mask_attribute, masked_sites, renew, unmask
 from nmfx.graph.reading import MaskSpec, mask_name
 from nmfx.scheme import Scheme
 from nmfx.sparsity.layout import Grouping
+from nmfx.sparsity.packing import pack, unpack
 from nmfx.sparsity.pattern import Pattern
 from nmfx.zoo.building import check_state
 from nmfx.zoo.source import Source, identify

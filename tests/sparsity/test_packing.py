@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from nmfx.errors import CheckpointError
-from nmfx.export.packing import pack, packed_sizes, unpack
 from nmfx.sparsity.layout import Grouping
+from nmfx.sparsity.packing import pack, packed_sizes, unpack
 from nmfx.sparsity.pattern import Pattern
 
 PATTERNS = ["1:1", "1:2", "2:4", "1:4", "4:16", "8:16", "15:16", "3:7", "2:32", "16:32", "32:64"]
