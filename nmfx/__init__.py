@@ -21,12 +21,13 @@ if TYPE_CHECKING:
     from nmfx.graph.tracer import to_graphs as to_graphs
     from nmfx.passes.baking import bake as bake
     from nmfx.passes.baking import verify as verify
+    from nmfx.passes.calibration import recalibrate_bn as recalibrate_bn
     from nmfx.passes.transform import scheme_of as scheme_of
     from nmfx.passes.transform import transform as transform
     from nmfx.scheme import Scheme as Scheme
+    from nmfx.search.domino_loop import DominoSearch as DominoSearch
     from nmfx.search.finder import find_scheme as find_scheme
     from nmfx.sparsity.pattern import Pattern as Pattern
-    from nmfx.training.calibration import recalibrate_bn as recalibrate_bn
     from nmfx.training.evaluation import evaluate as evaluate
 
 __version__ = "0.1.0"
@@ -46,9 +47,10 @@ _HOMES = {
     "scheme_of": "nmfx.passes.transform",
     "transform": "nmfx.passes.transform",
     "Scheme": "nmfx.scheme",
+    "DominoSearch": "nmfx.search.domino_loop",
     "find_scheme": "nmfx.search.finder",
     "Pattern": "nmfx.sparsity.pattern",
-    "recalibrate_bn": "nmfx.training.calibration",
+    "recalibrate_bn": "nmfx.passes.calibration",
     "evaluate": "nmfx.training.evaluation",
 }
 __all__ = [*_HOMES]

@@ -102,7 +102,8 @@ class _Use:
     operations: list[str] = field(default_factory=list)
 
 
-def _storage(tensor: Tensor) -> int:
+def storage_of(tensor: Tensor) -> int:
+    """What tells memory apart: views of one storage agree, on the meta device too."""
     return int(tensor.untyped_storage()._cdata)
 
 
@@ -119,16 +120,16 @@ class Census(TorchDispatchMode):
     def __init__(self, parameters: list[nn.Parameter], inputs: Any) -> None:
         super().__init__()
         self.uses = {id(p): _Use() for p in parameters}
-        self.sources: dict[int, tuple[nn.Parameter, ...]] = {_storage(p): (p,) for p in parameters}
+        self.sources: dict[int, tuple[nn.Parameter, ...]] = {storage_of(p): (p,) for p in parameters}
         self.orders: dict[int, Tensor] = {}
         self.own = set(self.sources)
-        self.tainted = {_storage(t) for t in _tensors(inputs)}
+        self.tainted = {storage_of(t) for t in _tensors(inputs)}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         name, inputs, outputs = func._schema.name, _tensors((args, kwargs)), _tensors(out)
         operands = OPERATIONS[name](args, outputs[0]) if name in OPERATIONS else []
-        weight = next((operand for operand in operands if _storage(operand.tensor) in self.sources), None)
+        weight = next((operand for operand in operands if storage_of(operand.tensor) in self.sources), None)
         if weight is not None:  # the other operand of a product of two parameters is data (a learned query)
             self._record_weight(weight)
         self._record_reads(name, [t for t in inputs if weight is None or t is not weight.tensor], outputs)
@@ -136,7 +137,7 @@ class Census(TorchDispatchMode):
         return out
 
     def _record_weight(self, operand: Operand) -> None:
-        sources = self.sources[_storage(operand.tensor)]
+        sources = self.sources[storage_of(operand.tensor)]
         total = sum(p.numel() for p in sources)
         length, stride = self._run(operand)
         for parameter in sources:
@@ -155,24 +156,24 @@ class Census(TorchDispatchMode):
             length //= operand.conv_groups
         if length == 1:
             return 1, math.prod(tensor.shape[dim:][1:]) if "conv" in operand.kind else 1
-        if (order := self.orders.get(_storage(tensor))) is None:
+        if (order := self.orders.get(storage_of(tensor))) is None:
             return length, tensor.stride(dim)
         steps = order.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).diff(dim=dim)
         return length, int(steps.flatten()[0]) if bool((steps == steps.flatten()[0]).all()) else 0
 
     def _record_reads(self, name: str, inputs: list[Tensor], outputs: list[Tensor]) -> None:
-        if any(_storage(out) in map(_storage, inputs) for out in outputs):
+        if any(storage_of(out) in map(storage_of, inputs) for out in outputs):
             return  # a view or an in-place write reads nothing by itself
         for tensor in inputs:
-            for parameter in self.sources.get(_storage(tensor), ()):
+            for parameter in self.sources.get(storage_of(tensor), ()):
                 self.uses[id(parameter)].operations.append(name.removeprefix("aten::"))
 
     def _follow(self, inputs: list[Tensor], outputs: list[Tensor], *, is_matmul: bool) -> None:
         """Mark what the outputs are: activations, values derived from parameters alone, or neither."""
-        ids = [_storage(tensor) for tensor in inputs]
+        ids = [storage_of(tensor) for tensor in inputs]
         activation = any(i in self.tainted for i in ids)
         for out in outputs:
-            key = _storage(out)
+            key = storage_of(out)
             if key in ids or key in self.own:
                 if activation and key not in self.own:
                     self.tainted.add(key)
@@ -195,28 +196,28 @@ class Census(TorchDispatchMode):
         One parameter that was standardised, cast, permuted or expanded keeps its number of entries; several that were joined
         add theirs up.
         """
-        key, held = _storage(out), [t for t in inputs if any(p.dim() > 1 for p in self.sources.get(_storage(t), ()))]
+        key, held = storage_of(out), [t for t in inputs if any(p.dim() > 1 for p in self.sources.get(storage_of(t), ()))]
         for tensor in held:
-            sources = self.sources[_storage(tensor)]
+            sources = self.sources[storage_of(tensor)]
             if tensor.numel() == out.numel() >= sum(p.numel() for p in sources):
                 self.sources[key] = sources
                 self._reorder(tensor, out)
                 return
-        sources = tuple(dict.fromkeys(p for t in held for p in self.sources[_storage(t)] if p.dim() > 1))
+        sources = tuple(dict.fromkeys(p for t in held for p in self.sources[storage_of(t)] if p.dim() > 1))
         if sources and out.numel() == sum(p.numel() for p in sources) and all(t.is_contiguous() for t in held):
             self.sources[key] = sources
 
     def _reorder(self, tensor: Tensor, out: Tensor) -> None:
         """Carry the order of entries from `tensor` to its copy `out`, unless both are simply in order."""
-        order = self.orders.get(_storage(tensor))
+        order = self.orders.get(storage_of(tensor))
         if order is None and tensor.is_contiguous() and out.is_contiguous():
             return
         if order is None:
-            order = torch.arange(sum(p.numel() for p in self.sources[_storage(tensor)]), device="cpu")
+            order = torch.arange(sum(p.numel() for p in self.sources[storage_of(tensor)]), device="cpu")
         entries = order.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).reshape(out.shape)
         laid = torch.empty(out.numel(), dtype=torch.int64, device="cpu")
         laid.as_strided(out.shape, out.stride()).copy_(entries)
-        self.orders[_storage(out)] = laid
+        self.orders[storage_of(out)] = laid
 
 
 def _tensors(tree: Any) -> list[Tensor]:
@@ -309,6 +310,9 @@ def find_sites(model: nn.Module, example_input: Any = None) -> Sites:
     """
     if not isinstance(model, nn.Module):
         raise TraceError(f"expected an nn.Module, got {type(model).__name__}; build_model(name).model makes one of a name")
+    if isinstance(model, torch.jit.ScriptModule):
+        name = getattr(model, "original_name", type(model).__name__)
+        raise TraceError(f"{name} is a TorchScript module: its classes cannot be swapped; give the module it was scripted from")
     example = Example.of(example_input) if example_input is not None else example_for(model)
     copied, census, training = take_census(model, example)
     owners: dict[int, list[tuple[str, str]]] = {}

@@ -12,7 +12,7 @@ from nmfx.search.tables import Tables
 def uniform(problem: Problem, tables: Tables) -> Outcome:
     """One N for every site, the largest that fits everywhere; what it leaves is spent on single sites."""
     steps = [list(choice) for choice in zip(*problem.levels, strict=True)]  # one choice for each candidate N
-    choice = max((c for c in steps if problem.left(c) >= 0), key=steps.index)  # pose() has checked that the sparsest fits
+    choice = max((c for c in steps if problem.fits(c)), key=steps.index)  # pose() has checked that the sparsest fits
     chosen, trims = trim(problem, choice)
     return Outcome(tuple(chosen), (*moves(problem, choice, "the densest pattern that fits everywhere"), *trims))
 
@@ -32,7 +32,7 @@ def erk(problem: Problem, tables: Tables) -> Outcome:
     low, high = 1e-12, 2.0 / min(raw.values(), default=1.0)
     for _ in range(100):  # bisection down to the last bits of a double
         middle = math.sqrt(low * high)
-        low, high = (middle, high) if problem.left(nearest(middle)) >= 0 else (low, middle)
+        low, high = (middle, high) if problem.fits(nearest(middle)) else (low, middle)
     choice, trims = trim(problem, nearest(low))
     return Outcome(tuple(choice), (*moves(problem, nearest(low), "nearest to its ERK density"), *trims))
 

@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from nmfx.passes.scoring import scored
 from nmfx.search.baselines import erk_sparsities
 from nmfx.search.events import Event, Outcome, trim
 from nmfx.search.problem import Problem
 from nmfx.search.tables import Tables
 
-WEIGHTS = {"params": (0.5, 0.5), "macs": (0.8, 0.2)}  # b1, b2: shares of the MAC and the ERK term, by budget
+WEIGHTS = {
+    "params": (0.5, 0.5),
+    "macs": (0.8, 0.2),
+    "bytes": (0.5, 0.5),
+}  # b1, b2: of the MAC and the ERK term
 SLACK = 0.01  # when no site is further than this below its ERK sparsity, the ERK term is dropped
 
 
-def penalties(problem: Problem, choice: list[int], erk: dict[int, float]) -> dict[int, float]:
+def penalties(
+    problem: Problem, choice: Sequence[int], erk: dict[int, float], b1: float | None = None, b2: float | None = None
+) -> dict[int, float]:
     """Layer-wise penalty factors ``eta_l = b1 c_l + b2 r_l`` of the sites with a choice (DominoSearch, section 3).
 
     `c` is the site's remaining MACs, `r` its distance below its ERK sparsity, each divided by its largest magnitude. An `r` can
     be negative: that site then grows back.
     """
-    b1, b2 = WEIGHTS[problem.budget.kind]
+    shares = WEIGHTS[problem.budget.kind]
+    b1, b2 = shares[0] if b1 is None else b1, shares[1] if b2 is None else b2
     density = {i: problem.options[i][choice[i]].density for i in problem.free}
     c = {i: problem.sites.sites[i].macs * density[i] for i in problem.free}
     r = {i: erk[i] - (1 - density[i]) for i in problem.free}
@@ -37,7 +46,7 @@ def domino(problem: Problem, tables: Tables) -> Outcome:
     working = {i: problem.options[i][0].m for i in problem.free}  # n, the intermediate N
     shrinkage = dict.fromkeys(problem.free, 0.0)  # S
     eta = penalties(problem, choice, erk)
-    while problem.left(choice) < 0:
+    while not problem.fits(choice):
         waiting = {i: points[i][problem.options[i][0].m - working[i]] - shrinkage[i] for i in problem.free if working[i] > 1}
         rates = {i: eta[i] for i in waiting}
         if all(rate <= 0 for rate in rates.values()):

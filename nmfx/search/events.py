@@ -32,18 +32,19 @@ class Outcome:
 def trim(problem: Problem, choice: Sequence[int]) -> tuple[list[int], list[Event]]:
     """Raise the N of sites, the largest step that still fits first, until no step fits."""
     chosen, events = list(choice), list[Event]()
+    budgets = range(len(problem.budgets))
     while True:
-        left = problem.left(chosen)
-        steps = [
-            (problem.costs[i][chosen[i] + 1] - problem.costs[i][chosen[i]], -i)
-            for i in problem.free
-            if chosen[i] + 1 < len(problem.options[i])
-        ]
-        fitting = [step for step in steps if step[0] <= left]
-        if not fitting:
+        left = [problem.left(chosen, b) for b in budgets]
+        steps = []
+        for i in problem.free:
+            if chosen[i] + 1 < len(problem.options[i]):
+                step = [problem.prices[b][i][chosen[i] + 1] - problem.prices[b][i][chosen[i]] for b in budgets]
+                if all(cost <= room for cost, room in zip(step, left, strict=True)):
+                    steps.append((step[0], -i))
+        if not steps:
             return chosen, events
-        index = -max(fitting)[1]
+        index = -max(steps)[1]
         before, after = problem.options[index][chosen[index] : chosen[index] + 2]
         chosen[index] += 1
         site = problem.sites.sites[index].name
-        events.append(Event(site, before, after, f"trim: fits in the {left:,} left", problem.cost(chosen)))
+        events.append(Event(site, before, after, f"trim: fits in the {left[0]:,} left", problem.cost(chosen)))

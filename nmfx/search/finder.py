@@ -14,30 +14,34 @@ from nmfx import text
 from nmfx.errors import SearchError
 from nmfx.graph.census import find_sites
 from nmfx.graph.site import Sites
-from nmfx.scheme import Remainder, Scheme, Totals, shapes_of
+from nmfx.scheme import Scheme, Totals
 from nmfx.search.baselines import erk, moves, uniform
+from nmfx.search.budget import Budget, BudgetKind
 from nmfx.search.domino import domino
 from nmfx.search.events import Event, Outcome
-from nmfx.search.knapsack import solve
-from nmfx.search.problem import Budget, BudgetKind, Problem, pose
+from nmfx.search.evidence import Evidence
+from nmfx.search.lagrange import solve_all
+from nmfx.search.problem import Problem, make_scheme, pose
+from nmfx.search.sensitivity import SENSITIVITIES
 from nmfx.search.tables import Tables
-from nmfx.sparsity.layout import Layout
-from nmfx.zoo.source import identify_quickly
+from nmfx.search.whole import spdy
 
 
 def knapsack(problem: Problem, tables: Tables) -> Outcome:
-    """The smallest summed squared weight error under the budget, exactly."""
-    best = solve(tables.squared_errors, problem.costs, problem.budget.limit)
-    reason = "least squared weight error under the budget"
-    return Outcome(best.options, moves(problem, list(best.options), reason))
+    """The smallest summed sensitivity under the budget, exactly; what it leaves is used all the same."""
+    best = solve_all(tables.losses, problem.prices, [budget.limit for budget in problem.budgets])
+    choice, reason = list(best.options), f"least summed sensitivity ({tables.sensitivity}) under the budget"
+    return Outcome(tuple(choice), moves(problem, choice, reason))
 
 
-METHODS: dict[str, Callable[[Problem, Tables], Outcome]] = {
+METHODS: dict[str, Callable[..., Outcome]] = {
     "domino": domino,
     "uniform": uniform,
     "erk": erk,
     "knapsack": knapsack,
+    "spdy": lambda problem, tables, **options: spdy(tables, **options),
 }
+MIXED = ("knapsack", "spdy")  # methods that choose among several M for one site
 
 
 @dataclass(frozen=True)
@@ -45,12 +49,14 @@ class SearchResult:
     """What `find_scheme` found.
 
     Attributes:
+        budget: the budget that leads; `budgets` are all of them.
         events: which site stepped when, and why.
-        left: parameters or MACs of the budget that no further step could use.
+        left: what no further step could use of the budget that leads; `lefts` of each budget.
         loss: squared weight error of the scheme, as a share of the squared weights of all sites that had a choice.
-        optimum: the smallest such loss at the same budget (exact).
+        optimum: the smallest such loss at the same budget among the same patterns (exact for a single budget).
         dense_reasons: why a site stayed dense, or took another M, whatever the budget.
-        seconds: time of the search alone.
+        seconds: time of the search alone, sensitivities included.
+        sensitivity: what a knapsack minimised.
     """
 
     scheme: Scheme = field(repr=False)
@@ -64,59 +70,64 @@ class SearchResult:
     optimum: float
     dense_reasons: Mapping[str, str] = field(repr=False)
     seconds: float
+    budgets: tuple[Budget, ...] = ()
+    lefts: tuple[int, ...] = ()
+    sensitivity: str = "weight"
 
 
 def find_scheme(
     model: nn.Module,
     *,
-    target: float = 0.875,
+    target: float | str = 0.875,
     method: str = "domino",
     budget: BudgetKind = "params",
-    m: int = 16,
-    candidates: Iterable[int] | None = None,
+    limits: Mapping[str, float | str] | None = None,
+    sensitivity: str = "weight",
+    data: Iterable[Any] | None = None,
     example_input: Any = None,
     sites: Sites | None = None,
-    keep_dense: Iterable[str] = (),
-    layout: Layout = "strict",
-    remainder: Remainder = "dense",
+    options: Mapping[str, Any] | None = None,
+    **choices: Any,
 ) -> SearchResult:
-    """Choose a pattern N:m for every site of `model` so that kept parameters or MACs are at most ``1 - target`` of dense.
+    """Choose a pattern for every site of `model` within a budget.
 
     Args:
-        target: sparsity over all sites, those that stay dense included.
-        method: ``domino`` (data-free DominoSearch), ``knapsack`` (least squared weight error, exact), ``erk``, ``uniform``.
-        budget: what the target counts: ``params`` or ``macs`` (per sample).
-        m: group size, up to 64; 1 < m.
-        candidates: the N's allowed besides m (dense); powers of two by default.
-        keep_dense: globs of site names that stay dense.
-        layout, remainder: what becomes of rows that m does not divide (see `nmfx.scheme.fit`).
+        target: sparsity over all sites, those that stay dense included; ``"8x"`` is eight times fewer.
+        method: ``domino`` (data-free DominoSearch; with data inside a training loop it is `DominoSearch`), ``knapsack``
+            (least summed sensitivity, exact), ``spdy`` (whole schemes tried on pictures), ``erk``, ``uniform``.
+        budget: what the target counts: ``params``, ``macs`` (per sample), or ``bytes`` of the compressed weights.
+        limits: budgets by name instead of `target` and `budget`, one or two at once: the share to keep, or times fewer, as in
+            ``{"params": 0.125, "macs": "4x"}``; the first leads.
+        sensitivity: what the knapsack sums up: ``weight`` (squared weight error, data-free), ``activation`` (weighted by
+            activation second moments), ``gradient`` (squared directional gradients), ``measured`` (each single choice tried).
+        data: batches ``(input, label)`` for all but ``weight``: a few hundred training pictures, in several batches.
+        options: of the method alone, such as ``{"seconds": 60, "seed": 0}`` of ``spdy``.
+        choices: what a site may be given (see `Choices`): ``m``, ``candidates``, ``patterns``, ``keep_dense``,
+            ``min_density``, ``layout``, ``remainder``.
 
-    Deterministic, and never above the budget; what no step could use is reported as `left`. The model is not changed: score
-    buffers are attached for the time of the search and removed again.
+    Deterministic (but for time limits), and never above a budget; what no step could use is reported as `left`. The model is
+    not changed: score buffers are attached for the time of the search and removed again.
 
     Raises:
-        SearchError: unknown method, a target out of reach (the message says the largest), weights without values.
+        SearchError: unknown method, a target out of reach (the message says the largest), weights without values, no data.
         TraceError: the forward pass fails on the example input.
     """
     if method not in METHODS:
         raise SearchError(f"unknown method {method!r}{text.nearest(method, METHODS)}; known: {', '.join(METHODS)}")
-    if not 1 < m <= 64:
-        raise SearchError(f"m = {m}: expected a group size in 2..64")
+    known = ("weight", *SENSITIVITIES)
+    if sensitivity not in known:
+        raise SearchError(f"unknown sensitivity {sensitivity!r}{text.nearest(sensitivity, known)}; known: {', '.join(known)}")
     sites = sites if sites is not None else find_sites(model, example_input)
-    options = {"keep_dense": keep_dense, "layout": layout, "remainder": remainder}
-    problem = pose(sites, target=target, budget=budget, m=m, candidates=candidates, **options)  # type: ignore[arg-type]
-    tables, start = Tables(problem, model), time.perf_counter()
-    outcome = METHODS[method](problem, tables)
+    problem = pose(sites, target=target, budget=budget, limits=limits, mixed=method in MIXED, **choices)
+    evidence = Evidence.of(data) if data is not None else None
+    tables, start = Tables(problem, model, sensitivity, evidence), time.perf_counter()
+    outcome = METHODS[method](problem, tables, **(options or {}))
     seconds = time.perf_counter() - start
     patterns = {s.name: o[c] for s, o, c in zip(sites, problem.options, outcome.choice, strict=True)}
-    source = identify_quickly(model)
-    info = {"model": str(source)} if source else {"model": sites.model}
-    info |= {"method": method, "budget": budget, "target": f"{target:g}", "m": str(m), "sites": sites.fingerprint}
-    scheme = Scheme(patterns, layout, remainder == "short", shapes_of(sites), info)
-    table = tables.squared_errors
-    loss = math.fsum(row[option] for row, option in zip(table, outcome.choice, strict=True))
-    optimum = solve(table, problem.costs, problem.budget.limit).loss
-    left = problem.left(outcome.choice)
+    scheme = make_scheme(model, problem, patterns, method)
+    loss = math.fsum(row[option] for row, option in zip(tables.squared_errors, outcome.choice, strict=True))
+    optimum = solve_all(tables.squared_errors, problem.prices, [b.limit for b in problem.budgets]).loss
+    lefts = tuple(problem.left(outcome.choice, b) for b in range(len(problem.budgets)))
     return SearchResult(
         scheme=scheme,
         sites=sites,
@@ -124,9 +135,12 @@ def find_scheme(
         budget=problem.budget,
         method=method,
         events=outcome.events,
-        left=left,
+        left=lefts[0],
         loss=loss / (tables.energy or 1.0),
         optimum=optimum / (tables.energy or 1.0),
         dense_reasons=problem.dense_reasons,
         seconds=seconds,
+        budgets=problem.budgets,
+        lefts=lefts,
+        sensitivity=sensitivity if method == "knapsack" else "weight",
     )

@@ -1,70 +1,145 @@
-"""What every search method is given: the options of each site, what they cost, and the budget."""
+"""What every search method is given: the options of each site, what they cost, and the budgets."""
 
 from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Literal
+from typing import Any
+
+from torch import nn
 
 from nmfx import text
 from nmfx.errors import SearchError
 from nmfx.graph.site import Site, Sites
-from nmfx.scheme import Remainder, fit
+from nmfx.scheme import Remainder, Scheme, fit, shapes_of
+from nmfx.search.budget import Budget, BudgetKind, amount, make_budgets
 from nmfx.sparsity.layout import Grouping, Layout, group
-from nmfx.sparsity.pattern import Pattern
+from nmfx.sparsity.packing import packed_sizes
+from nmfx.sparsity.pattern import MAX_M, Pattern
+from nmfx.zoo.source import identify_quickly
 
-BudgetKind = Literal["params", "macs"]
+Costs = tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True)
-class Budget:
-    """At most `limit` kept parameters, or MACs per sample, of `dense`: a share of ``1 - target``."""
+class Choices:
+    """What a site may be given.
 
-    kind: BudgetKind
-    target: float
-    dense: int
+    Attributes:
+        m: group size in 2..64, or several, of which a site takes any (the knapsack) or the largest that fits (the others).
+        candidates: the N's allowed besides M (dense); powers of two by default.
+        patterns: just these patterns, such as ``["2:4"]`` for hardware, instead of `m` and `candidates`.
+        keep_dense: globs of site names that stay dense.
+        min_density: the least density of every site, or a mapping from globs to densities (the first match counts).
+        layout, remainder: what becomes of rows that M does not divide (see `nmfx.scheme.fit`).
+    """
+
+    m: int | Sequence[int] = 16
+    candidates: Iterable[int] | None = None
+    patterns: Iterable[str | Pattern] | None = None
+    keep_dense: Iterable[str] = ()
+    min_density: float | Mapping[str, float] = 0.0
+    layout: Layout = "strict"
+    remainder: Remainder = "dense"
+
+    def __post_init__(self) -> None:
+        for name in ("candidates", "patterns", "keep_dense"):  # iterators would be used up by the first look
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
 
     @property
-    def limit(self) -> int:
-        """The most that may be kept, exactly: the target counts as the decimal number it is written as."""
-        return math.floor((1 - Fraction(repr(self.target))) * self.dense)
+    def wanted(self) -> dict[int, tuple[int, ...]]:
+        """The N's below M, ascending, of each M, the largest first.
+
+        Raises:
+            SearchError: an M or N out of range.
+        """
+        if self.patterns is not None:
+            found: dict[int, set[int]] = {}
+            for pattern in map(Pattern, self.patterns):
+                if not pattern.is_dense:
+                    found.setdefault(pattern.m, set()).add(pattern.n)
+            return {m: tuple(sorted(found[m])) for m in sorted(found, reverse=True)}
+        sizes = {self.m} if isinstance(self.m, int) else set(self.m)
+        for m in sizes:
+            if not (isinstance(m, int) and 1 < m <= MAX_M):
+                raise SearchError(f"m = {m}: expected a group size in 2..{MAX_M}")
+        return {m: parse_candidates(m, self.candidates)[:-1] for m in sorted(sizes, reverse=True)}
+
+    def least(self, site: Site) -> tuple[float, str]:
+        """The least density of a site, and the glob that says so."""
+        rules = self.min_density if isinstance(self.min_density, Mapping) else {"*": self.min_density}
+        glob = next((glob for glob in rules if fnmatch.fnmatchcase(site.name, glob)), "")
+        return (rules[glob], glob) if glob else (0.0, "")
+
+    def check(self, sites: Sites) -> None:
+        """Check that every glob matches a site and every density is one.
+
+        Raises:
+            SearchError: naming the glob and the nearest site.
+        """
+        rules = self.min_density if isinstance(self.min_density, Mapping) else {}
+        for option, globs in (("keep-dense", self.keep_dense), ("min-density", rules)):
+            for glob in globs:
+                if not any(fnmatch.fnmatchcase(site.name, glob) for site in sites):
+                    raise SearchError(f"{option}: no site matches {glob!r}{text.nearest(glob, [s.name for s in sites])}")
+        for least in rules.values() if rules else [self.min_density]:
+            if not (isinstance(least, int | float) and 0 <= least <= 1):
+                raise SearchError(f"min-density {least}: expected a density in 0..1, such as 0.25")
 
 
 @dataclass(frozen=True)
 class Problem:
-    """The choice to make: one of ``options[i]`` for site i, ascending in density, dense last; ``costs[i]`` likewise.
+    """The choice to make: one of ``options[i]`` for site i, ascending in density, dense last.
 
-    ``levels[i][k]`` is the option of site i that the k-th smallest candidate N comes to.
+    ``prices[b][i]`` are the costs of the options of site i in the unit of ``budgets[b]``; the first budget leads: it is
+    what methods order their steps by. ``levels[i][k]`` is the option of site i that the k-th smallest wanted density
+    comes to.
     """
 
     sites: Sites
     options: tuple[tuple[Pattern, ...], ...]
-    costs: tuple[tuple[int, ...], ...]
+    prices: tuple[Costs, ...]
     levels: tuple[tuple[int, ...], ...]
-    budget: Budget
+    budgets: tuple[Budget, ...]
     layout: Layout
     remainder: Remainder
     dense_reasons: dict[str, str]
+
+    @property
+    def budget(self) -> Budget:
+        """The budget that leads."""
+        return self.budgets[0]
+
+    @property
+    def costs(self) -> Costs:
+        """Costs in the unit of the budget that leads."""
+        return self.prices[0]
 
     @property
     def free(self) -> list[int]:
         """Indices of the sites that have a choice."""
         return [index for index, options in enumerate(self.options) if len(options) > 1]
 
-    def cost(self, choice: Sequence[int]) -> int:
-        """Kept parameters or MACs of one option a site."""
-        return sum(costs[option] for costs, option in zip(self.costs, choice, strict=True))
+    def cost(self, choice: Sequence[int], budget: int = 0) -> int:
+        """Kept parameters, MACs or bytes of one option a site."""
+        return sum(costs[option] for costs, option in zip(self.prices[budget], choice, strict=True))
 
-    def left(self, choice: Sequence[int]) -> int:
-        """What the budget has left under a choice; negative when it is exceeded."""
-        return self.budget.limit - self.cost(choice)
+    def left(self, choice: Sequence[int], budget: int = 0) -> int:
+        """What a budget has left under a choice; negative when it is exceeded."""
+        return self.budgets[budget].limit - self.cost(choice, budget)
 
-    def grouping(self, index: int) -> Grouping:
-        """Groups of a site under its own M."""
-        site, pattern = self.sites.sites[index], self.options[index][0]
+    def fits(self, choice: Sequence[int]) -> bool:
+        """Whether a choice is within every budget."""
+        return all(self.left(choice, budget) >= 0 for budget in range(len(self.budgets)))
+
+    def grouping(self, index: int, pattern: Pattern | None = None) -> Grouping:
+        """Groups of a site under one of its patterns (all have one M, but for a knapsack over several)."""
+        site = self.sites.sites[index]
+        pattern = pattern or self.options[index][0]
         return group(site.name, site.rows, pattern, self.layout, short=self.remainder == "short")
 
 
@@ -84,64 +159,80 @@ def parse_candidates(m: int, candidates: Iterable[int] | None) -> tuple[int, ...
 def pose(
     sites: Sites,
     *,
-    target: float,
+    target: float | str = 0.875,
     budget: BudgetKind = "params",
-    m: int = 16,
-    candidates: Iterable[int] | None = None,
-    keep_dense: Iterable[str] = (),
-    layout: Layout = "strict",
-    remainder: Remainder = "dense",
+    limits: Mapping[str, float | str] | None = None,
+    mixed: bool = False,
+    **options: Any,
 ) -> Problem:
-    """The problem of choosing patterns N:m for `sites`.
+    """The problem of choosing patterns for `sites`; `options` are those of `Choices`.
+
+    Args:
+        target, budget, limits: see `make_budgets`.
+        mixed: offer the patterns of every M to a site, not only those of the largest M that fits it.
 
     Raises:
         SearchError: the target is out of range or out of reach; the message says the largest that can be reached.
     """
-    if not (isinstance(target, int | float) and 0 <= target < 1):
-        raise SearchError(f"target {target}: expected a sparsity in 0 <= target < 1, such as 0.875")
-    if budget not in ("params", "macs"):
-        raise SearchError(f"budget {budget!r}{text.nearest(str(budget), ('params', 'macs'))}; expected params or macs")
-    numbers, wanted = parse_candidates(m, candidates), list(keep_dense)
-    for glob in wanted:
-        if not any(fnmatch.fnmatchcase(site.name, glob) for site in sites):
-            raise SearchError(f"keep-dense: no site matches {glob!r}{text.nearest(glob, [s.name for s in sites])}")
-    if numbers == (m,):
-        raise SearchError(f"target {target:g} is out of reach: no candidate N is below M = {m}, and M itself is dense")
-    options: list[tuple[Pattern, ...]] = []
-    levels: list[tuple[int, ...]] = []
+    choices = Choices(**options)
+    budgets, wanted = make_budgets(sites, target, budget, limits), choices.wanted
+    choices.check(sites)
+    if not any(wanted.values()):
+        largest = max(wanted, default=1)
+        raise SearchError(f"target {target} is out of reach: no candidate N is below M = {largest}, and M itself is dense")
     reasons: dict[str, str] = {}
-    for site in sites:
-        if rule := next((glob for glob in wanted if fnmatch.fnmatchcase(site.name, glob)), None):
-            reasons[site.name] = f"kept dense by {rule!r}"
-            options.append((Pattern.DENSE,))
-            levels.append((0,) * len(numbers))
-            continue
-        fitted = [fit(site, Pattern(n, m), layout, remainder) for n in numbers if n < m]
-        if reason := next((reason for _, reason in fitted if reason), ""):
-            reasons[site.name] = reason
-        choice = (*dict.fromkeys(p for p, _ in fitted if not p.is_dense), Pattern.DENSE)
-        options.append(choice)
-        levels.append((*(len(choice) - 1 if p.is_dense else choice.index(p) for p, _ in fitted), len(choice) - 1))
-    costs = tuple(
-        tuple(_cost(site, p, budget, layout, remainder) for p in choice) for site, choice in zip(sites, options, strict=True)
+    offered = tuple(_options(site, choices, wanted, reasons, mixed=mixed) for site in sites)
+    densities = sorted({Fraction(n, m) for m, numbers in wanted.items() for n in numbers} | {Fraction(1)})
+    levels = tuple(tuple(_level(choice, density) for density in densities) for choice in offered)
+    prices = tuple(
+        tuple(tuple(_cost(s, p, b.kind, choices) for p in choice) for s, choice in zip(sites, offered, strict=True))
+        for b in budgets
     )
-    limit = Budget(budget, float(target), sites.weights if budget == "params" else sites.macs)
-    if not limit.dense:
-        raise SearchError(f"{sites.model or 'the model'} has no {budget} to save: no sites")
-    problem = Problem(sites, tuple(options), costs, tuple(levels), limit, layout, remainder, reasons)
-    least = sum(min(choice) for choice in costs)
-    if least > limit.limit:
-        raise SearchError(
-            f"target {target:g} of {budget} is out of reach: with {numbers[0]}:{m} everywhere it can be, the largest target is "
-            f"{math.floor(10**6 * (1 - Fraction(least, limit.dense))) / 10**6:.6f}{_out_of_reach(problem)}"
-        )
+    problem = Problem(sites, offered, prices, levels, budgets, choices.layout, choices.remainder, reasons)
+    for table, one in zip(prices, budgets, strict=True):
+        least = sum(min(costs) for costs in table)
+        if least > one.limit:
+            sparsest = min((Pattern(n, m) for m, ns in wanted.items() for n in ns), key=lambda p: p.density)
+            reach = math.floor(10**6 * (1 - Fraction(least, one.dense))) / 10**6
+            raise SearchError(
+                f"target {float(one.target):g} of {one.kind} is out of reach: with {sparsest} everywhere it can be, "
+                f"the largest target is {reach:.6f}{_out_of_reach(problem)}"
+            )
     return problem
 
 
-def _cost(site: Site, pattern: Pattern, budget: BudgetKind, layout: Layout, remainder: Remainder) -> int:
-    kept = site.weights
-    if not pattern.is_dense:
-        kept = group(site.name, site.rows, pattern, layout, short=remainder == "short").kept(pattern.n)
+def _options(
+    site: Site, choices: Choices, wanted: Mapping[int, Sequence[int]], reasons: dict[str, str], *, mixed: bool
+) -> tuple[Pattern, ...]:
+    """The patterns of one site; why it has none, or others than those asked for, goes to `reasons`."""
+    if rule := next((glob for glob in choices.keep_dense if fnmatch.fnmatchcase(site.name, glob)), None):
+        reasons[site.name] = f"kept dense by {rule!r}"
+        return (Pattern.DENSE,)
+    fitted = {m: [fit(site, Pattern(n, m), choices.layout, choices.remainder) for n in ns] for m, ns in wanted.items() if ns}
+    exact = [m for m, found in fitted.items() if not any(reason for _, reason in found)]
+    usable = exact or [m for m, found in fitted.items() if not all(p.is_dense for p, _ in found)]
+    if not exact:
+        reasons[site.name] = next(reason for found in fitted.values() for _, reason in found if reason)
+    taken = [p for m in (usable if mixed else usable[:1]) for p, _ in fitted[m] if not p.is_dense]
+    least, glob = choices.least(site)
+    allowed = [p for p in dict.fromkeys(taken) if p.density >= least]
+    if taken and not allowed:
+        reasons[site.name] = f"no pattern has a density of {least:g} (min-density{f' {glob!r}' if glob != '*' else ''})"
+    return (*sorted(allowed, key=lambda p: (p.density, p.m)), Pattern.DENSE)
+
+
+def _level(choice: Sequence[Pattern], density: Fraction) -> int:
+    """The sparsest option that is no sparser than `density`."""
+    return next(i for i, pattern in enumerate(choice) if Fraction(pattern.n, pattern.m) >= density)
+
+
+def _cost(site: Site, pattern: Pattern, budget: BudgetKind, choices: Choices) -> int:
+    if pattern.is_dense:
+        return amount(site, budget)
+    grouping = group(site.name, site.rows, pattern, choices.layout, short=choices.remainder == "short")
+    kept, positions = packed_sizes(pattern.n, grouping)
+    if budget == "bytes":
+        return kept * (site.bytes // site.weights) + positions
     return kept if budget == "params" else site.macs * kept // site.weights
 
 
@@ -152,3 +243,13 @@ def _out_of_reach(problem: Problem) -> str:
     largest = problem.sites.sites[max(fixed, key=lambda i: problem.costs[i][0])]
     reason = problem.dense_reasons.get(largest.name, "no pattern fits it")
     return f"; of the {len(fixed)} of {len(problem.options)} sites that stay dense {largest.name} is the largest ({reason})"
+
+
+def make_scheme(model: nn.Module, problem: Problem, patterns: Mapping[str, Pattern], method: str) -> Scheme:
+    """The patterns as a scheme that says where it came from."""
+    source, sizes = identify_quickly(model), {p.m for options in problem.options for p in options if not p.is_dense}
+    about = {"model": str(source) if source else problem.sites.model, "method": method}
+    about |= {"budget": ", ".join(b.kind for b in problem.budgets)}
+    about |= {"target": ", ".join(f"{float(b.target):g}" for b in problem.budgets)}
+    about |= {"m": ", ".join(map(str, sorted(sizes))), "sites": problem.sites.fingerprint}
+    return Scheme(patterns, problem.layout, problem.remainder == "short", shapes_of(problem.sites), about)

@@ -12,26 +12,52 @@ from torch import Tensor, nn
 
 from nmfx.errors import SearchError
 from nmfx.passes.scoring import scores_of, sorted_magnitudes, weight_of
+from nmfx.search.evidence import Evidence
 from nmfx.search.problem import Problem
+from nmfx.search.sensitivity import SENSITIVITIES, Table
+from nmfx.sparsity.pattern import Pattern
 
 QUANTILE = 0.75  # share of a site's groups that must agree before it steps (domino.md, section 4)
 
 
 @dataclass(frozen=True)
 class Tables:
-    """The tables of one problem on one model's weights; each is computed when first asked for, and once."""
+    """The tables of one problem on one model's weights; each is computed when first asked for, and once.
+
+    ``sensitivity`` names the table that `losses` is, see `nmfx.search.sensitivity`; all but ``weight`` need `evidence`.
+    """
 
     problem: Problem
     model: nn.Module
+    sensitivity: str = "weight"
+    evidence: Evidence | None = None
 
     @cached_property
-    def squared_errors(self) -> list[list[float]]:
+    def losses(self) -> Table:
+        """Loss increase of each option of each site, as the chosen sensitivity has it: what a knapsack minimises."""
+        return self.squared_errors if self.sensitivity == "weight" else self.measured(self.sensitivity)
+
+    def measured(self, sensitivity: str) -> Table:
+        """The table of a sensitivity that looks at data.
+
+        Raises:
+            SearchError: there is no data.
+        """
+        if self.evidence is None:
+            raise SearchError(f"sensitivity {sensitivity!r} looks at pictures: give data= (--data), or use 'weight'")
+        return SENSITIVITIES[sensitivity](self.problem, self.model, self.evidence)
+
+    @cached_property
+    def squared_errors(self) -> Table:
         """Sum of the squared weights that each option drops, for every site; 0 for dense."""
         table = [[0.0] * len(options) for options in self.problem.options]
         for index in self.problem.free:
-            energies = self._magnitudes(index).square_().sum(dim=1, dtype=torch.float64)  # m: of the r-th largest
-            for option, pattern in enumerate(self.problem.options[index]):
-                table[index][option] = 0.0 if pattern.is_dense else float(energies[pattern.n :].sum())
+            options, energies = self.problem.options[index], dict[int, Tensor]()
+            for pattern in options[:-1]:
+                if pattern.m not in energies:  # (m,): of the largest of each group, of the second largest, ...
+                    energies[pattern.m] = self._magnitudes(index, pattern).square_().sum(dim=1, dtype=torch.float64)
+            for option, pattern in enumerate(options):
+                table[index][option] = 0.0 if pattern.is_dense else float(energies[pattern.m][pattern.n :].sum())
         return table
 
     @cached_property
@@ -49,7 +75,7 @@ class Tables:
         """
         points: list[list[float]] = [[] for _ in self.problem.options]
         for index in self.problem.free:
-            ordered = self._magnitudes(index)
+            ordered = self._magnitudes(index, self.problem.options[index][0])
             threshold, _ = scores_of(self.model, self.problem.sites.sites[index])
             # A threshold of zero (pruned before) would never be reached: take a millionth of the site's mean magnitude.
             floor = max(float(ordered.mean()) * 1e-6, torch.finfo(ordered.dtype).tiny)
@@ -62,7 +88,7 @@ class Tables:
                 points[index].append(highest)
         return points
 
-    def _magnitudes(self, index: int) -> Tensor:
+    def _magnitudes(self, index: int, pattern: Pattern) -> Tensor:
         """Sorted magnitudes ``(m, groups)`` of a site.
 
         Raises:
@@ -72,7 +98,7 @@ class Tables:
         weight = weight_of(self.model, site)
         if weight.device.type == "meta":
             raise SearchError(f"{site.name}: on the meta device, without values; load weights before the search")
-        ordered = sorted_magnitudes(weight, self.problem.grouping(index))
+        ordered = sorted_magnitudes(weight, self.problem.grouping(index, pattern))
         if not math.isfinite(float(ordered[0].sum(dtype=torch.float64))):  # the comparators carry a NaN to the top row
             raise SearchError(f"{site.name} {site.shape}: holds infinite or NaN weights; load other weights")
         return ordered

@@ -17,7 +17,8 @@ from nmfx.errors import SearchError
 from nmfx.graph.census import find_sites
 from nmfx.graph.site import Sites
 from nmfx.scheme import Scheme
-from nmfx.search.problem import Budget, parse_candidates, pose
+from nmfx.search.budget import Budget
+from nmfx.search.problem import parse_candidates, pose
 from nmfx.sparsity.pattern import Pattern
 
 models = pytest.mark.parametrize("name", MODELS)
@@ -118,7 +119,7 @@ def test_left_is_the_limit_less_the_costs(name: str, kind: Any) -> None:
     assert problem.left(choice) < 0
 
 
-@pytest.mark.parametrize("target", [-0.1, 1.0, 1.5, float("nan"), float("inf"), "0.5", None])
+@pytest.mark.parametrize("target", [-0.1, 1.0, 1.5, float("nan"), float("inf"), "half", "0.5y", "0.5x", "1.5", None, True])
 def test_what_is_no_target(target: Any) -> None:
     with pytest.raises(SearchError, match="expected a sparsity in 0 <= target < 1"):
         pose(searched("digits")[1], target=target)

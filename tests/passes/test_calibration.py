@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from nmfx.errors import NmfxError
 from nmfx.passes.transform import transform
-from nmfx.training.calibration import recalibrate_bn
+from nmfx.passes.calibration import recalibrate_bn
 
 
 class Net(nn.Module):

@@ -1,0 +1,341 @@
+"""DominoSearch as published, inside anybody's training loop (domino.md, sections 3 and 4)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from nmfx.errors import SearchError
+from nmfx.graph.census import find_sites
+from nmfx.graph.masked import mask_attribute, masked_sites, unmask
+from nmfx.graph.reading import MaskSpec, mask_name
+from nmfx.graph.site import Sites
+from nmfx.passes.scoring import attach_scores, detach_scores, scores_of, weight_of
+from nmfx.scheme import Scheme
+from nmfx.search.baselines import erk_sparsities
+from nmfx.search.budget import BudgetKind
+from nmfx.search.domino import penalties
+from nmfx.search.events import Event, trim
+from nmfx.search.problem import Problem, make_scheme, pose
+from nmfx.search.tables import QUANTILE
+from nmfx.sparsity.layout import Grouping
+from nmfx.sparsity.pattern import Pattern
+
+DOUBLINGS = (30_000, 40_000, 50_000, 60_000, 70_000, 80_000)
+
+
+@dataclass(frozen=True)
+class Loop:
+    """The numbers of the loop, published values by default; see `DominoSearch`."""
+
+    eta: bool = True
+    b1: float | None = None
+    b2: float | None = None
+    decay: float = 0.1
+    penalty_every: int = 5
+    vote_every: int = 100
+    quorum: float = QUANTILE
+    tolerance: float = 0.001
+    doublings: tuple[int, ...] = DOUBLINGS
+
+    def __post_init__(self) -> None:
+        for name in ("penalty_every", "vote_every"):
+            if not (isinstance(value := getattr(self, name), int) and value > 0):
+                raise SearchError(f"{name}={value!r}: expected a whole number of iterations, 1 or more")
+        for name, low, high in (("decay", 0.0, math.inf), ("quorum", 0.0, 1.0), ("tolerance", 0.0, 1.0)):
+            if not low <= getattr(self, name) <= high:
+                raise SearchError(f"{name}={getattr(self, name)!r}: expected a number in {low:g}..{high:g}")
+        object.__setattr__(self, "doublings", tuple(self.doublings))
+
+    def decay_at(self, t: int) -> float:
+        """The decay of iteration t: doubled at each of the `doublings`."""
+        return self.decay * 2.0 ** sum(t >= doubling for doubling in self.doublings)
+
+
+class DominoSearch:
+    """Layer-wise N:M search by a penalty that makes layers tip one after the other (Sun et al., NeurIPS 2021).
+
+    ``search.step()`` goes between ``loss.backward()`` and ``optimizer.step()``::
+
+        search = DominoSearch(model, 0.875, example_input=x)
+        while not search.done:
+            optimizer.zero_grad()
+            loss_of(model, next(batches)).backward()
+            search.step()
+            optimizer.step()
+        scheme = search.scheme
+
+    The model is converted in place: each site with a choice is read through the mask of its intermediate N, which follows the
+    weights, and gradients reach kept weights only. Parameters and their names stay, so any optimiser will do; the published
+    one is SGD with lr 0.01, no momentum, no weight decay, batch 64. The weights change: search a copy if you need them.
+    Under DDP (wrap the model after making the search) all processes follow the votes of the first.
+
+    Args:
+        target, budget, limits: as in `find_scheme`.
+        example_input, sites: as in `transform`.
+        eta: layer-wise penalty factors; False is the ablation with 1 everywhere.
+        b1, b2: shares of MACs and ERK in eta; by the budget: 0.5 and 0.5, for MACs 0.8 and 0.2.
+        decay: penalty on kept weights, doubled at each iteration of `doublings`.
+        penalty_every, vote_every: iterations between penalties, and between votes.
+        quorum: share of a site's groups that must have fewer than n weights above their threshold.
+        tolerance: the search is done when the sparsity is within this of the target. `scheme` is never above the budget.
+        choices: what a site may be given (see `Choices`).
+
+    Attributes:
+        t: iterations done.
+        done: whether the budget holds.
+        intermediate, committed: by site name, the working N and the committed one (M while dense).
+        eta: by site name, the penalty factors now.
+        shares: by site name, the share of groups that agreed at the last vote.
+        events: every commit; ``time`` is the iteration.
+
+    Raises:
+        SearchError: a target out of reach, numbers out of range, weights without values.
+        TraceError: the forward pass fails on the example input.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        target: float | str = 0.875,
+        *,
+        budget: BudgetKind = "params",
+        limits: Mapping[str, float | str] | None = None,
+        example_input: Any = None,
+        sites: Sites | None = None,
+        **options: Any,
+    ) -> None:
+        loop = {name: options.pop(name) for name in Loop.__dataclass_fields__ if name in options}
+        self.loop, self.model = Loop(**loop), model
+        self.sites = sites if sites is not None else find_sites(model, example_input)
+        self.problem: Problem = pose(self.sites, target=target, budget=budget, limits=limits, **options)
+        self.t, self.events, self.shares = 0, list[Event](), dict[str, float]()
+        self._choice = [len(options) - 1 for options in self.problem.options]
+        self._erk = erk_sparsities(self.problem)
+        self._groupings = {i: self.problem.grouping(i) for i in self.problem.free}
+        self._working = {i: grouping.m for i, grouping in self._groupings.items()}
+        self._convert()
+        self._eta = self._penalties()
+        self.done = self._holds()
+
+    def _convert(self) -> None:
+        for module in self.model.modules():
+            unmask(module, keep_masked=False)
+        for i in self.problem.free:
+            weight = weight_of(self.model, self.sites.sites[i])
+            if weight.device.type == "meta" or not bool(weight.isfinite().all()):
+                raise SearchError(f"{self._name(i)}: holds no values, or infinite or NaN ones; load weights before the search")
+        attach_scores(self.model, self.sites, {self._name(i): g for i, g in self._groupings.items()})
+        for i, grouping in self._groupings.items():
+            twin, site = None, self.sites.sites[i]
+            for path, attr in site.owners:
+                owner = self.model.get_submodule(path)
+                mask_attribute(owner, attr, MaskSpec(site.name, Pattern(grouping.m, grouping.m), grouping, decay=None), twin)
+                twin = twin or (owner, attr)
+
+    def _name(self, index: int) -> str:
+        return self.sites.sites[index].name
+
+    @property
+    def intermediate(self) -> dict[str, int]:
+        """The working N of each site with a choice."""
+        return {self._name(i): n for i, n in self._working.items()}
+
+    @property
+    def committed(self) -> dict[str, int]:
+        """The committed N of each site with a choice; M while it is dense."""
+        patterns = {i: self.problem.options[i][self._choice[i]] for i in self.problem.free}
+        return {self._name(i): self._groupings[i].m if p.is_dense else p.n for i, p in patterns.items()}
+
+    @property
+    def eta(self) -> dict[str, float]:
+        """The penalty factor of each site with a choice."""
+        return {self._name(i): value for i, value in self._eta.items()}
+
+    @property
+    def sparsity(self) -> float:
+        """Share dropped of what the leading budget counts, over all sites."""
+        return 1 - self.problem.cost(self._choice) / self.problem.budget.dense
+
+    @property
+    def stalled(self) -> bool:
+        """Whether no site that can still step is under a penalty, so that only training itself can go on."""
+        return not self.done and all(self._eta[i] <= 0 for i in self._voters())
+
+    def _penalties(self) -> dict[int, float]:
+        if not self.loop.eta:
+            return dict.fromkeys(self.problem.free, 1.0)
+        return penalties(self.problem, self._choice, self._erk, self.loop.b1, self.loop.b2)
+
+    def _holds(self) -> bool:
+        budgets = enumerate(self.problem.budgets)
+        tolerance = self.loop.tolerance
+        return all(1 - self.problem.cost(self._choice, b) / one.dense >= one.target - tolerance for b, one in budgets)
+
+    def _voters(self) -> list[int]:
+        """Sites that can still step."""
+        return [i for i in self.problem.free if self._choice[i] > 0]
+
+    def step(self) -> tuple[Event, ...]:
+        """One iteration: the penalty goes onto the gradients, and every so often the sites vote.
+
+        Returns:
+            The commits of this iteration.
+
+        Raises:
+            SearchError: the search is done.
+        """
+        if self.done:
+            raise SearchError("the search is done: take search.scheme")
+        if self.t % self.loop.penalty_every == 0:
+            self._penalise()
+        events = self._vote() if self.t % self.loop.vote_every == 0 else ()
+        self.t += 1
+        return events
+
+    @torch.no_grad()
+    def _penalise(self) -> None:
+        """``decay * eta_l * w`` onto the gradients of kept weights."""
+        decay = self.loop.decay_at(self.t)
+        for i, eta in self._eta.items():
+            site = self.sites.sites[i]
+            weight, (path, attr) = weight_of(self.model, site), site.owners[0]
+            if weight.grad is not None and eta:
+                mask = self.model.get_submodule(path)._buffers[mask_name(attr)]
+                assert mask is not None
+                weight.grad.addcmul_(weight, mask.to(weight.dtype), value=decay * eta)
+
+    def _vote(self) -> tuple[Event, ...]:
+        """Every site that can still step takes a vote, in model order; the search may end in the middle of a round."""
+        before = len(self.events)
+        voters = self._voters()
+        shares = self._shares(voters)
+        for i, share in zip(voters, shares, strict=True):
+            self.shares[self._name(i)] = share
+        for i, share in zip(voters, shares, strict=True):
+            if share >= self.loop.quorum:
+                self._tip(i, share)
+                if self.done:
+                    break
+        return tuple(self.events[before:])
+
+    @torch.no_grad()
+    def _shares(self, voters: list[int]) -> list[float]:
+        """Share of each voter's groups in which fewer than n weights exceed the threshold; the first process's counts."""
+        shares = torch.zeros(len(voters), dtype=torch.float64)
+        for place, i in enumerate(voters):
+            weight = weight_of(self.model, self.sites.sites[i])
+            threshold, count = scores_of(self.model, self.sites.sites[i])
+            count.copy_(_above(weight, threshold, self._groupings[i]))
+            shares[place] = (count < self._working[i]).double().mean()
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            device = next(self.model.parameters()).device
+            shares = shares.to(device)
+            dist.broadcast(shares, src=0)
+        values: list[float] = shares.tolist()
+        return values
+
+    def _tip(self, i: int, share: float) -> None:
+        """One N less for a site; a commit where that is a candidate."""
+        self._working[i] -= 1
+        self._mask(i)
+        options, name = self.problem.options[i], self._name(i)
+        after = options[self._choice[i] - 1]
+        if self._working[i] == after.n:
+            before = options[self._choice[i]]
+            self._choice[i] -= 1
+            reason = f"{share:.0%} of groups below T, eta = {self._eta[i]:.3g}"
+            self.events.append(Event(name, before, after, reason, self.problem.cost(self._choice), float(self.t)))
+            self._eta = self._penalties()
+            self.done = self._holds()
+
+    def _mask(self, i: int) -> None:
+        """Let the masks of a site keep its working N."""
+        grouping, name = self._groupings[i], self._name(i)
+        for masked in masked_sites(self.model):
+            if masked.spec.name == name and masked.spec.pattern.n != self._working[i]:
+                masked.state.spec = replace(masked.spec, pattern=Pattern(self._working[i], grouping.m))
+                masked.state.cache = None
+
+    @property
+    def choice(self) -> tuple[int, ...]:
+        """The committed option of every site, brought within every budget and then up to it.
+
+        A search that stopped within its tolerance takes the step it was nearest to; what is left is spent on steps that fit.
+        """
+        choice, working = list(self._choice), dict(self._working)
+        while not self.problem.fits(choice):
+            ahead = {i: working[i] - self.problem.options[i][choice[i] - 1].n for i in self.problem.free if choice[i]}
+            nearest = min(ahead, key=lambda i: (ahead[i] / self._groupings[i].m, -self._eta[i], i))
+            choice[nearest] -= 1
+            working[nearest] = min(working[nearest], self.problem.options[nearest][choice[nearest]].n)
+        return tuple(trim(self.problem, choice)[0])
+
+    @property
+    def scheme(self) -> Scheme:
+        """What was found; never above the budget.
+
+        Raises:
+            SearchError: the search is not done.
+        """
+        if not self.done:
+            raise SearchError(
+                f"the search is not done: sparsity {self.sparsity:.4f} of {self.problem.budget.target} at t = {self.t}"
+            )
+        patterns = {self._name(i): o[c] for i, (o, c) in enumerate(zip(self.problem.options, self.choice, strict=True))}
+        return make_scheme(self.model, self.problem, patterns, "domino with data" if self.loop.eta else "domino without eta")
+
+    def detach(self) -> None:
+        """Take masks and score buffers off again; the dense weights stay as the search left them."""
+        for module in self.model.modules():
+            unmask(module, keep_masked=False)
+        detach_scores(self.model, self.sites, [self._name(i) for i in self.problem.free])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything but the model's, the optimiser's and the loader's state: plain values and tensors."""
+        return {
+            "t": self.t,
+            "done": self.done,
+            "working": self.intermediate,
+            "choice": {self._name(i): self._choice[i] for i in self.problem.free},
+            "thresholds": {self._name(i): scores_of(self.model, self.sites.sites[i])[0].clone() for i in self.problem.free},
+            "shares": dict(self.shares),
+            "events": [{**asdict(e), "before": str(e.before), "after": str(e.after)} for e in self.events],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state_dict` was called, with the model's and the optimiser's state of that moment loaded as well.
+
+        Raises:
+            SearchError: the state is of another search.
+        """
+        names = [self._name(i) for i in self.problem.free]
+        if set(state["working"]) != set(names):
+            raise SearchError("the state is of another search: its sites differ; give the same model and options")
+        for i, name in zip(self.problem.free, names, strict=True):
+            threshold, saved = scores_of(self.model, self.sites.sites[i])[0], state["thresholds"][name]
+            if threshold.shape != saved.shape or not 0 <= state["choice"][name] < len(self.problem.options[i]):
+                raise SearchError(f"{name}: the state is of another search; give the same model and options")
+            threshold.copy_(saved)
+            self._working[i], self._choice[i] = state["working"][name], state["choice"][name]
+            self._mask(i)
+        self.t, self.done, self.shares = state["t"], state["done"], dict(state["shares"])
+        self.events = [Event(**{**e, "before": Pattern(e["before"]), "after": Pattern(e["after"])}) for e in state["events"]]
+        self._eta = self._penalties()
+
+
+def _above(weight: Tensor, threshold: Tensor, grouping: Grouping) -> Tensor:
+    """How many weights of each group exceed its threshold: ``(groups,)``, uint8."""
+    lines, counts, start = grouping.as_lines(weight.detach().abs().contiguous()), [], 0
+    for block in grouping.blocks(lines):  # (outer, groups, size, inner)
+        outer, groups, _, inner = block.shape
+        part = threshold[start : start + outer * groups * inner].view(outer, groups, 1, inner)
+        counts.append((block > part).sum(dim=2, dtype=torch.uint8).flatten())
+        start += part.numel()
+    return torch.cat(counts)

@@ -1,0 +1,100 @@
+"""What a search may look at beside the weights: pictures with labels, in two halves, and whole schemes tried out on them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nmfx.errors import SearchError
+from nmfx.graph.masked import throw_away_copy
+from nmfx.passes.calibration import recalibrate_bn
+from nmfx.passes.scoring import weight_of
+from nmfx.search.problem import Problem
+from nmfx.sparsity.mask import make_mask
+from nmfx.sparsity.pattern import Pattern
+
+Batch = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Batches ``(input, label)``; the second half is held back to score schemes on."""
+
+    batches: Sequence[Batch]
+
+    @staticmethod
+    def of(data: Iterable[Any]) -> Evidence:
+        """Take batches as a loader gives them: ``(input, label, ...)``.
+
+        Raises:
+            SearchError: there are none, or they have no labels.
+        """
+        batches = []
+        for batch in data:
+            if not (isinstance(batch, list | tuple) and len(batch) > 1 and isinstance(batch[1], Tensor)):
+                raise SearchError("data: expected batches (input, label) as a loader gives them")
+            batches.append((batch[0], batch[1]))
+        if not batches:
+            raise SearchError("data: no batches to look at")
+        return Evidence(tuple(batches))
+
+    @property
+    def shown(self) -> Sequence[Batch]:
+        """The half for statistics (everything, if there is but one batch)."""
+        return self.batches[: max(1, len(self.batches) // 2)]
+
+    @property
+    def held_back(self) -> Sequence[Batch]:
+        """The half for scores."""
+        return self.batches[len(self.batches) // 2 :]
+
+
+def loss_on(model: nn.Module, batches: Iterable[Batch]) -> float:
+    """Mean cross-entropy of `model`, in the mode it is in."""
+    total, count = 0.0, 0
+    device = next(model.parameters()).device
+    with torch.no_grad():
+        for x, label in batches:
+            total += float(nn.functional.cross_entropy(model(x.to(device)).float(), label.to(device), reduction="sum"))
+            count += len(label)
+    return total / count
+
+
+@dataclass
+class Trial:
+    """A copy of the model to try schemes on: its weights are masked and put back, its batch statistics re-estimated."""
+
+    problem: Problem
+    model: nn.Module
+    evidence: Evidence
+
+    @cached_property
+    def copied(self) -> nn.Module:
+        """The dense model in eval mode, ours to change."""
+        return throw_away_copy(self.model, None).eval()
+
+    @cached_property
+    def dense(self) -> dict[int, Tensor]:
+        """The dense weights of the sites with a choice."""
+        sites = self.problem.sites.sites
+        return {i: weight_of(self.copied, sites[i]).detach().clone() for i in self.problem.free}
+
+    @torch.no_grad()
+    def loss(self, choice: dict[int, Pattern] | Sequence[int]) -> float:
+        """Loss on the held-back half with these patterns (by site index, absent is dense), after BN recalibration."""
+        if not isinstance(choice, dict):
+            choice = {i: self.problem.options[i][choice[i]] for i in self.problem.free}
+        for i, weight in self.dense.items():
+            pattern, parameter = choice.get(i, Pattern.DENSE), weight_of(self.copied, self.problem.sites.sites[i])
+            if pattern.is_dense:
+                parameter.copy_(weight)
+            else:
+                mask = make_mask(weight, pattern.n, self.problem.grouping(i, pattern))
+                torch.mul(weight, mask, out=parameter.data)
+        recalibrate_bn(self.copied, self.evidence.shown)
+        return loss_on(self.copied, self.evidence.held_back)
