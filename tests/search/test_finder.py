@@ -21,13 +21,13 @@ from nmfx.demo.digits import load_digits_data
 from nmfx.errors import NmfxError, SearchError
 from nmfx.graph.census import find_sites
 from nmfx.passes.baking import bake, verify
+from nmfx.passes.calibration import recalibrate_bn
 from nmfx.passes.transform import transform
 from nmfx.scheme import Scheme
 from nmfx.search.finder import METHODS as ALL
 from nmfx.search.finder import SearchResult, find_scheme
 from nmfx.search.problem import pose
 from nmfx.sparsity.pattern import Pattern
-from nmfx.passes.calibration import recalibrate_bn
 from nmfx.training.evaluation import evaluate
 
 models = pytest.mark.parametrize("name", MODELS)
