@@ -18,7 +18,10 @@ import tempfile
 import time
 import traceback
 import warnings
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import timm  # noqa: F401 - imported before the fork, so that a model costs no import
@@ -28,13 +31,16 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import nmfx
-from nmfx.graph.census import Census, Operand, _plain_attention, _storage
-from nmfx.graph.masked import throw_away_copy
-from nmfx.graph.tracer import to_graph, to_graphs, trace
+from nmfx.graph.census import Census, Operand, _plain_attention, storage_of
+from nmfx.graph.coverage import find_coverage
+from nmfx.graph.masked import masked_sites, throw_away_copy
+from nmfx.graph.reading import mask_name
+from nmfx.graph.tracer import to_graph
 from nmfx.passes.transform import conversion_difference
 from nmfx.scheme import Scheme
 from nmfx.zoo.example import Example, example_for
 from nmfx.zoo.source import Source, find_source, list_models, versions
+from nmfx.zoo.table import Entry, Table
 
 PATTERNS = ("2:4", "4:16")
 
@@ -47,7 +53,7 @@ class Reads(Census):
         self.unmasked: set[int] = set()
 
     def _record_weight(self, operand: Operand) -> None:
-        if (key := _storage(operand.tensor)) in self.own:
+        if (key := storage_of(operand.tensor)) in self.own:
             self.unmasked |= {id(p) for p in self.sources[key]}
         super()._record_weight(operand)
 
@@ -61,8 +67,8 @@ def check_reads(converted: nn.Module, example: Example, names: set[str]) -> list
     return [name for name in names if id(parameters[name]) in reads.unmasked]
 
 
-def structure(source: Source) -> dict[str, Any]:
-    """Build on the meta device, find sites, convert, compare keys, follow the reads."""
+def structure(source: Source) -> tuple[dict[str, Any], nmfx.Sites]:
+    """Build on the meta device, find sites, convert, compare keys, follow the reads: a record, and the sites."""
     model = source.build_meta()
     example, start = example_for(model), time.perf_counter()
     sites = nmfx.find_sites(model, example)
@@ -99,16 +105,9 @@ def structure(source: Source) -> dict[str, Any]:
             else:
                 assert not unread, f"read without their mask: {unread[:5]}"
                 record["reads"] = "all masked"
-    try:
-        reached, parts, why = graph_reads(model, trace(model).graph), 1, ""
-    except nmfx.NmfxError as error:
-        views = to_graphs(converted)
-        reached = set().union(*(graph_reads(view, view.graph) for view in views.values()))
-        parts, why, model = len(views), str(error)[:200], converted
-    parameters, read = dict(model.named_parameters()), [site for site in sites if not site.train_only]
-    seen = sum(s.weights for s in read if id(parameters[s.name]) in reached)
-    record["fx"] = {"parts": parts, "share": round(seen / max(1, sum(s.weights for s in read)), 6), "why": why}
-    return record
+    covered = find_coverage(converted, sites)
+    record["fx"] = {"parts": covered.parts, "share": round(covered.reach, 6), "why": covered.why[:200]}
+    return record, sites
 
 
 MAKERS = (nn.modules.conv._ConvNd, nn.Linear, nn.Bilinear, nn.MultiheadAttention, nn.RNNBase)
@@ -124,18 +123,6 @@ def missed(model: nn.Module, sites: nmfx.Sites) -> dict[str, int]:
     return {s.name: s.weights for s in left}
 
 
-def graph_reads(model: nn.Module, graph: torch.fx.Graph) -> set[int]:
-    """Ids of the parameters that the graph's nodes reach."""
-    reached: set[int] = set()
-    for node in graph.nodes:
-        if node.op == "call_module":
-            reached |= {id(p) for p in model.get_submodule(node.target).parameters()}
-        elif node.op == "get_attr":
-            path, _, attr = node.target.rpartition(".")
-            reached.add(id(model.get_submodule(path)._parameters.get(attr)))
-    return reached
-
-
 def outputs(model: nn.Module, example: Example, seed: int = 0) -> list[Tensor]:
     """All floating-point outputs; dropout draws the same numbers for the same seed."""
     torch.manual_seed(seed)
@@ -148,25 +135,42 @@ def equal(a: list[Tensor], b: list[Tensor]) -> bool:
     return len(a) == len(b) and all(x.shape == y.shape and torch.equal(x.nan_to_num(), y.nan_to_num()) for x, y in zip(a, b))
 
 
-def numerics(source: Source) -> dict[str, Any]:
-    """Dense conversion, masked against pre-masked (outputs, gradients, buffers), modes, baking, checkpoint, fx: on the CPU."""
+def smaller(model: nn.Module, example: Example) -> Example:
+    """The same weights meet fewer pixels, where the model takes pictures of another size."""
+    (x, *more), side = example.args or (None,), 128
+    if more or not isinstance(x, Tensor) or x.dim() != 4 or min(x.shape[2:]) <= side:
+        return example
+    less = Example((x[..., :side, :side].contiguous(),))
+    try:
+        with torch.no_grad():
+            shapes = [[leaf.shape[1] for leaf in tree_leaves(model(*e.args)) if leaf.dim() == 2] for e in (less, example)]
+    except Exception:
+        return example
+    return less if shapes[0] == shapes[1] else example
+
+
+def numerics(source: Source, sites: nmfx.Sites | None = None, *, followed: bool = False) -> dict[str, Any]:
+    """Dense conversion, masked against pre-masked (outputs, gradients, buffers), modes, baking, checkpoint, fx: on the CPU, at
+    128x128 where that will do.
+    """
     torch.manual_seed(0)
     model = source.build()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.02)
     fill = lambda t: torch.rand_like(t) if t.is_floating_point() else t  # noqa: E731
-    example = example_for(model)
+    example = smaller(model, example_for(model))
     example = Example(*tree_map_only(Tensor, fill, (example.args, example.kwargs)))
-    sites = nmfx.find_sites(model, example)
+    sites = sites or nmfx.find_sites(model, example)
     record: dict[str, Any] = {"dense_difference": conversion_difference(model, sites, example)}
     assert record["dense_difference"] == 0, f"dense conversion differs by {record['dense_difference']}"
     schemes = [Scheme.uniform(sites, pattern) for pattern in PATTERNS]
     both = {site.name: schemes[i % 2][site.name] for i, site in enumerate(sites) if site.name in schemes[i % 2]}
     converted = nmfx.transform(model, both, sites=sites, training="ste").eval()
-    unread = check_reads(converted, example, set(both))
-    assert not unread, f"read without their mask: {unread[:5]}"
-    record["reads"] = "all masked"
+    if not followed:  # the meta device could not say
+        unread = check_reads(converted, example, set(both))
+        assert not unread, f"read without their mask: {unread[:5]}"
+        record["reads"] = "all masked"
     plain = nmfx.bake(converted)
     with torch.no_grad():
         expected = outputs(plain, example)
@@ -216,7 +220,9 @@ def train_step(converted: nn.Module, plain: nn.Module, example: Example) -> str:
             results.append(f"cannot train on its example input: {type(error).__name__}")
             continue
         grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-        results.append((out, grads, dict(nn.Module.state_dict(model))))
+        masks = {f"{m.path}.{mask_name(m.attr)}".lstrip(".") for m in masked_sites(model)}
+        buffers = {name: buffer.clone() for name, buffer in model.named_buffers() if name not in masks}
+        results.append((out, grads, buffers))
     first, second = results
     if isinstance(first, str) or isinstance(second, str):
         assert first == second, f"only one of the two trains: {first} {second}"
@@ -225,9 +231,8 @@ def train_step(converted: nn.Module, plain: nn.Module, example: Example) -> str:
     assert first[1].keys() == second[1].keys(), "other parameters have gradients"
     for name, grad in first[1].items():
         assert equal([grad], [second[1][name]]), f"gradient of {name} differs"
-    masked = set(nmfx.scheme_of(converted))
     for name, value in first[2].items():
-        assert name in masked or equal([value], [second[2][name]]) or value.dtype == torch.bool, f"buffer {name} differs"
+        assert equal([value], [second[2][name]]), f"buffer {name} differs"
     return "exact"
 
 
@@ -240,9 +245,10 @@ def run_one(name: str, numerics_limit: float, memory: float, path: str) -> None:
     start = time.perf_counter()
     try:
         source = find_source(name)
-        record |= structure(source)
+        found, sites = structure(source)
+        record |= found
         if record["parameters"] <= numerics_limit:
-            record |= numerics(source)
+            record |= numerics(source, sites, followed=record["reads"] == "all masked")
         record["ok"] = True
     except Exception as error:
         record |= {"ok": False, "error": f"{type(error).__name__}: {error}"[:500], "trace": traceback.format_exc()[-1500:]}
@@ -250,44 +256,124 @@ def run_one(name: str, numerics_limit: float, memory: float, path: str) -> None:
     Path(path).write_text(json.dumps(record))
 
 
-def write_table(records: list[dict[str, Any]], path: Path) -> None:
-    """The records as docs/zoo.md: counts, what failed, and one row a model."""
+COLUMNS = ("model", "parameters", "sites", "share", "fx parts", "fx reach", "numerics", "skipped")
+
+
+def write_table(records: list[dict[str, Any]], date: str, limit: float, markdown: Path, table: Path) -> None:
+    """The records as docs/zoo.md (counts, what failed, one row a model) and as the CSV file of `nmfx.zoo.table`."""
+    place = {name: index for index, name in enumerate(list_models())}
+    records = sorted({record["model"]: record for record in records}.values(), key=lambda r: place[r["model"]])
     good = [record for record in records if record["ok"]]
-    root = [record for record in good if isinstance(record["fx"], dict)]
-    checked = [record for record in good if "train" in record]
-    reads = [record for record in good if record.get("reads") == "all masked"]
+    with_versions = ", ".join(f"{name} {version}" for name, version in versions().items())
     lines = [
         "# The zoo, measured",
         "",
-        f"Written by `python benchmarks/zoo.py --table docs/zoo.md` on {time.strftime('%Y-%m-%d')}: "
-        + ", ".join(f"{name} {version}" for name, version in versions().items()),
+        f"Measured on {date} with {with_versions} by `python benchmarks/zoo.py`; written by `python benchmarks/zoo.py "
+        f"--table docs/zoo.md --csv nmfx/zoo/measured.csv`. `nmfx models` shows the same rows.",
         "",
-        f"- {len(good)} of {len(records)} models convert to 2:4 and 4:16 with their keys, order and class, and copy;",
-        f"- {len(reads)} were followed through a forward pass of the converted model: every weight of the scheme "
-        "is read masked (the others ask for values on the way, which the meta device has not);",
-        f"- sites hold {sum(r['share'] for r in good) / max(1, len(good)):.2%} of a model's parameters on average;",
-        f"- {len(root)} trace in torch.fx at the root;",
-        f"- {len(checked)} were also compared on the CPU with pre-masked weights: outputs, gradients, buffers, baking, "
-        "checkpoint.",
+        *structure_summary(records, good),
+        *graph_summary(good),
+        *numerics_summary(good, limit),
         "",
-        *(f"- FAILED {record['model']}: {record['error']}" for record in records if not record["ok"]),
+        *(f"- FAILED {record['model']}: {one_line(record['error'])}" for record in records if not record["ok"]),
         "",
-        "| model | parameters | sites | share | fx | skipped |",
-        "|---|---|---|---|---|---|",
+        *skipped_summary(good),
+        "",
+        *markdown_table(COLUMNS, map(row, good)),
     ]
+    markdown.write_text("\n".join(lines) + "\n")
+    table.write_text(Table(date, versions(), {record["model"]: entry(record) for record in good}).to_csv())
+
+
+def structure_summary(records: list[dict[str, Any]], good: list[dict[str, Any]]) -> list[str]:
+    """What converts, what was followed, and how much of a model its sites are."""
+    failed = Counter(one_line(record["error"]).partition(":")[0] for record in records if not record["ok"])
+    why = f" ({', '.join(f'{error} x {n}' for error, n in failed.most_common())})" if failed else ""
+    lost = Counter(record["reads"] for record in good if record["reads"] != "all masked")
+    followed = len(good) - lost.total()
+    unfollowed = "; ".join(f"{n} {reason}" for reason, n in lost.most_common()) or "none could not be followed"
+    fed = {record["model"]: record["weights"] / max(1, record["weights"] + sum(record["missed"].values())) for record in good}
+    least = min(fed, key=fed.__getitem__, default="-")
+    return [
+        f"- {len(good)} of {len(records)} models convert to 2:4 and 4:16 with their keys, order and class, and copy; "
+        f"{len(records) - len(good)} fail{why};",
+        f"- {followed} were followed through a forward pass of the converted model: every weight of the scheme is read masked "
+        f"({unfollowed});",
+        f"- sites hold {mean(record['share'] for record in good):.2%} of a model's parameters on average;",
+        f"- of the weights that feed convolutions and matmuls {mean(fed.values()):.3%} are in sites on average; the least is "
+        f"{fed.get(least, 0):.2%}, {least};",
+    ]
+
+
+def graph_summary(good: list[dict[str, Any]]) -> list[str]:
+    """What torch.fx sees of the models."""
+    parts = [record["fx"]["parts"] for record in good if record["fx"]["why"]]
+    reach = {record["model"]: record["fx"]["share"] for record in good}
+    least = min(reach, key=reach.__getitem__, default="-")
+    span = f" ({min(parts)} to {max(parts)})" if parts else ""
+    said = (
+        f"the smallest reach is {reach[least]:.2%} of the sites' weights, {least}" if min(reach.values(), default=1) < 1 else ""
+    )
+    return [
+        f"- {len(good) - len(parts)} trace in torch.fx at the root, {len(parts)} come in parts{span}; "
+        f"{said or 'the graphs reach every site of every model'};"
+    ]
+
+
+def numerics_summary(good: list[dict[str, Any]], limit: float) -> list[str]:
+    """What ran on the CPU, what came of it, and what did not run."""
+    ran, left = [r for r in good if "train" in r], [r for r in good if "train" not in r]
+    small = [record["model"] for record in left if record["parameters"] <= limit]
+    assert not small, f"not run on the CPU though below --numerics {limit:g} (give the limit of the run): {small[:5]}"
+    untrained = [record for record in ran if record["train"] != "exact"]
+    lines = [
+        f"- {len(ran)} ran on the CPU: dense conversion, masked against pre-masked in eval, after train() and eval(), baking "
+        f"and checkpoint are exact, bit for bit; {sum(r['graph'] == 'exact' for r in ran)} fx graphs too;",
+        f"- {len(ran) - len(untrained)} of these made a train step: outputs, gradients and buffers are exact; "
+        f"{len(untrained)} made none{':' if untrained else ';'}",
+    ]
+    for reason in sorted({record["train"] for record in untrained}):
+        names = [record["model"] for record in untrained if record["train"] == reason]
+        lines.append(f"  - {reason}: {', '.join(names)};")
+    return [*lines, f"- {len(left)} did not run on the CPU: they have more than {limit:,.0f} parameters."]
+
+
+def skipped_summary(good: list[dict[str, Any]]) -> list[str]:
+    """Every reason for which a parameter with two or more dimensions is no site."""
+    tensors, weights, models = Counter[str](), Counter[str](), Counter[str]()
     for record in good:
-        reasons = sorted({reason for _, reason in record["skipped"].values()})
-        traced = f"{record['fx']['share']:.1%}" if isinstance(record["fx"], dict) else "parts"
-        cells = (
-            record["model"],
-            f"{record['parameters']:,}",
-            record["sites"],
-            f"{record['share']:.2%}",
-            traced,
-            "; ".join(reasons),
-        )
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    path.write_text("\n".join(lines) + "\n")
+        for size, reason in record["skipped"].values():
+            tensors[reason] += 1
+            weights[reason] += size
+        models.update({reason for _, reason in record["skipped"].values()})
+    rows = ((why, f"{models[why]:,}", f"{tensors[why]:,}", f"{n:,}") for why, n in weights.most_common())
+    return markdown_table(("skipped, not read as weights", "models", "tensors", "weights"), rows)
+
+
+def markdown_table(columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> list[str]:
+    """A Markdown table, line by line."""
+    head = list(columns)
+    return ["| " + " | ".join(map(str, cells)) + " |" for cells in (head, ["---"] * len(head), *rows)]
+
+
+def row(record: dict[str, Any]) -> tuple[Any, ...]:
+    """One model in the columns of `COLUMNS`."""
+    reasons = "; ".join(sorted({reason for _, reason in record["skipped"].values()}))
+    graph = record["fx"]
+    head = record["model"], f"{record['parameters']:,}", record["sites"], f"{record['share']:.2%}"
+    return *head, graph["parts"], f"{graph['share']:.1%}", record.get("train", ""), reasons
+
+
+def entry(record: dict[str, Any]) -> Entry:
+    """One model in the packaged table."""
+    numbers = (record[key] for key in ("model", "parameters", "sites", "weights", "macs"))
+    checked = {"": "", "exact": "exact"}.get(record.get("train", ""), "eval")
+    return Entry(*numbers, parts=record["fx"]["parts"], reach=record["fx"]["share"], numerics=checked)
+
+
+def one_line(text: str) -> str:
+    """Text without line breaks and bars."""
+    return " ".join(text.split()).replace("|", "/")
 
 
 def main() -> None:
@@ -299,11 +385,13 @@ def main() -> None:
     parser.add_argument("--numerics", type=float, default=60e6, help="largest model, in parameters, to run on the CPU")
     parser.add_argument("--seconds", type=float, default=400)
     parser.add_argument("--memory", type=float, default=40, help="GiB of address space a process")
-    parser.add_argument("--table", type=Path, help="only write the records as a Markdown table to this file")
+    parser.add_argument("--table", type=Path, help="only write the records, as Markdown, to this file (docs/zoo.md)")
+    parser.add_argument("--csv", type=Path, default="nmfx/zoo/measured.csv", help="with --table: the packaged table")
     args = parser.parse_args()
     out = Path(args.out)
     if args.table:
-        write_table([json.loads(line) for line in out.read_text().splitlines()], args.table)
+        date = time.strftime("%Y-%m-%d", time.gmtime(out.stat().st_mtime))  # when the last model was done
+        write_table([json.loads(line) for line in out.read_text().splitlines()], date, args.numerics, args.table, args.csv)
         return
     done = {json.loads(line)["model"] for line in out.read_text().splitlines()} if out.exists() else set()
     names = [n for n in list_models() if fnmatch.fnmatch(n, args.only) and n not in done]

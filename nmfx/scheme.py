@@ -129,8 +129,9 @@ class Scheme(Mapping[str, Pattern]):
         dense, wanted = list(keep_dense), {glob: Pattern(p) for glob, p in rules.items()}
         for glob in (*dense, *wanted):
             if not any(fnmatch.fnmatchcase(site.name, glob) for site in sites):
-                near = text.nearest(glob, [site.name for site in sites])
-                raise SchemeError(f"no site matches {glob!r}{near}; `nmfx inspect MODEL` lists the sites")
+                why = next((f" (skipped: {skipped.reason})" for skipped in sites.skipped if skipped.name == glob), "")
+                why = why or text.nearest(glob, [site.name for site in sites])
+                raise SchemeError(f"no site matches {glob!r}{why}; `nmfx inspect MODEL` lists the sites")
         patterns = {}
         for site in sites:
             rule = next((glob for glob in wanted if fnmatch.fnmatchcase(site.name, glob)), None)

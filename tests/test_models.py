@@ -54,7 +54,7 @@ def test_masked_equals_premasked(name):
 @ODD_WARNINGS
 @pytest.mark.parametrize("name", SMALL + LARGE)
 def test_every_weight_is_a_site_and_read_masked(name):
-    record = structure(find_source(name))
+    record, _ = structure(find_source(name))
     assert record["reads"] == "all masked" or "not followed" in record["reads"]
     dropped = sum(size for size, _ in record["skipped"].values())
     assert record["weights"] / (record["weights"] + dropped) > 0.95

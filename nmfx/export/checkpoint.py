@@ -27,7 +27,7 @@ from nmfx.scheme import Scheme
 from nmfx.sparsity.layout import Grouping
 from nmfx.sparsity.packing import pack, unpack
 from nmfx.sparsity.pattern import Pattern
-from nmfx.zoo.building import check_state
+from nmfx.zoo.building import check_state, load_state
 from nmfx.zoo.source import Source, identify
 
 VERSION = 1
@@ -219,7 +219,7 @@ def _fill(
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             if name in state and tensor.dtype != state[name].dtype:
                 tensor.data = tensor.data.to(state[name].dtype)
-    model.load_state_dict(state, strict=False)  # check_state has named every difference but missing counters
+    load_state(model, state)  # check_state has named every difference but missing counters
     for name in sorted(header.sites, key=lambda name: name in header.aliases):  # first owners first
         site, (owner, attr) = header.sites[name], _owner(model, name)
         spec = MaskSpec(name, Pattern(site["pattern"]), header.grouping(name), site["decay"], site["frozen"])

@@ -158,8 +158,17 @@ class Census(TorchDispatchMode):
             return 1, math.prod(tensor.shape[dim:][1:]) if "conv" in operand.kind else 1
         if (order := self.orders.get(storage_of(tensor))) is None:
             return length, tensor.stride(dim)
-        steps = order.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).diff(dim=dim)
-        return length, int(steps.flatten()[0]) if bool((steps == steps.flatten()[0]).all()) else 0
+        lines = order.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).movedim(dim, -1).flatten(0, -2)
+        steps = lines.diff(dim=1)  # (lines, length - 1)
+        stride, jumps = int(steps[0, 0]), (steps[0] != steps[0, 0]).nonzero()
+        run = int(jumps[0]) + 1 if len(jumps) else length
+        within = steps[:, [i for i in range(length - 1) if (i + 1) % run]]
+        if length % run or not bool((within == stride).all()):
+            return length, 0
+        outer = lines[:, ::run].diff(dim=1)  # einsum may sum over two dimensions: groups run along the longer one
+        if length > run * run and bool((outer == outer[0, 0]).all()):
+            return length // run, int(outer[0, 0])
+        return run, stride
 
     def _record_reads(self, name: str, inputs: list[Tensor], outputs: list[Tensor]) -> None:
         if any(storage_of(out) in map(storage_of, inputs) for out in outputs):
@@ -367,6 +376,8 @@ def _reason(
             for word, reason in READ_AS.items():
                 if word in operation:
                     return reason
+        if POSITION_TABLE.search(name.rpartition(".")[2]):
+            return "a position table, expanded"
         return f"read by {', '.join(sorted(set(operations)))} only, not as a weight"
     if parameter.dim() < 2:
         return "a vector"

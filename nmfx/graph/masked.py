@@ -181,10 +181,23 @@ def throw_away_copy(model: nn.Module, device: str | None = "meta") -> nn.Module:
             empty = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
             grad = tensor.requires_grad
             memo[id(tensor)] = nn.Parameter(empty, grad) if isinstance(tensor, nn.Parameter) else empty
-    with torch.no_grad():  # a scripted module would copy its parameters into the graph
+    result = deep_copy(model, memo)
+    for module in result.modules():
+        unmask(module, keep_masked=False)
+    return result
+
+
+def deep_copy(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    """A deep copy with parameters of its own: a scripted module would copy its parameters into the autograd graph.
+
+    Weights that a hook has computed from parameters (torch.nn.utils.weight_norm), which deepcopy refuses, are copied by value.
+    """
+    memo = {} if memo is None else memo
+    for value in (value for module in model.modules() for value in vars(module).values()):
+        if isinstance(value, Tensor) and not value.is_leaf:
+            memo[id(value)] = value.detach().clone()
+    with torch.no_grad():
         result = copy.deepcopy(model, memo)
     for new, old in zip(result.parameters(), model.parameters(), strict=True):
         new.requires_grad_(old.requires_grad)
-    for module in result.modules():
-        unmask(module, keep_masked=False)
     return result

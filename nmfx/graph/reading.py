@@ -275,8 +275,9 @@ def _probe(alias: Tensor) -> Tensor:
 
 def _is_shard(weight: Tensor) -> bool:
     """Whether torch.distributed asks for the shard that it put here itself; what a module computes with is always masked."""
-    caller = sys._getframe(3).f_globals.get("__name__", "")
-    return type(weight).__name__ == "DTensor" and caller.startswith("torch.distributed.")
+    if type(weight).__name__ != "DTensor":  # first, as dynamo cannot follow a look at frames
+        return False
+    return str(sys._getframe(3).f_globals.get("__name__", "")).startswith("torch.distributed.")
 
 
 def _can_cache(weight: Tensor) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,14 +9,14 @@ from torch import nn
 
 from nmfx.errors import VerificationError
 from nmfx.graph.census import find_sites
-from nmfx.graph.masked import masked_sites, renew, unmask
+from nmfx.graph.masked import deep_copy, masked_sites, renew, unmask
 from nmfx.passes.transform import AnyScheme, resolve_scheme
 from nmfx.sparsity.mask import check_groups
 
 
 def bake(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     """A copy of a converted model in plain modules of the original classes, with real zeros and no masks."""
-    result = model if inplace else copy.deepcopy(model)
+    result = model if inplace else deep_copy(model)
     renew(result)
     for module in result.modules():
         unmask(module, keep_masked=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from nmfx.errors import SchemeError
 from nmfx.graph.census import find_sites
-from nmfx.graph.masked import is_masked, mask_attribute, masked_sites, unmask
+from nmfx.graph.masked import deep_copy, is_masked, mask_attribute, masked_sites, unmask
 from nmfx.graph.modes import keep_modes
 from nmfx.graph.reading import MaskSpec
 from nmfx.graph.site import Site, Sites
@@ -65,7 +64,7 @@ def transform(
     sites = sites if sites is not None else find_sites(model, example_input)
     resolved = resolve_scheme(scheme, sites)
     resolved.check(sites)
-    result = model if inplace else copy.deepcopy(model)
+    result = model if inplace else deep_copy(model)
     for module in result.modules():
         unmask(module, keep_masked=False)
     factor = {"sr-ste": decay, "ste": 0.0, "fixed": None}[training]
@@ -99,7 +98,8 @@ def resolve_scheme(scheme: AnyScheme, sites: Sites) -> Scheme:
     if isinstance(scheme, Pattern) or (isinstance(scheme, str) and re.fullmatch(r"\s*\d+\s*:\s*\d+\s*", scheme)):
         pattern = Pattern(scheme)
         if not len(sites):
-            raise SchemeError(f"{sites.model or 'the model'} has no sites: no weight of a convolution, linear or matmul")
+            left = "".join(f"; {skipped.name} is skipped: {skipped.reason}" for skipped in sites.skipped[:3])
+            raise SchemeError(f"{sites.model or 'the model'} has no sites: no weight of a convolution, linear or matmul{left}")
         uniform = Scheme.uniform(sites, pattern)
         if not uniform and not pattern.is_dense:
             reasons = sorted({reason for site in sites if (reason := fit(site, pattern)[1])})

@@ -21,7 +21,7 @@ from nmfx.scheme import Scheme
 from nmfx.search.baselines import erk_sparsities
 from nmfx.search.budget import BudgetKind
 from nmfx.search.domino import penalties
-from nmfx.search.events import Event, trim
+from nmfx.search.events import Event, Outcome, trim
 from nmfx.search.problem import Problem, make_scheme, pose
 from nmfx.search.tables import QUANTILE
 from nmfx.sparsity.layout import Grouping
@@ -264,18 +264,27 @@ class DominoSearch:
                 masked.state.cache = None
 
     @property
-    def choice(self) -> tuple[int, ...]:
-        """The committed option of every site, brought within every budget and then up to it.
+    def outcome(self) -> Outcome:
+        """The committed options, brought within every budget and then up to it, with the events of both.
 
-        A search that stopped within its tolerance takes the step it was nearest to; what is left is spent on steps that fit.
+        A search that stopped within its tolerance takes the steps it was nearest to; what is left is spent on steps that fit.
+
+        Raises:
+            SearchError: the search is not done.
         """
-        choice, working = list(self._choice), dict(self._working)
+        if not self.done:
+            target = float(self.problem.budget.target)
+            raise SearchError(f"the search is not done: sparsity {self.sparsity:.4f} of {target:g} after {self.t} iterations")
+        choice, working, events = list(self._choice), dict(self._working), list(self.events)
         while not self.problem.fits(choice):
             ahead = {i: working[i] - self.problem.options[i][choice[i] - 1].n for i in self.problem.free if choice[i]}
-            nearest = min(ahead, key=lambda i: (ahead[i] / self._groupings[i].m, -self._eta[i], i))
-            choice[nearest] -= 1
-            working[nearest] = min(working[nearest], self.problem.options[nearest][choice[nearest]].n)
-        return tuple(trim(self.problem, choice)[0])
+            i = min(ahead, key=lambda i: (ahead[i] / self._groupings[i].m, -self._eta[i], i))
+            before, after = self.problem.options[i][choice[i]], self.problem.options[i][choice[i] - 1]
+            choice[i], working[i] = choice[i] - 1, min(working[i], after.n)
+            cost, reason = self.problem.cost(choice), "settle: the budget holds only within the tolerance"
+            events.append(Event(self._name(i), before, after, reason, cost, float(self.t)))
+        chosen, trims = trim(self.problem, choice)
+        return Outcome(tuple(chosen), (*events, *(replace(event, time=float(self.t)) for event in trims)))
 
     @property
     def scheme(self) -> Scheme:
@@ -284,12 +293,14 @@ class DominoSearch:
         Raises:
             SearchError: the search is not done.
         """
-        if not self.done:
-            raise SearchError(
-                f"the search is not done: sparsity {self.sparsity:.4f} of {self.problem.budget.target} at t = {self.t}"
-            )
-        patterns = {self._name(i): o[c] for i, (o, c) in enumerate(zip(self.problem.options, self.choice, strict=True))}
-        return make_scheme(self.model, self.problem, patterns, "domino with data" if self.loop.eta else "domino without eta")
+        choice = self.outcome.choice
+        patterns = {self._name(i): o[c] for i, (o, c) in enumerate(zip(self.problem.options, choice, strict=True))}
+        return make_scheme(self.model, self.problem, patterns, self.method)
+
+    @property
+    def method(self) -> str:
+        """What a scheme says it was found by."""
+        return "domino with data" if self.loop.eta else "domino with data, without eta"
 
     def detach(self) -> None:
         """Take masks and score buffers off again; the dense weights stay as the search left them."""

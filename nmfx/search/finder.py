@@ -123,8 +123,15 @@ def find_scheme(
     tables, start = Tables(problem, model, sensitivity, evidence), time.perf_counter()
     outcome = METHODS[method](problem, tables, **(options or {}))
     seconds = time.perf_counter() - start
+    used = sensitivity if method == "knapsack" else "weight"
+    return conclude(tables, outcome, method=method, seconds=seconds, sensitivity=used)
+
+
+def conclude(tables: Tables, outcome: Outcome, *, method: str, seconds: float, sensitivity: str = "weight") -> SearchResult:
+    """The outcome of a method as a result: the scheme, its totals, and how far its squared weight error is from the least."""
+    problem, sites = tables.problem, tables.problem.sites
     patterns = {s.name: o[c] for s, o, c in zip(sites, problem.options, outcome.choice, strict=True)}
-    scheme = make_scheme(model, problem, patterns, method)
+    scheme = make_scheme(tables.model, problem, patterns, method)
     loss = math.fsum(row[option] for row, option in zip(tables.squared_errors, outcome.choice, strict=True))
     optimum = solve_all(tables.squared_errors, problem.prices, [b.limit for b in problem.budgets]).loss
     lefts = tuple(problem.left(outcome.choice, b) for b in range(len(problem.budgets)))
@@ -142,5 +149,5 @@ def find_scheme(
         seconds=seconds,
         budgets=problem.budgets,
         lefts=lefts,
-        sensitivity=sensitivity if method == "knapsack" else "weight",
+        sensitivity=sensitivity,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,7 +89,17 @@ def load_weights(model: nn.Module, path: Path) -> None:
     if state and all(key.startswith("module.") for key in state):  # saved from a DataParallel wrapper
         state = {key.removeprefix("module."): value for key, value in state.items()}
     check_state(model, state, str(path))
-    model.load_state_dict(state, strict=False)
+    load_state(model, state)
+
+
+def load_state(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Load what `check_state` has found to fit; keys may be missing as it allows.
+
+    safetensors keeps no version numbers of modules, and torchvision's MNASNet refuses a state without: it is one of today.
+    """
+    versioned = OrderedDict(state)
+    versioned._metadata = getattr(state, "_metadata", model.state_dict()._metadata)  # type: ignore[attr-defined]
+    model.load_state_dict(versioned, strict=False)
 
 
 def check_state(model: nn.Module, state: dict[str, Tensor], origin: str) -> None:

@@ -16,7 +16,7 @@ from nmfx.passes.baking import bake, verify
 from nmfx.passes.transform import conversion_difference, transform
 from nmfx.scheme import Scheme
 from nmfx.search.finder import METHODS, SearchResult, find_scheme
-from nmfx.training.calibration import recalibrate_bn
+from nmfx.passes.calibration import recalibrate_bn
 from nmfx.training.evaluation import evaluate
 from nmfx.zoo.example import Example
 

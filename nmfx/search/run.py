@@ -1,0 +1,162 @@
+"""DominoSearch over a loader: the published loop, checkpointed and resumed bit for bit, in one process or several."""
+
+from __future__ import annotations
+
+import copy
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from nmfx.data.loader import TrainLoader
+from nmfx.data.seeding import seed_of
+from nmfx.errors import SearchError
+from nmfx.files import write_atomic
+from nmfx.graph.masked import masked_sites
+from nmfx.graph.reading import mask_name
+from nmfx.passes.scoring import SUFFIXES
+from nmfx.search.domino_loop import DominoSearch
+
+SAVE_SECONDS = 180.0
+MOST = 100_000  # iterations; published searches take under 30,000
+
+
+def run_domino(
+    model: nn.Module,
+    loader: TrainLoader,
+    target: float | str = 0.875,
+    *,
+    lr: float = 0.01,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+    checkpoint: Path | None = None,
+    most: int = MOST,
+    progress: Callable[[DominoSearch], None] | None = None,
+    **options: Any,
+) -> DominoSearch:
+    """Search a copy of `model` on training batches until the budget holds (domino.md, section 4: plain SGD, batch norm in train
+    mode); the model itself is not changed.
+
+    Args:
+        loader: batches whose content depends on (epoch, step) only.
+        checkpoint: a safetensors file to write every few minutes and to resume from; it stays until the caller removes it.
+        most: iterations after which to give up.
+        progress: called after every iteration.
+        options: those of `DominoSearch`.
+
+    Under torch.distributed, started by the caller, every process runs its share of each batch.
+
+    Raises:
+        SearchError: a checkpoint of another search, a loss that is not finite, no end after `most` iterations.
+    """
+    searched = copy.deepcopy(model).to(device).train()
+    search = DominoSearch(searched, target, **options)
+    optimizer = torch.optim.SGD(searched.parameters(), lr=lr)
+    settings = {"target": str(target), "lr": lr, "seed": seed, "batch": loader.inner.batch_sampler.batch_size}  # type: ignore
+    settings |= {"loop": str(search.loop), "sites": search.sites.fingerprint, "options": str(search.problem.options)}
+    settings |= {"budgets": str(search.problem.budgets), "processes": _world()}
+    if checkpoint is not None and checkpoint.exists():
+        _load(checkpoint, search, settings)
+    wrapped, saved = _wrap(searched), time.monotonic()
+    batches = _endless(loader, search.t)
+    while not search.done:
+        if search.t >= most:
+            raise SearchError(
+                f"no end after {search.t} iterations: sparsity {search.sparsity:.4f}; raise decay, or lower the target"
+            )
+        x, label = next(batches)
+        torch.manual_seed(seed_of("search", seed, _rank(), search.t))  # dropout: the same after a resume
+        optimizer.zero_grad()
+        loss = _loss(wrapped(x.to(device)), label.to(device))
+        if not bool(loss.isfinite()):
+            raise SearchError(
+                f"the loss is {float(loss)} at iteration {search.t}: lower lr ({lr}) or decay ({search.loop.decay})"
+            )
+        loss.backward()
+        search.step()
+        optimizer.step()
+        if progress is not None:
+            progress(search)
+        if checkpoint is not None and (search.done or time.monotonic() - saved > SAVE_SECONDS) and _rank() == 0:
+            _save(checkpoint, search, settings)
+            saved = time.monotonic()
+    return search
+
+
+def _loss(outputs: Any, label: Tensor) -> Tensor:
+    """Cross-entropy of the first output: auxiliary heads, which come after it, count 0.3 and 0.4 in their own recipes only."""
+    logits = (
+        outputs if isinstance(outputs, Tensor) else next(iter(outputs.values() if isinstance(outputs, Mapping) else outputs))
+    )
+    loss: Tensor = nn.functional.cross_entropy(logits, label)
+    return loss
+
+
+def _endless(loader: TrainLoader, t: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Epoch after epoch, from iteration t on."""
+    loader.set_epoch(0)
+    epoch, skip = divmod(t, len(loader))
+    while True:
+        loader.set_epoch(epoch, skip=skip)
+        yield from loader
+        epoch, skip = epoch + 1, 0
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def _world() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def _wrap(model: nn.Module) -> nn.Module:
+    """Under several processes, with DDP; masks and score buffers follow from the weights and need not be sent."""
+    if _world() == 1:
+        return model
+    own = [f"{masked.path}.{mask_name(masked.attr)}" for masked in masked_sites(model)]
+    own += [f"{masked.path}.{masked.attr}{suffix}" for masked in masked_sites(model) for suffix in SUFFIXES]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, own)
+    return DistributedDataParallel(model)
+
+
+def _save(path: Path, search: DominoSearch, settings: Mapping[str, Any]) -> None:
+    state = search.state_dict()
+    tensors = {f"model.{name}": value.contiguous() for name, value in search.model.state_dict().items()}
+    tensors |= {f"threshold.{name}": value for name, value in state.pop("thresholds").items()}
+    first: dict[int, str] = {}  # by address: safetensors refuses to write a tied weight twice
+    owners = {name: first.setdefault(value.data_ptr(), name) if value.numel() else name for name, value in tensors.items()}
+    shared = {name: owner for name, owner in owners.items() if name != owner}
+    about = {"nmfx": "search", "settings": json.dumps(settings), "state": json.dumps(state), "shared": json.dumps(shared)}
+    kept = {name: value for name, value in tensors.items() if name not in shared}
+    write_atomic(path, lambda draft: save_file(kept, draft, metadata=about), force=True)
+
+
+def _load(path: Path, search: DominoSearch, settings: Mapping[str, Any]) -> None:
+    """Raises SearchError when the file is not of this search."""
+    try:
+        with safe_open(path, "pt") as file:
+            about = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        before = json.loads(about["settings"])
+        state, shared = json.loads(about["state"]), json.loads(about["shared"])
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise SearchError(f"{path}: not a search to resume ({error}); remove it, or give --force to start anew") from error
+    now = json.loads(json.dumps(dict(settings)))
+    if different := [f"{key} {before.get(key)} -> {now[key]}" for key in now if before.get(key) != now[key]]:
+        raise SearchError(
+            f"{path} is of a search with other settings ({'; '.join(different)[:300]}); give the same ones to resume it, or "
+            f"--force to start anew"
+        )
+    tensors |= {name: tensors[other] for name, other in shared.items()}
+    search.model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
+    thresholds = {k.removeprefix("threshold."): v for k, v in tensors.items() if k.startswith("threshold.")}
+    search.load_state_dict({**state, "thresholds": thresholds})
