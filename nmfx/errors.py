@@ -33,3 +33,7 @@ class CheckpointError(NmfxError):
 
 class ModelError(NmfxError, LookupError):
     """A model cannot be found, built, or given its weights."""
+
+
+class DataError(NmfxError, ValueError):
+    """Pictures cannot be found, read, or fitted to a model."""

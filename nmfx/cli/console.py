@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -57,3 +57,19 @@ def working(text: str) -> Iterator[None]:
     with Progress(*columns, console=errors(), transient=True, disable=not errors().is_terminal) as progress:
         progress.add_task(text, total=None)
         yield
+
+
+@contextlib.contextmanager
+def advancing(text: str) -> Iterator[Callable[[float, str], None]]:
+    """A progress bar; what it yields takes the share done and a line of text. Nothing when piped."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(24), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=errors(), transient=True, disable=not errors().is_terminal) as progress:
+        task = progress.add_task(text, total=1.0)
+        yield lambda share, line: progress.update(task, completed=share, description=line or text)
+
+
+def silence() -> None:
+    """Say nothing from now on: another process speaks."""
+    output().quiet = errors().quiet = True

@@ -20,6 +20,7 @@ a first tour:
   nmfx search --target 0.875           search the work directory in this folder
   nmfx export --baked --onnx           scheme, compressed checkpoint, plain weights, ONNX
   nmfx inspect resnet50.nmfx           what is in a work directory, checkpoint, scheme or model
+  nmfx models "timm:vit_*"             what is known of the models that can be converted by name
 """
 
 
@@ -39,6 +40,8 @@ def _parser() -> argparse.ArgumentParser:
     inspect = commands.add_parser("inspect", help="show a checkpoint, scheme, work directory or model")
     inspect.add_argument("what", metavar="FILE|DIR|MODEL")
     inspect.add_argument("--input-size", metavar="CxHxW", help="input of a model given by name")
+    _add_compare(commands.add_parser("compare", help="show where schemes for one network differ"))
+    _add_models(commands.add_parser("models", help="list the models of timm and torchvision, with what was measured"))
     return parser
 
 
@@ -67,15 +70,60 @@ def _add_search(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("work", nargs="?", metavar="DIR", help="work directory made by nmfx convert")
     parser.add_argument("--model", metavar="NAME", help="convert this model first, if NAME.nmfx is not there yet")
-    parser.add_argument("--target", type=float, default=0.875, help="sparsity to reach, 0 <= target < 1 (default: 0.875)")
-    parser.add_argument("--budget", choices=("params", "macs"), default="params", help="what the target counts")
-    parser.add_argument("--method", default="domino", help="domino (default), knapsack, erk or uniform")
-    parser.add_argument("--m", type=int, default=16, help="group size M (default: 16)")
-    parser.add_argument("--candidates", metavar="N,N,...", help="the N's to choose from (default: powers of two up to M)")
-    parser.add_argument("--keep-dense", action="append", default=[], metavar="GLOB", help="sites that stay dense; repeatable")
+    parser.add_argument("--target", default="0.875", help="sparsity to reach, as 0.875, or times fewer, as 8x (default: 0.875)")
+    parser.add_argument(
+        "--budget", choices=("params", "macs", "bytes"), default="params", help="what the target counts (default: params)"
+    )
+    parser.add_argument(
+        "--limit",
+        action="append",
+        default=[],
+        metavar="KIND=SHARE",
+        help="instead of --target and --budget, one or two of: params, macs or bytes, and the share to keep or times fewer, as "
+        "in --limit params=0.125 --limit macs=4x",
+    )
+    parser.add_argument("--method", default=None, help="domino (default), knapsack, spdy, erk or uniform")
+    _add_choices(parser.add_argument_group("what a site may be given"))
     _add_policy(parser)
+    _add_data(parser.add_argument_group("searching with data"))
     parser.add_argument("--events", action="store_true", help="list every step of the search")
+    parser.add_argument("--figure", metavar="FILE", help="draw the result: .png, .svg or .pdf (needs nmfx[figures])")
+    parser.add_argument("--html", metavar="FILE", help="write the result as one page (needs nmfx[figures])")
     _add_output(parser, "scheme file (default: scheme.yaml in the work directory, with scheme.txt beside it)")
+
+
+def _add_choices(parser: argparse._ArgumentGroup) -> None:
+    parser.add_argument("--m", default="16", metavar="M,M,...", help="group size M, or several to mix (default: 16)")
+    parser.add_argument("--candidates", metavar="N,N,...", help="the N's to choose from (default: powers of two up to M)")
+    parser.add_argument("--patterns", metavar="N:M,...", help="only these patterns, as 2:4 for hardware")
+    parser.add_argument("--keep-dense", action="append", default=[], metavar="GLOB", help="sites that stay dense; repeatable")
+    parser.add_argument(
+        "--min-density", action="append", default=[], metavar="[GLOB=]SHARE", help="least density of the sites; repeatable"
+    )
+
+
+def _add_data(parser: argparse._ArgumentGroup) -> None:
+    parser.add_argument(
+        "--data",
+        metavar="DIR|NAME",
+        help="an image folder, digits, fashion-mnist, or a timm data set such as torch/cifar100: domino then runs the "
+        "published loop (resumed by the same command), the others look at a few training pictures",
+    )
+    parser.add_argument("--data-root", metavar="DIR", help="where a named data set is kept")
+    parser.add_argument(
+        "--sensitivity", default=None, help="what the knapsack sums up: weight (default), activation, gradient or measured"
+    )
+    parser.add_argument("--pictures", type=int, default=256, help="training pictures to look at (default: 256)")
+    parser.add_argument("--seconds", type=float, default=60.0, help="time limit of spdy (default: 60)")
+    parser.add_argument("--no-eta", action="store_true", help="domino without layer-wise penalty factors, the ablation")
+    parser.add_argument("--lr", type=float, default=0.01, help="domino: learning rate (default: 0.01)")
+    parser.add_argument("--decay", type=float, default=0.1, help="domino: penalty on kept weights (default: 0.1)")
+    parser.add_argument("--vote-every", type=int, default=100, metavar="T", help="domino: iterations between votes (100)")
+    parser.add_argument("--most", type=int, default=100_000, metavar="T", help="domino: iterations to give up after (100000)")
+    parser.add_argument("--batch-size", type=int, default=64, help="pictures a batch, of all processes together (default: 64)")
+    parser.add_argument("--workers", type=int, default=0, help="processes that read pictures (default: 0)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="auto", help="auto: the first GPU, or the CPU (GPUs are untested)")
 
 
 def _add_export(parser: argparse.ArgumentParser) -> None:
@@ -85,6 +133,26 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--baked", action="store_true", help="also a plain state dict with real zeros")
     parser.add_argument("--onnx", action="store_true", help="also an ONNX file with real zeros (needs nmfx[onnx])")
     _add_output(parser, "folder to write to (default: DIR/export)")
+
+
+def _add_models(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "List models with their parameters, sites, the share of the parameters that sites cover, the share of the sites that "
+        "fx graphs reach, and whether masked equals pre-masked on the CPU: outputs, and a training step."
+    )
+    what = 'a glob such as "timm:vit_*", or part of a name (default: all)'
+    parser.add_argument("pattern", nargs="?", default="*", metavar="PATTERN", help=what)
+    parser.add_argument("--measure", action="store_true", help="measure those listed that were not measured, without memory")
+
+
+def _add_compare(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Show where schemes for one network differ, and what each keeps."
+    parser.add_argument("schemes", nargs="+", metavar="SCHEME", help="scheme file, checkpoint or work directory; two or more")
+    parser.add_argument("--model", metavar="NAME|DIR", help="the network, where no scheme says it (DIR: a work directory)")
+    parser.add_argument("--all", action="store_true", help="also list the sites that agree")
+    parser.add_argument("--figure", metavar="FILE", help="also a picture: .png, .svg or .pdf (needs nmfx[figures])")
+    parser.add_argument("--html", metavar="FILE", help="also one self-contained page (needs nmfx[figures])")
+    parser.add_argument("--force", action="store_true", help="overwrite what is there")
 
 
 def _add_policy(parser: argparse.ArgumentParser) -> None:

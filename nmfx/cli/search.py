@@ -3,48 +3,160 @@
 from __future__ import annotations
 
 import shlex
+import time
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from nmfx.cli import convert, tables, work
-from nmfx.cli.console import heading, output, working
+from torch import Tensor, nn
+
+from nmfx.cli import convert, report, tables, work
+from nmfx.cli.console import advancing, heading, output, working
+from nmfx.cli.processes import is_first, processes, size_of_group
 from nmfx.errors import NmfxError, SearchError
+from nmfx.graph.site import Sites
 from nmfx.scheme import Scheme
-from nmfx.search.finder import SearchResult, find_scheme
+from nmfx.search.budget import UNITS
+from nmfx.search.finder import SearchResult, conclude, find_scheme
+from nmfx.search.tables import Tables
 from nmfx.zoo.source import find_source
+
+if TYPE_CHECKING:
+    from nmfx.search.domino_loop import DominoSearch
 
 DEMO = "demo:digits"
 
 
 def run(args: Namespace) -> None:
     """Find the model, search, show, write."""
+    with processes(args.device) as device:
+        _run(args, device)
+
+
+def _run(args: Namespace, device: str) -> None:
     found, out = _work(args), output()
     path = Path(args.out) if args.out else found.scheme_path
     if path.suffix not in (".yaml", ".yml"):
         raise NmfxError(f"--out {path}: expected a name that ends in .yaml (the published format goes to .txt beside it)")
     work.check_free([path, path.with_suffix(".txt")], force=args.force)
-    with working(f"searching {found.model}: {args.method}, {args.target:g} of {args.budget}"):
-        model = found.load()
-        result = find_scheme(
-            model,
-            target=args.target,
-            method=args.method,
-            budget=args.budget,
-            m=args.m,
-            candidates=_numbers(args.candidates),
-            sites=found.sites(model),
-            keep_dense=args.keep_dense,
-            layout=args.layout,
-            remainder=args.remainder,
-        )
+    report.check(args.figure, args.html, force=args.force)
+    model = found.load()
+    sites = found.sites(model)
+    method = args.method or "domino"
+    if method == "domino" and args.data:
+        result = _loop(args, found, model, sites, path, device)
+    else:
+        result = _find(args, found, model, sites, method, device)
     scheme = replace(result.scheme, info={**result.scheme.info, "model": found.model, "weights": found.weights})
     _show(result, scheme, events=args.events)
     found.warn()
+    if not is_first():
+        return
     written = work.save_scheme(scheme, path, result.sites, force=args.force)
+    written += report.write(result, scheme, args.figure, args.html, force=args.force)
+    _checkpoint(path).unlink(missing_ok=True)
     chosen = f" --scheme {shlex.quote(str(path))}" if args.out else ""
     following = f"nmfx export {shlex.quote(str(found.path))}{chosen}"
     out.print(f"wrote {', '.join(map(str, written))}; next: {following}", soft_wrap=True)
+
+
+def _find(args: Namespace, found: work.Work, model: nn.Module, sites: Sites, method: str, device: str) -> SearchResult:
+    """The methods of find_scheme."""
+    sensitivity, data = args.sensitivity or "weight", None
+    if args.data and (method == "spdy" or sensitivity != "weight"):
+        data = _calibration(args, model)
+    options = {"seconds": args.seconds, "seed": args.seed} if method == "spdy" else {}
+    with working(f"searching {found.model}: {method}, {_wanted(args)}"):
+        return find_scheme(
+            model.to(device), sites=sites, method=method, sensitivity=sensitivity, data=data, options=options, **_question(args)
+        )
+
+
+def _loop(args: Namespace, found: work.Work, model: nn.Module, sites: Sites, path: Path, device: str) -> SearchResult:
+    """The published loop over training batches, with a checkpoint beside the scheme."""
+    from nmfx.data.config import check_classes, picture_config
+    from nmfx.data.loader import train_loader
+    from nmfx.data.source import open_data
+    from nmfx.search.run import run_domino
+
+    data = open_data(args.data, root=args.data_root)
+    check_classes(data, model)
+    share = args.batch_size // size_of_group()
+    loader = train_loader(data, picture_config(model, data), batch_size=share, workers=args.workers, seed=args.seed)
+    checkpoint, start = _checkpoint(path), time.perf_counter()
+    if args.force and is_first():
+        checkpoint.unlink(missing_ok=True)
+    if checkpoint.exists():
+        output().print(f"going on with {checkpoint}; --force starts anew")
+    with advancing(f"searching {found.model} on {data.name}") as advance:
+
+        def progress(search: DominoSearch) -> None:
+            aim = float(search.problem.budget.target)
+            last = ", ".join(f"{e.site} {e.after}" for e in search.events[-2:]) or "no site has tipped yet"
+            advance(min(1.0, search.sparsity / aim) if aim else 1.0, f"t = {search.t}, sparsity {search.sparsity:.4f}: {last}")
+
+        loop = {"lr": args.lr, "seed": args.seed, "device": device, "most": args.most, "checkpoint": checkpoint}
+        loop |= {"decay": args.decay, "eta": not args.no_eta, "vote_every": args.vote_every}
+        search = run_domino(model, loader, sites=sites, progress=progress, **loop, **_question(args))
+    tables_of = Tables(search.problem, model)
+    return conclude(tables_of, search.outcome, method=search.method, seconds=time.perf_counter() - start)
+
+
+def _checkpoint(path: Path) -> Path:
+    return path.with_suffix(".search.safetensors")
+
+
+def _calibration(args: Namespace, model: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    from nmfx.data.config import check_classes, picture_config
+    from nmfx.data.sample import calibration
+    from nmfx.data.source import open_data
+
+    data = open_data(args.data, root=args.data_root)
+    check_classes(data, model)
+    size, config = min(args.batch_size, max(1, args.pictures // 8)), picture_config(model, data)
+    with working(f"reading {args.pictures} pictures of {data.name}"):
+        return calibration(data, config, count=args.pictures, batch_size=size, seed=args.seed, workers=args.workers)
+
+
+def _question(args: Namespace) -> dict[str, Any]:
+    """What is asked of a search, whatever the method."""
+    limits = dict(_pair(text, "--limit") for text in args.limit) or None
+    least: float | dict[str, float] = 0.0
+    if args.min_density:
+        rules = [_pair(text if "=" in text else f"*={text}", "--min-density") for text in args.min_density]
+        least = {glob: _number(share, "--min-density") for glob, share in rules}
+    sizes = _numbers(args.m, "--m")
+    return {
+        "target": args.target,
+        "budget": args.budget,
+        "limits": limits,
+        "m": sizes[0] if len(sizes) == 1 else sizes,
+        "candidates": _numbers(args.candidates, "--candidates") if args.candidates is not None else None,
+        "patterns": args.patterns.split(",") if args.patterns else None,
+        "keep_dense": args.keep_dense,
+        "min_density": least,
+        "layout": args.layout,
+        "remainder": args.remainder,
+    }
+
+
+def _wanted(args: Namespace) -> str:
+    return ", ".join(args.limit) or f"{args.target} of {args.budget}"
+
+
+def _pair(text: str, option: str) -> tuple[str, str]:
+    name, equals, value = text.rpartition("=")
+    if not (name and equals and value):
+        raise SearchError(f"{option} {text}: expected a name and a value, as in {option} params=0.125")
+    return name, value
+
+
+def _number(text: str, option: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise SearchError(f"{option} {text}: expected a number, as in 0.25") from None
 
 
 def _work(args: Namespace) -> work.Work:
@@ -70,13 +182,11 @@ def _work(args: Namespace) -> work.Work:
     return convert.convert(name, path, defaults)
 
 
-def _numbers(candidates: str | None) -> list[int] | None:
-    if candidates is None:
-        return None
+def _numbers(text: str, option: str) -> list[int]:
     try:
-        return [int(part) for part in candidates.split(",")]
+        return [int(part) for part in text.split(",")]
     except ValueError:
-        raise SearchError(f"--candidates {candidates}: expected whole numbers with commas, as in 1,2,4,8") from None
+        raise SearchError(f"{option} {text}: expected whole numbers with commas, as in 1,2,4,8") from None
 
 
 def _show(result: SearchResult, scheme: Scheme, *, events: bool) -> None:
@@ -90,11 +200,13 @@ def _show(result: SearchResult, scheme: Scheme, *, events: bool) -> None:
             out.print(f"{index:>4}  {event.site}: {event.before} -> {event.after}  ({event.reason})", soft_wrap=True)
     out.print()
     out.print(tables.totals_table(result.totals))
-    unit = "weights" if result.budget.kind == "params" else "MACs"
     counts = tables.pattern_counts(scheme, result.sites)
-    out.print(f"\n{result.method}: {counts}; {len(result.events)} steps in {result.seconds:.2f} s")
-    share = result.left / result.budget.dense
-    out.print(f"budget: {result.budget.limit:,} {unit}, {result.left:,} left ({share:.4%} of dense), no step fits in them")
+    minimised = f" ({result.sensitivity})" if result.method == "knapsack" else ""
+    out.print(f"\n{result.method}{minimised}: {counts}; {len(result.events)} steps in {result.seconds:.2f} s")
+    for budget, left in zip(result.budgets, result.lefts, strict=True):
+        share = f"{left / budget.dense:.4%} of dense"
+        out.print(f"budget: {budget.limit:,} {UNITS[budget.kind]}, {left:,} left ({share}), no step fits in them")
     gap = f"{result.loss / result.optimum - 1:.1%} above" if result.optimum else "equal to"
     gap = "equal to" if result.loss <= result.optimum * (1 + 1e-12) else gap
-    out.print(f"squared weight error: {result.loss:.4%} of all, {gap} the exact optimum at this budget ({result.optimum:.4%})")
+    least = "the exact optimum" if len(result.budgets) == 1 else "the least found"
+    out.print(f"squared weight error: {result.loss:.4%} of all, {gap} {least} at this budget ({result.optimum:.4%})")

@@ -11,8 +11,8 @@ from awkward import build, same, snapshot
 from torch import Tensor, nn
 
 from nmfx.errors import NmfxError
-from nmfx.passes.transform import transform
 from nmfx.passes.calibration import recalibrate_bn
+from nmfx.passes.transform import transform
 
 
 class Net(nn.Module):

@@ -1,0 +1,49 @@
+"""Several processes: started by torchrun, seen through torch.distributed; the first one speaks for all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+
+from nmfx.cli.console import silence
+from nmfx.errors import NmfxError
+
+
+@contextlib.contextmanager
+def processes(device: str = "auto") -> Iterator[str]:
+    """Join the group that torchrun has set up, if it has, and yield the device of this process; only the first one prints.
+
+    Raises:
+        NmfxError: an unknown device.
+    """
+    world, local = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
+    gpus = torch.cuda.device_count()
+    chosen = device if device != "auto" else f"cuda:{local % gpus}" if gpus else "cpu"
+    try:
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        raise NmfxError(f"--device {device}: {str(error).splitlines()[0]}") from error
+    if world == 1:
+        yield chosen
+        return
+    dist.init_process_group("nccl" if chosen.startswith("cuda") else "gloo")
+    try:
+        if dist.get_rank():
+            silence()
+        yield chosen
+    finally:
+        dist.destroy_process_group()
+
+
+def size_of_group() -> int:
+    """Number of processes that work together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes."""
+    return size_of_group() == 1 or dist.get_rank() == 0

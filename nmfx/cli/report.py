@@ -1,0 +1,75 @@
+"""What `--figure` and `--html` write: a search, or schemes side by side, as a picture and as a page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from nmfx import __version__
+from nmfx.cli import work
+from nmfx.report.canvas import check_path, save_figure, style
+from nmfx.report.figures import draw_comparison, draw_search
+from nmfx.report.page import check_page, comparison_page, save_page, search_page
+from nmfx.report.record import Limit, Report
+from nmfx.scheme import Scheme
+from nmfx.search.budget import UNITS
+from nmfx.search.finder import SearchResult
+from nmfx.zoo.source import versions
+
+
+def check(figure: str | None, html: str | None, *, force: bool) -> None:
+    """Refuse before the work what could not be written after it.
+
+    Raises:
+        NmfxError: a name with another ending, a file that exists, or no matplotlib.
+    """
+    if figure:
+        check_path(Path(figure))
+    if html:
+        check_page(Path(html))
+    if figure or html:
+        work.check_free([Path(path) for path in (figure, html) if path], force=force)
+        with style():
+            pass
+
+
+def write(result: SearchResult, scheme: Scheme, figure: str | None, html: str | None, *, force: bool) -> list[Path]:
+    """Write the figure and the page of a search, those that are asked for; `scheme` is the result's, with its full info."""
+    report = _report(result, scheme)
+    if figure:
+        save_figure(draw_search(report), figure, force=force)
+    if html:
+        save_page(search_page(report), html, force=force)
+    return [Path(path) for path in (figure, html) if path]
+
+
+def write_comparison(reports: Sequence[Report], figure: str | None, html: str | None, *, force: bool) -> list[Path]:
+    """Write the figure and the page of several schemes, those that are asked for."""
+    if figure:
+        save_figure(draw_comparison(reports), figure, force=force)
+    if html:
+        save_page(comparison_page(reports), html, force=force)
+    return [Path(path) for path in (figure, html) if path]
+
+
+def _report(result: SearchResult, scheme: Scheme) -> Report:
+    budgets, lefts = result.budgets or (result.budget,), result.lefts or (result.left,)
+    limits = tuple(Limit(UNITS[b.kind], b.limit, b.dense, b.limit - left) for b, left in zip(budgets, lefts, strict=True))
+    facts = {
+        "layout": scheme.layout + (", short groups at the end of rows" if scheme.short else ""),
+        "squared weight error": f"{result.loss:.4%} of all; at best {result.optimum:.4%} at this budget",
+        "model weights": str(scheme.info.get("weights", "")),
+        "versions": ", ".join(f"{name} {version}" for name, version in ({"nmfx": __version__} | versions()).items()),
+    }
+    return Report(
+        sites=result.sites,
+        scheme=scheme,
+        label=result.method,
+        model=str(scheme.info.get("model", result.sites.model)),
+        method=result.method,
+        limits=limits,
+        steps=result.events,
+        reasons=result.dense_reasons,
+        seconds=result.seconds,
+        facts={key: value for key, value in facts.items() if value},
+    )

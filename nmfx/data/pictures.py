@@ -1,0 +1,92 @@
+"""Two kinds of labelled pictures: read one by one (a folder, a timm data set), or all in memory as bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from nmfx.errors import DataError
+
+BROKEN = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)  # what PIL raises for bad files
+
+
+@dataclass(frozen=True)
+class FilePictures:
+    """Pictures read one by one from `source`, a map-style data set of timm or torchvision without a transform.
+
+    Attributes:
+        indices: which of the source's pictures these are; all when None.
+        labels: of these pictures, ``(n,)``, known without reading them; None when the source cannot tell.
+    """
+
+    source: Any
+    indices: Sequence[int] | None = None
+    labels: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.source) if self.indices is None else len(self.indices)
+
+    def read(self, index: int, mode: str) -> tuple[Image.Image, int]:
+        """One picture in PIL's `mode` (``RGB`` or ``L``) and its label.
+
+        timm's ImageDataset answers a broken file with the next picture, so its reader is asked directly.
+
+        Raises:
+            DataError: the picture cannot be read; the message names its file.
+        """
+        index = index if self.indices is None else self.indices[index]
+        try:
+            picture, label = (getattr(self.source, "reader", None) or self.source)[index]
+            if isinstance(picture, Image.Image):
+                return picture.convert(mode), int(label)
+            with picture:
+                return Image.open(picture).convert(mode), int(label)
+        except BROKEN as error:
+            reason = " ".join(str(getattr(error, "strerror", None) or error).split())
+            raise DataError(f"{self.name(index)}: the picture cannot be read: {reason}; repair or remove it") from error
+
+    def name(self, index: int) -> str:
+        """The file of the source's picture `index`, or its number."""
+        if samples := getattr(self.source, "samples", None):  # torchvision's folders
+            return str(samples[index][0])
+        try:
+            return str(self.source.filename(index, absolute=True))
+        except Exception:
+            return f"picture {index}"
+
+
+@dataclass(frozen=True)
+class ArrayPictures:
+    """Pictures in memory, as bytes; a pixel is ``byte / top``.
+
+    Attributes:
+        pictures: uint8 ``(n, channels, height, width)``.
+        labels: int64 ``(n,)``.
+        padding, hflip: what training usually does to them: random crops out of so many black pixels on every side, and the
+            share that is mirrored.
+    """
+
+    pictures: Tensor
+    labels: Tensor
+    top: int = 255
+    padding: int = 4
+    hflip: float = 0.0
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and (unbiased) deviation of each channel's pixels."""
+        means, deviations = [], []
+        levels = torch.arange(256, dtype=torch.float64) / self.top
+        for channel in self.pictures.unbind(1):
+            counts = torch.bincount(channel.flatten(), minlength=256).double()
+            mean = (counts @ levels / counts.sum()).item()
+            means.append(mean)
+            deviations.append((counts @ (levels - mean) ** 2 / (counts.sum() - 1)).sqrt().item())
+        return tuple(means), tuple(deviations)

@@ -1,0 +1,51 @@
+"""calibration: a few training pictures, always the same ones, of all classes alike."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from torch import Tensor
+from torch.utils.data import IterableDataset
+
+from nmfx.data.config import PictureConfig
+from nmfx.data.loader import Batch, eval_loader
+from nmfx.data.pictures import ArrayPictures, FilePictures
+from nmfx.data.seeding import generator_of
+from nmfx.data.source import Data
+from nmfx.errors import DataError
+
+
+def calibration(
+    data: Data, config: PictureConfig, *, count: int = 256, batch_size: int = 64, seed: int = 0, workers: int = 0
+) -> list[Batch]:
+    """`count` training pictures under the validation transform, as batches ``(x, y)``.
+
+    They depend on `seed` only, and a smaller count with the same batch size is the beginning of a larger one. Classes differ
+    by at most one picture as long as each has enough (labels that are known only by reading the pictures, as in some of
+    torchvision's sets, are not spread; a stream gives its first pictures).
+
+    Raises:
+        DataError: there are fewer training pictures.
+    """
+    if count < 1 or batch_size < 1:
+        raise DataError(f"calibration: {count} pictures in batches of {batch_size}: out of range")
+    if isinstance(data.train, IterableDataset):
+        loader = eval_loader(data.train, config, batch_size=batch_size, workers=workers)
+        return list(itertools.islice(loader, -(-count // batch_size)))
+    if count > len(data.train):
+        raise DataError(f"{data.name}: {count} pictures for calibration, but only {len(data.train)} for training")
+    chosen = spread(data.train, seed)[:count].tolist()
+    return list(eval_loader(data.train, config, batch_size=batch_size, workers=workers, indices=chosen))
+
+
+def spread(pictures: ArrayPictures | FilePictures, seed: int) -> Tensor:
+    """All pictures in a shuffled order that takes one of every class, then a second one of every class, and so on."""
+    order = torch.randperm(len(pictures), generator=generator_of("calibration", seed))
+    if pictures.labels is None:
+        return order
+    labels, by_class = pictures.labels[order].sort(stable=True)
+    starts = torch.searchsorted(labels, labels)  # where each one's class begins
+    turn = torch.empty_like(order)
+    turn[by_class] = torch.arange(len(order)) - starts
+    return order[turn.argsort(stable=True)]

@@ -1,0 +1,368 @@
+"""The figures: density along the network, the search's timeline, what each stage keeps, schemes side by side, accuracy."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Callable, Sequence
+from itertools import accumulate, pairwise
+from typing import TYPE_CHECKING, Any, Literal
+
+from nmfx.graph.site import Site
+from nmfx.report.canvas import (
+    GREY,
+    INK,
+    LINE,
+    OKABE_ITO,
+    POINTS,
+    WIDTH,
+    color_of,
+    mark_stages,
+    new_figure,
+    only,
+    set_density_axis,
+    styled,
+)
+from nmfx.report.record import Point, Report, short_names, stages_of
+from nmfx.sparsity.pattern import Pattern
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure, FigureBase
+
+Width = Literal["uniform", "weights", "macs"]
+FEW = int((WIDTH - 1) * POINTS / LINE)  # sites whose names fit below an axis
+LETTER = 0.075  # inches of an 8-point letter, about
+ROWS = 60  # sites whose names fit beside one
+WIDTHS: dict[str, Callable[[Site], int]] = {
+    "uniform": lambda site: 1,
+    "weights": lambda site: site.weights,
+    "macs": lambda site: site.macs,
+}
+
+
+@styled
+def draw_search(report: Report) -> Figure:
+    """One page: density per site, the timeline if there are steps, and what each stage keeps."""
+    parts: list[tuple[float, Callable[[FigureBase, Report], None]]] = [(_density_height(report), _density)]
+    if report.steps:
+        parts.append((4.2, _compact_timeline))
+    parts.append((_stages_height(report), _stages))
+    figure = new_figure(sum(height for height, _ in parts) + 0.35, report.title)
+    frames = figure.subfigures(len(parts), height_ratios=[height for height, _ in parts], squeeze=False)[:, 0]
+    for frame, (_, draw) in zip(frames, parts, strict=True):
+        draw(frame, report)
+    return figure
+
+
+@styled
+def draw_density(report: Report, *, width: Width = "uniform") -> Figure:
+    """Density of each site along the network, in network order; dense sites in another colour, and hatched.
+
+    Args:
+        width: of a bar: all the same, or as the site's weights or MACs are.
+    """
+    figure = new_figure(_density_height(report) + 0.35, report.title)
+    _density(figure, report, width)
+    return figure
+
+
+@styled
+def draw_timeline(report: Report) -> Figure:
+    """Which site stepped when: a line per site, a mark per step in the colour of the new pattern; above, the cost."""
+    rows = len(report.sites)
+    named = rows <= ROWS
+    figure = new_figure(2.0 + (max(1.2, rows * LINE / POINTS) if named else 6.0), report.title)
+    _timeline(figure, report, named=named)
+    return figure
+
+
+@styled
+def draw_stages(report: Report) -> Figure:
+    """Weights and MACs of each stage of the network, kept and dropped."""
+    figure = new_figure(_stages_height(report) + 0.35, report.title)
+    _stages(figure, report)
+    return figure
+
+
+@styled
+def draw_comparison(reports: Sequence[Report]) -> Figure:
+    """Schemes for one network, one above the other: density per site, and shares of weights and MACs kept in all."""
+    first = reports[0]
+    stages = stages_of(site.name for site in first.sites)
+    below = 0.3 + LETTER * max(map(len, short_names(stages).values()))
+    title = f"{first.model}: {len(reports)} schemes, share of the weights kept at each of {len(first.sites)} sites"
+    figure = new_figure(0.4 + 1.2 * len(reports) + below, title)
+    grid = figure.subplots(len(reports), 2, width_ratios=[4.6, 1], sharex="col", squeeze=False)
+    patterns = [report.pattern(site) for report in reports for site in report.sites]
+    for (left, right), report in zip(grid, reports, strict=True):
+        edges = _bars(left, report, patterns)
+        left.set_title(textwrap.shorten(report.label, 80))
+        left.set_xticks([])
+        mark_stages(left, stages, edges, inches=4.6, names=left is grid[-1, 0])
+        _total_bars(right, report)
+    grid[-1, 1].set_xlabel("% kept")
+    return figure
+
+
+@styled
+def draw_accuracy(points: Sequence[Point], *, title: str = "", dense: float | None = None) -> Figure:
+    """Measured accuracy against the share of weights kept, with error bars; `dense` is a line across."""
+    from matplotlib.transforms import ScaledTranslation
+
+    figure = new_figure(3.4, title)
+    axes = only(figure)
+    labels = list(dict.fromkeys(point.label for point in points))
+    axes.margins(y=0.08)
+    for index, label in enumerate(labels):
+        mine = sorted((point for point in points if point.label == label), key=lambda point: point.kept)
+        aside = ScaledTranslation(2.5 * (index - (len(labels) - 1) / 2) / POINTS, 0, figure.dpi_scale_trans)
+        axes.errorbar(
+            [100 * point.kept for point in mine],
+            [100 * point.accuracy for point in mine],
+            [100 * point.spread for point in mine],
+            label=label,
+            transform=axes.transData + aside,  # error bars at one budget stand side by side
+            color=OKABE_ITO[index % len(OKABE_ITO)],
+            marker="osD^vP"[index % 6],
+            linestyle=("-", "--", ":")[index // 6 % 3],
+            linewidth=1,
+            markersize=4.5,
+            markeredgecolor=INK,
+            markeredgewidth=0.4,
+            elinewidth=0.8,
+            capsize=2.5,
+        )
+    axes.update_datalim([(100 * p.kept, 100 * (p.accuracy + s * p.spread)) for p in points for s in (-1, 1)])
+    axes.autoscale_view()
+    if dense is not None:
+        axes.axhline(100 * dense, color=INK, linewidth=0.7, linestyle=(0, (4, 3)), label="dense")
+    shares = sorted({100 * point.kept for point in points})
+    if len(shares) > 1 and shares[0] > 0 and shares[-1] / shares[0] >= 3:
+        axes.set_xscale("log", base=2)
+    if len(shares) <= 8:
+        axes.set_xticks(shares, [f"{share:.3g}" for share in shares])
+        axes.xaxis.minorticks_off()
+    axes.grid(color=GREY, alpha=0.35, linewidth=0.5)
+    axes.set_xlabel("weights kept, %")
+    axes.set_ylabel("accuracy, %")
+    figure.legend(loc="outside right upper")
+    return figure
+
+
+def _density_height(report: Report) -> float:
+    names = [site.name for site in report.sites]
+    few = len(names) <= FEW
+    labels = map(_brief, names) if few else short_names(stages_of(names)).values()
+    return 2.3 + LETTER * max(map(len, labels), default=0)
+
+
+def _density(figure: FigureBase, report: Report, width: Width = "uniform") -> None:
+    axes = only(figure)
+    edges = _bars(axes, report, [report.pattern(site) for site in report.sites], width)
+    stages = stages_of(site.name for site in report.sites)
+    if len(report.sites) <= FEW and width == "uniform":
+        axes.set_xticks(_centres(edges), [_brief(site.name) for site in report.sites], rotation=90)
+        axes.tick_params(axis="x", length=0)
+        mark_stages(axes, stages, edges, names=False)
+    else:
+        axes.set_xticks([])
+        mark_stages(axes, stages, edges)
+    axes.set_ylabel("share of weights kept")
+    overall = report.totals.kept / (report.totals.weights or 1)
+    axes.axhline(overall, color=INK, linewidth=0.7, linestyle=(0, (4, 3)))
+    axes.annotate(
+        f"{overall:.3g}\nof all",
+        (1, overall),
+        (3, 0),
+        xycoords=axes.get_yaxis_transform(),
+        textcoords="offset points",
+        va="center",
+    )
+    said = "" if width == "uniform" else f", width as {'MACs' if width == 'macs' else width}"
+    axes.set_title(f"{len(report.sites)} sites in network order{said}; hatched: dense")
+
+
+def _bars(axes: Axes, report: Report, patterns: Sequence[Pattern], width: Width = "uniform") -> list[float]:
+    """One bar a site, from the floor of the axis to its density; gives the edges of the bars."""
+    sizes = [WIDTHS[width](site) for site in report.sites]
+    edges = [0.0, *map(float, accumulate(sizes))]
+    floor = set_density_axis(axes, patterns)
+    share = 0.86 if len(sizes) <= 100 else 1.0
+    bars = axes.bar(
+        _centres(edges),
+        [report.density(site) - floor for site in report.sites],
+        [size * share for size in sizes],
+        bottom=floor,
+        color=[color_of(report.pattern(site)) for site in report.sites],
+        linewidth=0,
+    )
+    for bar, site in zip(bars, report.sites, strict=True):
+        if report.pattern(site).is_dense:
+            bar.set_hatch("////")
+    axes.set_xlim(edges[0], edges[-1] or 1)
+    return edges
+
+
+def _compact_timeline(figure: FigureBase, report: Report) -> None:
+    _timeline(figure, report, named=len(report.sites) <= 20)
+
+
+def _timeline(figure: FigureBase, report: Report, *, named: bool) -> None:
+    """Cost above; below, each site's line in the colour of the pattern it has, and a mark where it changes."""
+    rows = len(report.sites)
+    inches = rows * LINE / POINTS if named else 3.0 if figure.get_figure() is not figure else 6.0
+    top, main = figure.subplots(2, 1, sharex=True, height_ratios=[0.75, max(1.2, inches)])
+    index = {site.name: row for row, site in enumerate(report.sites)}
+    _cost(top, report)
+    current = dict.fromkeys(index, (0, Pattern.DENSE))
+    lines: dict[Pattern, list[tuple[int, float, float]]] = {}
+    last = len(report.steps) + 0.5
+    for number, step in enumerate(report.steps, 1):
+        since, _ = current[step.site]
+        lines.setdefault(step.before, []).append((index[step.site], since, number))
+        current[step.site] = number, step.after
+    for name, (since, pattern) in current.items():
+        lines.setdefault(pattern, []).append((index[name], since, last))
+    room = inches * POINTS / rows
+    apart = room > 3.5  # finer lines would only flicker: those fill their rows
+    thick = min(3.0, room / 2) if apart else room
+    for pattern, spans in lines.items():
+        y, begin, end = zip(*spans, strict=True)
+        main.hlines(
+            y,
+            begin,
+            end,
+            color=color_of(pattern),
+            linewidth=thick,
+            alpha=0.3 if pattern.is_dense else 1,
+            capstyle="butt",
+            antialiased=apart,
+        )
+    patterns = sorted({step.after for step in report.steps}, key=lambda p: (p.density, p.m))
+    size = max(4.0, min(22.0, room**2 / 2))
+    for pattern in patterns:
+        for up, marker in ((False, "o"), (True, "^")):
+            at = [
+                (number, index[step.site])
+                for number, step in enumerate(report.steps, 1)
+                if step.after == pattern and (step.after.density > step.before.density) == up
+            ]
+            if at:
+                x, y = zip(*at, strict=True)
+                main.scatter(
+                    x,
+                    y,
+                    size,
+                    color_of(pattern),
+                    marker=marker,
+                    edgecolors=INK,
+                    linewidths=0.4,
+                    zorder=3,
+                    clip_on=False,
+                )
+    main.set_ylim(rows - 0.5, -0.5)
+    main.set_xlim(0, last)
+    main.xaxis.get_major_locator().set_params(integer=True)
+    main.set_xlabel("step")
+    stages = stages_of(index)
+    edges = [row - 0.5 for row in range(rows + 1)]
+    if named:
+        main.set_yticks(range(rows), [_brief(name) for name in index])
+        main.tick_params(axis="y", length=0)
+    else:
+        main.set_yticks([])
+        mark_stages(main, stages, edges, along="y", inches=inches)
+    _legend(figure, report, patterns)
+
+
+def _cost(axes: Axes, report: Report) -> None:
+    """What the scheme costs after each step, falling to the budget."""
+    if not report.limits:
+        axes.set_visible(False)
+        return
+    limit = report.limits[0]
+    costs = [limit.dense, *(step.cost for step in report.steps)]
+    axes.step(range(len(costs)), [cost / limit.dense for cost in costs], where="post", color=INK, linewidth=1)
+    axes.axhline(limit.limit / limit.dense, color=INK, linewidth=0.7, linestyle=(0, (4, 3)))
+    axes.set_ylim(0, 1.03)
+    axes.set_yticks([0, 0.5, 1])
+    axes.annotate(
+        f"budget\n{limit.limit / limit.dense:.3g}",
+        (1, limit.limit / limit.dense),
+        (3, 0),
+        xycoords=axes.get_yaxis_transform(),
+        textcoords="offset points",
+        va="center",
+    )
+    axes.set_title(f"share of {limit.unit} kept after each step")
+    axes.tick_params(axis="x", labelbottom=False)
+
+
+def _legend(figure: FigureBase, report: Report, patterns: Sequence[Pattern]) -> None:
+    from matplotlib.lines import Line2D
+
+    mark: dict[str, Any] = {"linestyle": "", "markeredgecolor": INK, "markeredgewidth": 0.4, "markersize": 5}
+    handles = [Line2D([], [], color=color_of(p), marker="o", label="dense" if p.is_dense else str(p), **mark) for p in patterns]
+    handles.insert(0, Line2D([], [], color=color_of(Pattern.DENSE), linewidth=3, alpha=0.3, label="still dense"))
+    if any(step.after.density > step.before.density for step in report.steps):
+        handles.append(Line2D([], [], color="none", marker="^", label="grown back", **mark))
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(9, len(handles)), columnspacing=1.4, handletextpad=0.4)
+
+
+def _stages_height(report: Report) -> float:
+    rows = len(set(stages_of(site.name for site in report.sites)))
+    return 0.75 + (0.2 if rows < 9 else 0.165) * rows
+
+
+def _stages(figure: FigureBase, report: Report) -> None:
+    names = stages_of(site.name for site in report.sites)
+    rows = list(dict.fromkeys(names))
+    labels = list(short_names(rows).values())
+    left, right = figure.subplots(1, 2, sharey=True)
+    for axes, unit, size in ((left, "weights", WIDTHS["weights"]), (right, "MACs", WIDTHS["macs"])):
+        dense, kept = dict.fromkeys(rows, 0), dict.fromkeys(rows, 0)
+        for site, stage in zip(report.sites, names, strict=True):
+            dense[stage] += size(site)
+            kept[stage] += size(site) * report.scheme.kept(site) // site.weights
+        axes.barh(labels, list(kept.values()), color=OKABE_ITO[0], height=0.72, label="kept")
+        dropped = [dense[stage] - kept[stage] for stage in rows]
+        axes.barh(labels, dropped, left=list(kept.values()), color=GREY, alpha=0.35, height=0.72, label="dropped")
+        most = max(dense.values(), default=1) or 1
+        for row, stage in enumerate(rows):
+            text = f"{count(kept[stage])} of {count(dense[stage])}"
+            axes.annotate(text, (dense[stage], row), (3, 0), textcoords="offset points", va="center")
+        axes.set_xlim(0, most * 1.5)
+        axes.set_title(f"{unit}: {count(sum(kept.values()))} of {count(sum(dense.values()))} kept")
+        axes.xaxis.set_visible(False)
+        axes.spines["bottom"].set_visible(False)
+        axes.tick_params(axis="y", length=0)
+    left.set_ylim(len(rows) - 0.4, -0.6)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+
+
+def _total_bars(axes: Axes, report: Report) -> None:
+    totals = report.totals
+    shares = [100 * (1 - totals.sparsity), 100 * (1 - totals.mac_sparsity)]
+    axes.barh(["weights", "MACs"], shares, color=[OKABE_ITO[0], OKABE_ITO[5]], height=0.6)
+    for row, share in enumerate(shares):
+        axes.annotate(f"{share:.1f}", (share, row), (2, 0), textcoords="offset points", va="center")
+    axes.set_xlim(0, 100)
+    axes.set_xticks([0, 50, 100])
+    axes.set_ylim(1.6, -0.6)
+    axes.tick_params(axis="y", length=0)
+
+
+def _centres(edges: Sequence[float]) -> list[float]:
+    return [(a + b) / 2 for a, b in pairwise(edges)]
+
+
+def _brief(name: str) -> str:
+    return name.removesuffix(".weight")
+
+
+def count(number: float) -> str:
+    """A count in three significant figures: 25.5M, 4.09G, 640."""
+    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size * 0.9995:
+            return f"{number / size:.3g}{unit}" if number / size < 999.5 else f"{number / size:.0f}{unit}"
+    return f"{number:.0f}"

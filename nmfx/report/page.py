@@ -1,0 +1,190 @@
+"""One self-contained HTML file: figures as inline SVG, tables as HTML, no scripts, nothing fetched from anywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nmfx.errors import NmfxError
+from nmfx.files import write_atomic
+from nmfx.graph.site import Site
+from nmfx.report.canvas import inline_svg
+from nmfx.report.figures import draw_accuracy, draw_comparison, draw_density, draw_stages, draw_timeline
+from nmfx.report.record import Point, Report
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+CSS = """
+:root { color-scheme: light dark; --ink: #1b1b1b; --soft: #5c5c5c; --paper: #fff; --line: #d5d5d5; --band: #f5f5f4; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e8e6e3; --soft: #a8a5a0; --paper: #17181a; --line: #3a3c40; --band: #202225; }
+}
+body { margin: 2rem auto; max-width: 60rem; padding: 0 1rem; background: var(--paper); color: var(--ink);
+  font: 15px/1.5 system-ui, "Segoe UI", Helvetica, Arial, sans-serif; }
+h1 { font-size: 1.5rem; line-height: 1.25; margin: 0 0 .3rem; overflow-wrap: anywhere; }
+h2 { font-size: 1.1rem; margin: 2.2rem 0 .6rem; }
+p, dl { margin: .3rem 0 1rem; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1.2rem; }
+dt, footer, th { color: var(--soft); }
+dd { margin: 0; overflow-wrap: anywhere; }
+figure { margin: 0; overflow-x: auto; }
+svg { display: block; width: 100%; min-width: 36rem; height: auto; fill: currentColor; }
+svg * { stroke-linejoin: round; stroke-linecap: butt; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; font-size: .87rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .18rem .7rem .18rem 0; text-align: left; border-bottom: 1px solid var(--line); white-space: nowrap; }
+th { font-weight: 600; }
+td.n, th.n { text-align: right; }
+td.w { white-space: normal; min-width: 11rem; }
+tbody tr:nth-child(even) { background: var(--band); }
+tr.differs td { font-weight: 600; }
+summary { cursor: pointer; }
+footer { margin-top: 2.5rem; font-size: .85rem; }
+@media print { body { margin: 0; max-width: none; } figure { break-inside: avoid; } }
+"""
+
+
+def search_page(report: Report, points: Sequence[Point] = ()) -> str:
+    """The page of one scheme: what was asked and found, figures, every site, every step.
+
+    Args:
+        points: measured accuracies, drawn against the share of weights kept.
+    """
+    totals = report.totals
+    facts = {
+        "weights": f"{totals.kept:,} of {totals.weights:,} kept, sparsity {totals.sparsity:.4%}",
+        "MACs": f"{totals.kept_macs:,} of {totals.macs:,} kept, sparsity {totals.mac_sparsity:.4%}",
+    }
+    for limit in report.limits:
+        left = f"{limit.limit:,} of {limit.dense:,} {limit.unit}, {limit.limit - limit.used:,} left"
+        facts["budget" if limit is report.limits[0] else f"and {limit.unit}"] = left
+    facts |= {"method": report.method} if report.method else {}
+    facts |= {"search": f"{len(report.steps)} steps in {report.seconds:.2f} s"} if report.seconds is not None else {}
+    parts = [_facts({**facts, **report.facts}), _figure("Density of each site", draw_density(report), "density")]
+    if report.steps:
+        parts.append(_figure("Which site stepped when", draw_timeline(report), "timeline"))
+    parts.append(_figure("Kept by stage", draw_stages(report), "stages"))
+    parts += [_figure("Accuracy, measured", draw_accuracy(points), "accuracy")] if points else []
+    head = ("site", "operation", "shape", "pattern", "weights kept", "of", "MACs kept", "of", "why")
+    rows = [_site_row(report, site) for site in report.sites]
+    parts.append(f"<h2>{len(report.sites)} sites</h2>{_table(head, rows, numbers=(3, 4, 5, 6, 7), wide=(8,))}")
+    if report.steps:
+        steps = [
+            (f"{number}", step.site, f"{step.before} → {step.after}", f"{step.cost:,}", step.reason)
+            for number, step in enumerate(report.steps, 1)
+        ]
+        table = _table(("step", "site", "pattern", "cost", "why"), steps, numbers=(0, 3), wide=(4,))
+        parts.append(f"<h2>Steps</h2><details><summary>all {len(steps)} steps</summary>{table}</details>")
+    return _document(", ".join(filter(None, (report.model, report.method or report.label))), parts)
+
+
+def comparison_page(reports: Sequence[Report], points: Sequence[Point] = ()) -> str:
+    """The page of several schemes for one network: side by side, with their totals and each site's patterns."""
+    first = reports[0]
+    totals = [
+        (
+            report.label,
+            f"{report.totals.kept:,}",
+            f"{report.totals.sparsity:.4%}",
+            f"{report.totals.kept_macs:,}",
+            f"{report.totals.mac_sparsity:.4%}",
+            f"{len(report.scheme)}",
+            *report.facts.values(),
+        )
+        for report in reports
+    ]
+    head = ("scheme", "weights kept", "sparsity", "MACs kept", "MAC sparsity", "sparse sites", *first.facts)
+    parts = [_table(head, totals, numbers=range(1, len(head)))]
+    parts.append(_figure("Density of each site", draw_comparison(reports), "comparison"))
+    parts += [_figure("Accuracy, measured", draw_accuracy(points), "accuracy")] if points else []
+    rows = [
+        (site.name, "x".join(map(str, site.shape)), *(_pattern(report, site) for report in reports)) for site in first.sites
+    ]
+    differ = {index for index, row in enumerate(rows) if len(set(row[2:])) > 1}
+    table = _table(
+        ("site", "shape", *(report.label for report in reports)), rows, numbers=range(2, 2 + len(reports)), bold=differ
+    )
+    parts.append(f"<h2>{len(differ)} of {len(rows)} sites differ</h2>{table}")
+    return _document(f"{first.model}: {len(reports)} schemes", parts)
+
+
+def check_page(path: Path) -> None:
+    """Raise NmfxError unless a page can be written under this name."""
+    if path.suffix.lower() not in (".html", ".htm"):
+        raise NmfxError(f"{path}: a page's name ends in .html")
+
+
+def save_page(page: str, path: str | Path, *, force: bool = True) -> None:
+    """Write a page.
+
+    Raises:
+        NmfxError: the name does not end in .html, or `path` exists and `force` is false.
+    """
+    path = Path(path)
+    check_page(path)
+
+    def write(draft: Path) -> None:
+        draft.write_text(page, encoding="utf-8")
+
+    write_atomic(path, write, force=force)
+
+
+def _document(title: str, parts: Iterable[str]) -> str:
+    name = escape(title)
+    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{name}</title><style>{CSS}</style>'
+    foot = "<footer>Made by nmfx. A pattern N:M keeps N weights of every M; one multiply-add is one MAC, per sample.</footer>"
+    body = "\n".join((f"<h1>{name}</h1>", *parts, foot))
+    return f'<!DOCTYPE html>\n<html lang="en">\n<head>{head}</head>\n<body>\n{body}\n</body>\n</html>\n'
+
+
+def _facts(facts: dict[str, str]) -> str:
+    return f"<dl>{''.join(f'<dt>{escape(key)}</dt><dd>{escape(value)}</dd>' for key, value in facts.items())}</dl>"
+
+
+def _figure(title: str, figure: Figure, name: str) -> str:
+    said = escape(figure.get_suptitle() or title)
+    figure.suptitle("")  # the page says it already
+    return f'<h2>{escape(title)}</h2>\n<figure role="img" aria-label="{said}">{inline_svg(figure, name)}</figure>'
+
+
+def _table(
+    head: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    numbers: Iterable[int] = (),
+    wide: Iterable[int] = (),
+    bold: Iterable[int] = (),
+) -> str:
+    """A table of text cells; columns of `numbers` to the right, `wide` ones may wrap, `bold` rows stand out."""
+    kinds = dict.fromkeys(numbers, ' class="n"') | dict.fromkeys(wide, ' class="w"')
+    strong = set(bold)
+    lines = []
+    for number, row in enumerate(rows):
+        cells = "".join(f"<td{kinds.get(i, '')}>{escape(cell)}</td>" for i, cell in enumerate(row))
+        lines.append(f'<tr class="differs">{cells}</tr>' if number in strong else f"<tr>{cells}</tr>")
+    top = "".join(f"<th{kinds.get(i, '')}>{escape(cell)}</th>" for i, cell in enumerate(head))
+    body = "\n".join(lines)
+    return f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>\n{body}\n</tbody></table></div>'
+
+
+def _site_row(report: Report, site: Site) -> tuple[str, ...]:
+    kept = report.scheme.kept(site)
+    return (
+        site.name,
+        site.kind,
+        "x".join(map(str, site.shape)),
+        _pattern(report, site),
+        f"{kept:,}",
+        f"{site.weights:,}",
+        f"{site.macs * kept // site.weights:,}",
+        f"{site.macs:,}",
+        report.reasons.get(site.name, ""),
+    )
+
+
+def _pattern(report: Report, site: Site) -> str:
+    pattern = report.pattern(site)
+    return "dense" if pattern.is_dense else str(pattern)
