@@ -125,6 +125,7 @@ def _question(args: Namespace) -> dict[str, Any]:
     least: float | dict[str, float] = 0.0
     if args.min_density:
         rules = [_pair(text if "=" in text else f"*={text}", "--min-density") for text in args.min_density]
+        rules.sort(key=lambda rule: rule[0] == "*")  # the first match counts: what is said of all sites comes last
         least = {glob: _number(share, "--min-density") for glob, share in rules}
     sizes = _numbers(args.m, "--m")
     return {

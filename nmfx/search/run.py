@@ -78,7 +78,7 @@ def run_domino(
         loss = _loss(wrapped(x.to(device)), label.to(device))
         if not bool(loss.isfinite()):
             raise SearchError(
-                f"the loss is {float(loss)} at iteration {search.t}: lower lr ({lr}) or decay ({search.loop.decay})"
+                f"the loss is {loss.item()} at iteration {search.t}: lower lr ({lr}) or decay ({search.loop.decay})"
             )
         loss.backward()
         search.step()

@@ -609,9 +609,7 @@ def test_an_interrupt_leaves_nothing(nmfx: Run, capsys: pytest.CaptureFixture[st
     assert listing() == before
 
 
-@pytest.mark.parametrize(
-    "argv", [[], ["serch"], ["convert"], ["search", "--budget", "flops"]], ids=" ".join
-)
+@pytest.mark.parametrize("argv", [[], ["serch"], ["convert"], ["search", "--budget", "flops"]], ids=" ".join)
 def test_a_misspelt_command_shows_its_usage(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(argv)
