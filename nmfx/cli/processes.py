@@ -47,3 +47,13 @@ def size_of_group() -> int:
 def is_first() -> bool:
     """Whether this is the process that writes."""
     return size_of_group() == 1 or dist.get_rank() == 0
+
+
+@contextlib.contextmanager
+def first_alone() -> Iterator[None]:
+    """Let the first process through the block before the others: what it writes there, they find."""
+    if not is_first():
+        dist.barrier()
+    yield
+    if is_first() and size_of_group() > 1:
+        dist.barrier()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from nmfx.cli import convert, report, tables, work
 from nmfx.cli.console import advancing, heading, output, working
-from nmfx.cli.processes import is_first, processes, size_of_group
+from nmfx.cli.processes import first_alone, is_first, processes, size_of_group
 from nmfx.errors import NmfxError, SearchError
 from nmfx.graph.site import Sites
 from nmfx.scheme import Scheme
@@ -35,7 +35,8 @@ def run(args: Namespace) -> None:
 
 
 def _run(args: Namespace, device: str) -> None:
-    found, out = _work(args), output()
+    with first_alone():
+        found, out = _work(args), output()
     path = Path(args.out) if args.out else found.scheme_path
     if path.suffix not in (".yaml", ".yml"):
         raise NmfxError(f"--out {path}: expected a name that ends in .yaml (the published format goes to .txt beside it)")

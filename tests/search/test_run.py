@@ -114,3 +114,10 @@ def test_a_killed_command_goes_on_where_it_was(tmp_path: Path, monkeypatch: pyte
     schemes = [(folder / "digits.nmfx" / "scheme.yaml").read_text() for folder in (killed, through)]
     assert schemes[0] == schemes[1]
     assert not saved.exists()
+
+
+def test_torchrun_uses_every_process(tmp_path: Path) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "nmfx", *COMMAND]
+    finished = subprocess.run(torchrun, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert finished.stdout.count("wrote digits.nmfx/scheme.yaml") == 1  # the first process speaks for all
+    assert "domino with data" in (tmp_path / "digits.nmfx" / "scheme.yaml").read_text()
