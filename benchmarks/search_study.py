@@ -2,7 +2,7 @@
 
 Every search method at the same budgets, three networks: EfficientNet-Lite0 with ImageNet weights (one-shot, two folds of 20
 pictures), a ResNet-20 and a small ViT trained on Fashion-MNIST (one-shot, and after equal fine-tuning; three seeds). One JSON
-line a run; runs that have a line are not run again. The tables: `python benchmarks/search_study.py --write docs/search-study.md`.
+line a run; runs that have a line are not run again. `--write docs/search-study.md` makes the tables.
 """
 
 from __future__ import annotations

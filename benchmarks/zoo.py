@@ -120,7 +120,7 @@ def missed(model: nn.Module, sites: nmfx.Sites) -> dict[str, int]:
     """
     made = {name for name, module in model.named_modules() if isinstance(module, MAKERS)}
     left = [s for s in sites.skipped if s.name.rpartition(".")[0] in made or "never read" in s.reason or " only," in s.reason]
-    return {s.name: s.weights for s in left}
+    return {s.name: s.weights for s in left if "scale" not in s.reason}  # NFNets' gains stand beside the weights
 
 
 def outputs(model: nn.Module, example: Example, seed: int = 0) -> list[Tensor]:

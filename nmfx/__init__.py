@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from nmfx.search.finder import find_scheme as find_scheme
     from nmfx.sparsity.pattern import Pattern as Pattern
     from nmfx.training.evaluation import evaluate as evaluate
+    from nmfx.training.finetune import finetune as finetune
 
 __version__ = "0.1.0"
 
@@ -52,6 +53,7 @@ _HOMES = {
     "Pattern": "nmfx.sparsity.pattern",
     "recalibrate_bn": "nmfx.passes.calibration",
     "evaluate": "nmfx.training.evaluation",
+    "finetune": "nmfx.training.finetune",
 }
 __all__ = [*_HOMES]
 

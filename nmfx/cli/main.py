@@ -18,6 +18,8 @@ a first tour:
   nmfx search                          search a pattern for each layer of the embedded demo network
   nmfx convert resnet50                build, find the sites, verify, write resnet50.nmfx/
   nmfx search --target 0.875           search the work directory in this folder
+  nmfx finetune --data DIR --epochs 10 train the network under its scheme; the same command resumes
+  nmfx evaluate DIR --data DIR         accuracy of the dense, masked and fine-tuned network
   nmfx export --baked --onnx           scheme, compressed checkpoint, plain weights, ONNX
   nmfx inspect resnet50.nmfx           what is in a work directory, checkpoint, scheme or model
   nmfx models "timm:vit_*"             what is known of the models that can be converted by name
@@ -36,6 +38,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     _add_convert(commands.add_parser("convert", help="build a model, find its sites, write a work directory"))
     _add_search(commands.add_parser("search", help="choose a pattern for every site under a budget"))
+    _add_finetune(commands.add_parser("finetune", help="train the masked model on pictures; stopped runs go on"))
+    _add_evaluate(commands.add_parser("evaluate", help="measure the accuracy of a checkpoint, work directory or model"))
     _add_export(commands.add_parser("export", help="write scheme files and the compressed checkpoint"))
     inspect = commands.add_parser("inspect", help="show a checkpoint, scheme, work directory or model")
     inspect.add_argument("what", metavar="FILE|DIR|MODEL")
@@ -124,6 +128,88 @@ def _add_data(parser: argparse._ArgumentGroup) -> None:
     parser.add_argument("--workers", type=int, default=0, help="processes that read pictures (default: 0)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto", help="auto: the first GPU, or the CPU (GPUs are untested)")
+
+
+def _add_finetune(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Train a work directory's model under its scheme, with the published settings unless told otherwise, and write "
+        "DIR/finetune/model.safetensors. The same command goes on with a run that was stopped. Several processes: torchrun "
+        "--nproc_per_node=K -m nmfx finetune ..."
+    )
+    parser.add_argument("work", nargs="?", metavar="DIR", help="work directory with a scheme")
+    start = parser.add_argument_group("what to start from")
+    start.add_argument("--from", dest="start", metavar="FILE", help="a compressed checkpoint instead of the dense weights")
+    start.add_argument("--weights", choices=("none",), help="none: random weights")
+    start.add_argument("--scheme", metavar="FILE|dense", help="another scheme than the work directory's, or none")
+    start.add_argument(
+        "--training",
+        choices=("sr-ste", "ste", "fixed"),
+        default="sr-ste",
+        help="masks follow the weights with a pull on dropped ones (default) or without, or stay as they are (ASP)",
+    )
+    start.add_argument("--decay", type=float, default=2e-4, help="sr-ste: lambda, the pull on dropped weights (default: 2e-4)")
+    _add_pictures(parser.add_argument_group("pictures"), batch=256)
+    pictures = parser.add_argument_group("what is done to them")
+    pictures.add_argument("--no-augment", action="store_true", help="no crops, no mirroring, no jitter")
+    pictures.add_argument("--mixup", type=float, default=0.0, metavar="ALPHA", help="mix pairs of pictures (default: 0)")
+    pictures.add_argument("--cutmix", type=float, default=0.0, metavar="ALPHA", help="paste parts of others (default: 0)")
+    _add_training(parser.add_argument_group("training"))
+    parser.add_argument("--save-seconds", type=float, default=180.0, help="time between saves within an epoch (default: 180)")
+    parser.add_argument("--tensorboard", action="store_true", help="also log for TensorBoard")
+    _add_output(parser, "folder to write to (default: DIR/finetune)")
+
+
+def _add_training(parser: argparse._ArgumentGroup) -> None:
+    parser.add_argument("--epochs", type=int, default=120, help="default: 120")
+    parser.add_argument("--lr", type=float, default=0.01, help="highest learning rate (default: 0.01)")
+    parser.add_argument("--momentum", type=float, default=0.9, help="default: 0.9")
+    parser.add_argument("--weight-decay", type=float, default=5e-5, help="not on norms and biases (default: 5e-5)")
+    parser.add_argument("--warmup-epochs", type=float, default=None, help="default: a 24th of the epochs, 5 of 120")
+    parser.add_argument("--opt", default="momentum", help="an optimiser of timm (default: momentum, which is SGD)")
+    parser.add_argument("--sched", default="cosine", help="a schedule of timm (default: cosine)")
+    parser.add_argument("--smoothing", type=float, default=0.0, help="label smoothing (default: 0)")
+    parser.add_argument("--amp", choices=("none", "bf16"), default="none", help="bf16: compute in bfloat16 where it is safe")
+    parser.add_argument("--channels-last", action="store_true", help="lay pictures and weights out with channels last")
+    parser.add_argument("--accumulate", type=int, default=1, metavar="K", help="cut each batch into K passes (default: 1)")
+    parser.add_argument("--compile", nargs="?", const="inductor", metavar="BACKEND", help="torch.compile (inductor)")
+    parser.add_argument(
+        "--ema", type=float, default=0.0, metavar="DECAY", help="average the weights, as in 0.9998 (default: 0)"
+    )
+    parser.add_argument("--clip-grad", type=float, default=0.0, metavar="NORM", help="largest norm of the gradient")
+    parser.add_argument(
+        "--distill", type=float, default=0.0, metavar="SHARE", help="share of the dense model's answers in the loss"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the order of pictures, their augmentation, dropout (default: 0)"
+    )
+    parser.add_argument("--temperature", type=float, default=1.0, help="softens both answers for --distill (default: 1)")
+
+
+def _add_pictures(parser: argparse._ArgumentGroup, *, batch: int) -> None:
+    parser.add_argument(
+        "--data",
+        required=True,
+        metavar="DIR|NAME",
+        help="an image folder, digits, fashion-mnist, or a timm data set such as torch/cifar100",
+    )
+    parser.add_argument("--data-root", metavar="DIR", help="where a named data set is kept")
+    parser.add_argument(
+        "--batch-size", type=int, default=batch, help=f"pictures a batch, of all processes together (default: {batch})"
+    )
+    parser.add_argument("--workers", type=int, default=0, help="processes that read pictures (default: 0)")
+    parser.add_argument("--device", default="auto", help="auto: the first GPU, or the CPU (GPUs are untested)")
+
+
+def _add_evaluate(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Top-1, top-5 and loss on the validation pictures: of a compressed checkpoint, of plain weights with --model, of a "
+        "model by name, or of a work directory's dense, masked and fine-tuned model."
+    )
+    parser.add_argument("what", metavar="FILE|DIR|MODEL")
+    parser.add_argument("--model", metavar="NAME", help="the network that plain weights are for")
+    parser.add_argument("--reference", metavar="FILE|DIR|MODEL", help="also the share of answers that agree with this model's")
+    parser.add_argument("--input-size", metavar="CxHxW", help="input without the batch, as in 3x224x224")
+    _add_pictures(parser.add_argument_group("pictures"), batch=256)
 
 
 def _add_export(parser: argparse.ArgumentParser) -> None:

@@ -10,18 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from nmfx.data.loader import TrainLoader
 from nmfx.data.seeding import seed_of
 from nmfx.errors import SearchError
 from nmfx.files import write_atomic
 from nmfx.graph.masked import masked_sites
-from nmfx.graph.reading import mask_name
+from nmfx.graph.parallel import rank, world, wrap
 from nmfx.passes.scoring import SUFFIXES
 from nmfx.search.domino_loop import DominoSearch
 
@@ -62,10 +60,11 @@ def run_domino(
     optimizer = torch.optim.SGD(searched.parameters(), lr=lr)
     settings = {"target": str(target), "lr": lr, "seed": seed, "batch": loader.inner.batch_sampler.batch_size}  # type: ignore
     settings |= {"loop": str(search.loop), "sites": search.sites.fingerprint, "options": str(search.problem.options)}
-    settings |= {"budgets": str(search.problem.budgets), "processes": _world()}
+    settings |= {"budgets": str(search.problem.budgets), "processes": world()}
     if checkpoint is not None and checkpoint.exists():
         _load(checkpoint, search, settings)
-    wrapped, saved = _wrap(searched), time.monotonic()
+    scores = [f"{masked.path}.{masked.attr}{suffix}" for masked in masked_sites(searched) for suffix in SUFFIXES]
+    wrapped, saved = wrap(searched, scores), time.monotonic()  # scores follow from the weights, as masks do
     batches = _endless(loader, search.t)
     while not search.done:
         if search.t >= most:
@@ -73,7 +72,7 @@ def run_domino(
                 f"no end after {search.t} iterations: sparsity {search.sparsity:.4f}; raise decay, or lower the target"
             )
         x, label = next(batches)
-        torch.manual_seed(seed_of("search", seed, _rank(), search.t))  # dropout: the same after a resume
+        torch.manual_seed(seed_of("search", seed, rank(), search.t))  # dropout: the same after a resume
         optimizer.zero_grad()
         loss = _loss(wrapped(x.to(device)), label.to(device))
         if not bool(loss.isfinite()):
@@ -85,7 +84,7 @@ def run_domino(
         optimizer.step()
         if progress is not None:
             progress(search)
-        if checkpoint is not None and (search.done or time.monotonic() - saved > SAVE_SECONDS) and _rank() == 0:
+        if checkpoint is not None and (search.done or time.monotonic() - saved > SAVE_SECONDS) and rank() == 0:
             _save(checkpoint, search, settings)
             saved = time.monotonic()
     return search
@@ -108,24 +107,6 @@ def _endless(loader: TrainLoader, t: int) -> Iterator[tuple[Tensor, Tensor]]:
         loader.set_epoch(epoch, skip=skip)
         yield from loader
         epoch, skip = epoch + 1, 0
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-
-
-def _world() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def _wrap(model: nn.Module) -> nn.Module:
-    """Under several processes, with DDP; masks and score buffers follow from the weights and need not be sent."""
-    if _world() == 1:
-        return model
-    own = [f"{masked.path}.{mask_name(masked.attr)}" for masked in masked_sites(model)]
-    own += [f"{masked.path}.{masked.attr}{suffix}" for masked in masked_sites(model) for suffix in SUFFIXES]
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, own)
-    return DistributedDataParallel(model)
 
 
 def _save(path: Path, search: DominoSearch, settings: Mapping[str, Any]) -> None:

@@ -2,38 +2,56 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from timm.utils import AverageMeter, accuracy
+from timm.utils import accuracy
 from torch import Tensor, nn
 
 from nmfx.graph.modes import keep_modes
+from nmfx.graph.parallel import summed
+from nmfx.training.loss import logits_of
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Shares of right answers in 0..1, mean cross-entropy, and the number of pictures."""
+    """Shares of right answers in 0..1, mean cross-entropy, the number of pictures, and the share of answers that a reference
+    model gives too.
+    """
 
     top1: float
     top5: float
     loss: float
     samples: int
+    agreement: float | None = None
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Evaluation:
-    """Accuracy of `model` in eval mode over ``(input, label)`` batches; the modules' modes are restored."""
+def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], *, reference: nn.Module | None = None) -> Evaluation:
+    """Accuracy of `model` in eval mode over ``(input, label)`` batches; the modules' modes are restored.
+
+    Args:
+        reference: a model whose first answers are compared with, usually the dense one.
+
+    Under torch.distributed every process calls it with batches of its own, and gets the result over all.
+    """
     device = next(model.parameters()).device
-    top1, top5, loss = AverageMeter(), AverageMeter(), AverageMeter()
-    with keep_modes(model):
-        model.eval()
+    sums = torch.zeros(5, dtype=torch.float64)  # right, right among five, loss, as the reference says, all
+    with contextlib.ExitStack() as stack:
+        for each in (model, *([] if reference is None else [reference])):
+            stack.enter_context(keep_modes(each))
+            each.eval()
         for x, label in batches:
             x, label = x.to(device), label.to(device)
-            logits = model(x).float()
-            first, fifth = accuracy(logits, label, topk=(1, min(5, logits.shape[1])))
-            top1.update(first.item() / 100, len(x))
-            top5.update(fifth.item() / 100, len(x))
-            loss.update(nn.functional.cross_entropy(logits, label).item(), len(x))
-    return Evaluation(top1.avg, top5.avg, loss.avg, int(top1.count))
+            logits, count = logits_of(model(x)), len(x)
+            first, fifth = (
+                round(share.item() * count / 100) for share in accuracy(logits, label, (1, min(5, logits.shape[1])))
+            )
+            loss = nn.functional.cross_entropy(logits, label).item() * count
+            same = 0 if reference is None else int((logits.argmax(1) == logits_of(reference(x)).argmax(1)).sum())
+            sums += torch.tensor([first, fifth, loss, same, count], dtype=torch.float64)
+    right, among, loss, same, count = summed(sums.to(device)).tolist()
+    share = lambda part: part / max(count, 1)  # noqa: E731
+    return Evaluation(share(right), share(among), share(loss), int(count), None if reference is None else share(same))

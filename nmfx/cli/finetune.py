@@ -1,0 +1,167 @@
+"""nmfx finetune: train a work directory's model under its scheme; the same command goes on with a run that was stopped."""
+
+from __future__ import annotations
+
+import shlex
+from argparse import Namespace
+from pathlib import Path
+
+import torch.distributed as dist
+from torch import nn
+
+from nmfx.cli import evaluate as evaluating
+from nmfx.cli import work
+from nmfx.cli.console import advancing, output, working
+from nmfx.cli.processes import is_first, processes, size_of_group
+from nmfx.data.augment import Augment
+from nmfx.data.config import PictureConfig
+from nmfx.data.loader import validation_loader
+from nmfx.data.source import Data
+from nmfx.errors import NmfxError
+from nmfx.export.checkpoint import load_checkpoint, save_checkpoint
+from nmfx.graph.census import find_sites
+from nmfx.passes.baking import verify
+from nmfx.passes.transform import scheme_of, transform
+from nmfx.scheme import INFO, Scheme
+from nmfx.training.evaluation import evaluate
+from nmfx.training.finetune import BEST, LAST, LOG, finetune
+from nmfx.training.masks import set_training
+from nmfx.training.record import Finetuned, Progress
+from nmfx.training.settings import Settings
+from nmfx.training.state import fingerprint
+from nmfx.zoo.building import build_random
+
+MODEL = "model.safetensors"
+
+
+def run(args: Namespace) -> None:
+    """Build, train, write, check."""
+    with processes(args.device) as device:
+        _run(args, device)
+
+
+def _run(args: Namespace, device: str) -> None:
+    found = work.find_work(args.work)
+    if found is None and not args.start:
+        raise NmfxError("no work directory here; make one with `nmfx convert MODEL`, then `nmfx search`, or give --from FILE")
+    if found is None and not args.out:
+        raise NmfxError("--from without a work directory: say where to write, with -o FOLDER")
+    folder = Path(args.out) if args.out or found is None else found.path / "finetune"
+    if args.start and (folder / MODEL).resolve() == Path(args.start).resolve():
+        raise NmfxError(f"{args.start} would be overwritten; give -o another folder")
+    settings = _settings(args)
+    model, info = _model(args, found)
+    about = {"weights before": fingerprint(model)}
+    teacher = _teacher(args, found)
+    data, config = evaluating.pictures(args, model, found.input_size if found else None)
+    if args.force and is_first():
+        for stale in (LAST, BEST, LOG, MODEL):
+            (folder / stale).unlink(missing_ok=True)
+    if size_of_group() > 1:
+        dist.barrier()  # nobody looks for a run to resume before it is gone
+    if (folder / LAST).exists():
+        output().print(f"going on with {folder / LAST}; --force starts anew")
+    name = info.get("model", type(model).__name__)
+    model.to(device)
+    with advancing(f"fine-tuning {name} on {data.name}") as advance:
+
+        def progress(now: Progress) -> None:
+            top1 = "" if now.top1 is None else f", top-1 {now.top1:.2%}"
+            line = f"epoch {now.epoch + 1}/{now.epochs}: loss {now.loss:.4f}{top1}, {now.images_per_second:,.0f} images/s"
+            advance(now.share, line)
+
+        result = finetune(
+            model, data, settings=settings, folder=folder, config=config, teacher=teacher, about=about, progress=progress
+        )
+    if is_first():
+        save_checkpoint(model, folder / MODEL, info=info)
+    _check(folder / MODEL, result, data, config, settings, device)
+    _show(model, result, folder)
+    if found is not None and not args.start and args.weights is None:
+        found.warn()
+
+
+def _settings(args: Namespace) -> Settings:
+    return Settings(
+        epochs=args.epochs,
+        batch_size=args.batch_size,
+        lr=args.lr,
+        momentum=args.momentum,
+        weight_decay=args.weight_decay,
+        warmup_epochs=args.warmup_epochs,
+        opt=args.opt,
+        sched=args.sched,
+        smoothing=args.smoothing,
+        amp=args.amp,
+        channels_last=args.channels_last,
+        accumulate=args.accumulate,
+        compile=args.compile or "",
+        ema=args.ema,
+        clip_grad=args.clip_grad,
+        distill=args.distill,
+        temperature=args.temperature,
+        seed=args.seed,
+        augment=Augment(on=not args.no_augment, mixup=args.mixup, cutmix=args.cutmix),
+        workers=args.workers,
+        save_seconds=args.save_seconds,
+        tensorboard=args.tensorboard,
+    )
+
+
+def _model(args: Namespace, found: work.Work | None) -> tuple[nn.Module, dict[str, str]]:
+    """The converted model to train, and what its checkpoint says of its origin."""
+    if args.start and args.weights:
+        raise NmfxError("give --from or --weights, not both")
+    if args.start:
+        with working(f"loading {args.start}"):
+            model = load_checkpoint(args.start)
+        info = {"weights": f"fine-tuned from {Path(args.start).name}"}
+        if args.scheme is None:
+            set_training(model, args.training, args.decay)
+            return model, info | ({"model": found.model} if found else {})
+    else:
+        assert found is not None
+        model = found.load() if args.weights is None else build_random(found.source, args.seed)
+        info = {"model": found.model, "weights": f"fine-tuned from {found.weights if args.weights is None else 'random'}"}
+    if args.scheme == "dense":
+        return model, info
+    path = Path(args.scheme) if args.scheme else found.scheme_path if found else Path()
+    if not path.is_file():
+        where = f"; run `nmfx search {shlex.quote(str(found.path))}`" if found and not args.scheme else ""
+        raise NmfxError(f"{path}: no scheme there{where}, or give --scheme FILE (--scheme dense trains without one)")
+    with working("finding the sites"):
+        sites = found.sites(model) if found else find_sites(model, work.example_of(model, None))
+    scheme = Scheme.load(path, sites)
+    transform(model, scheme, sites=sites, training=args.training, decay=args.decay, inplace=True)
+    return model, {key: value for key, value in scheme.info.items() if key in INFO} | info
+
+
+def _teacher(args: Namespace, found: work.Work | None) -> nn.Module | None:
+    if not args.distill:
+        return None
+    if found is None or found.weights == "random":
+        raise NmfxError("--distill learns from the dense weights of a work directory: name one that has them")
+    return found.load()
+
+
+def _check(path: Path, result: Finetuned, data: Data, config: PictureConfig, settings: Settings, device: str) -> None:
+    """What is on disk scores as what was trained, digit for digit."""
+    if size_of_group() > 1:
+        dist.barrier()  # it has been written
+    size = settings.pictures_a_pass(size_of_group())
+    with working(f"evaluating {path}"):
+        loaded = load_checkpoint(path).to(device)
+        found = evaluate(loaded, validation_loader(data, config, batch_size=size, workers=settings.workers))
+    if found != result.evaluation:
+        raise NmfxError(f"{path}: evaluates as {found}, the trained model as {result.evaluation}; do not use it")
+
+
+def _show(model: nn.Module, result: Finetuned, folder: Path) -> None:
+    out, end = output(), result.evaluation
+    out.print(f"top-1 {end.top1:.2%}, top-5 {end.top5:.2%}, loss {end.loss:.4f} on {end.samples:,} validation pictures")
+    out.print(f"best: top-1 {result.best.top1:.2%} after epoch {result.best.epoch + 1} of {len(result.epochs)}")
+    if len(scheme_of(model)):
+        checked = verify(model)
+        out.print(f"verified: {checked.groups:,} groups of {checked.sites} sites hold at most N")
+    out.print(f"verified: {folder / MODEL}, loaded again, evaluates the same to the last digit", soft_wrap=True)
+    out.print(f"wrote {', '.join(str(folder / name) for name in (MODEL, BEST, LAST, LOG))}", soft_wrap=True)

@@ -1,0 +1,312 @@
+"""finetune: train a converted (or dense) classifier on pictures, resumable bit for bit, in one process or several."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.utils import ModelEmaV3, distribute_bn
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from nmfx.data.config import PictureConfig, check_classes, picture_config
+from nmfx.data.loader import train_loader, validation_loader
+from nmfx.data.seeding import seed_of
+from nmfx.data.source import Data
+from nmfx.errors import CheckpointError, NmfxError
+from nmfx.graph.masked import masked_sites, renew
+from nmfx.graph.modes import keep_modes
+from nmfx.graph.parallel import rank, summed, world, wrap
+from nmfx.training.evaluation import evaluate
+from nmfx.training.loss import distilled, logits_of, task_loss
+from nmfx.training.masks import describe, frozen_masks, shared_decay
+from nmfx.training.record import Board, Epoch, Finetuned, Progress, write_log
+from nmfx.training.settings import Settings
+from nmfx.training.state import (
+    check_identity,
+    fill,
+    load_state,
+    optimizer_state,
+    prefixed,
+    restore_optimizer,
+    save_state,
+    under,
+)
+
+LAST, BEST, LOG = "last.safetensors", "best.safetensors", "log.csv"
+
+
+def finetune(
+    model: nn.Module,
+    data: Data,
+    *,
+    settings: Settings = Settings(),  # noqa: B008 - frozen
+    folder: Path | None = None,
+    config: PictureConfig | None = None,
+    teacher: nn.Module | None = None,
+    about: Mapping[str, str] | None = None,
+    progress: Callable[[Progress], None] | None = None,
+) -> Finetuned:
+    """Train `model` in place, on its device, and leave it in eval mode; how its masks train was said to `transform`.
+
+    Args:
+        folder: where to keep ``last.safetensors``, ``best.safetensors`` and ``log.csv``. The same call with the same folder
+            goes on where the last save was, and ends with the same weights as a run without a stop; the weights that `model`
+            comes with then do not matter.
+        config: how pictures are brought to the model; found as `picture_config` does when None.
+        teacher: the dense model to distil from, when the settings say so; it is moved to the model's device.
+        about: what else has to agree for a run to be resumed, such as where the weights came from.
+        progress: called after every update.
+
+    Under torch.distributed, started by the caller, every process takes its share of each batch and only the first one writes.
+    The decay of SR-STE is averaged as gradients are, so that it means the same in any number of processes and passes.
+
+    Raises:
+        NmfxError: settings that do not go together, a loss that is not finite (the files are those of the last save).
+        CheckpointError: the folder is of a run with other settings.
+        DataError: pictures that cannot be read, or of other classes than the model's.
+    """
+    teacher = teacher if settings.distill else None
+    if settings.distill and teacher is None:
+        raise NmfxError("distillation needs the dense model: give finetune(..., teacher=...)")
+    identity = settings.identity() | describe(model) | {"data": str(data), "processes": world()} | dict(about or {})
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(shared_decay(model, settings.accumulate))
+        if teacher is not None:
+            stack.enter_context(keep_modes(teacher))
+            teacher.to(next(model.parameters()).device).eval()
+        run = Run(model, data, settings, folder, config, teacher, identity)
+        board = folder / "tensorboard" if folder and settings.tensorboard and rank() == 0 else None
+        with Board(board, start=run.at.epoch) as tensorboard:
+            while run.at.epoch < settings.epochs:
+                run.train_epoch(progress)
+                tensorboard.add(run.end_epoch())
+    return run.conclude()
+
+
+@dataclass
+class Position:
+    """Where a run stands, in numbers: the next update, the loss summed over the epoch's updates, the log."""
+
+    epoch: int = 0
+    step: int = 0
+    loss: float = 0.0
+    log: list[Epoch] = field(default_factory=list)
+
+    @property
+    def top1(self) -> float | None:
+        """The last one measured."""
+        return self.log[-1].top1 if self.log else None
+
+
+class Run:
+    """One run: the model, what trains it, and where it stands."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: Data,
+        settings: Settings,
+        folder: Path | None,
+        config: PictureConfig | None,
+        teacher: nn.Module | None,
+        identity: Mapping[str, Any],
+    ) -> None:
+        check_classes(data, model)
+        self.model, self.settings, self.folder, self.teacher, self.identity = model, settings, folder, teacher, identity
+        self.device, self.at = next(model.parameters()).device, Position()
+        self.lr = self.speed = 0.0  # of the last update, and pictures a second of this epoch
+        config, size = config or picture_config(model, data), settings.pictures_a_pass(world())
+        same = {"workers": settings.workers, "batch_size": size}
+        self.loader = train_loader(data, config, augment=settings.mixed_augment, seed=settings.seed, **same)  # type: ignore
+        self.validation = validation_loader(data, config, **same)  # type: ignore[arg-type]
+        self.steps = len(self.loader) // settings.accumulate
+        if not self.steps:
+            raise NmfxError(f"{data.name}: too few pictures for one batch of {settings.batch_size}; take smaller batches")
+        if settings.channels_last:
+            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.optimizer, self.scheduler = self._optimizer_and_scheduler()
+        self.ema = ModelEmaV3(model, settings.ema, use_warmup=True) if settings.ema else None
+        if folder is not None:
+            self._resume(folder)
+            if int(summed(torch.tensor(self.t, device=self.device))) != self.t * world():
+                raise CheckpointError(f"{folder}: not every process sees the same {LAST}; use a folder that all of them share")
+        self.parallel = wrap(model)
+        self.forward = torch.compile(self.parallel, backend=settings.compile) if settings.compile else self.parallel
+        self._schedule()
+
+    def _optimizer_and_scheduler(self) -> tuple[torch.optim.Optimizer, Any]:
+        s = self.settings
+        warmup = s.epochs / 24 if s.warmup_epochs is None else s.warmup_epochs
+        times = {"num_epochs": s.epochs, "warmup_epochs": warmup, "updates_per_epoch": self.steps, "step_on_epochs": False}
+        try:
+            optimizer = create_optimizer_v2(self.model, s.opt, lr=s.lr, weight_decay=s.weight_decay, momentum=s.momentum)
+            return optimizer, create_scheduler_v2(optimizer, s.sched, warmup_lr=s.lr / 1000, **times)[0]
+        except (AssertionError, ValueError, TypeError, KeyError, RuntimeError) as error:
+            raise NmfxError(
+                f"timm does not accept opt {s.opt!r} with sched {s.sched!r}: {error or type(error).__name__}"
+            ) from error
+
+    @property
+    def t(self) -> int:
+        """Updates done."""
+        return self.at.epoch * self.steps + self.at.step
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The weights that count: the moving average where there is one."""
+        return self.model if self.ema is None else self.ema.module  # type: ignore[no-any-return]
+
+    def train_epoch(self, progress: Callable[[Progress], None] | None) -> None:
+        """The rest of an epoch's updates, with a save every few minutes."""
+        self.model.train()
+        self.loader.set_epoch(self.at.epoch, skip=self.at.step * self.settings.accumulate)
+        batches, first, start = iter(self.loader), self.at.step, time.perf_counter()
+        saved = start
+        for step in range(first, self.steps):
+            self.at.loss += self.update(batches)
+            self.at.step = step + 1
+            now = time.perf_counter()
+            self.speed = (step + 1 - first) * self.settings.batch_size / (now - start)
+            if step + 1 < self.steps and now - saved > self.settings.save_seconds:  # the last one is saved with its evaluation
+                self.save(LAST)
+                saved = now
+            if progress is not None:
+                loss, lr, top1 = self.at.loss / self.at.step, self.lr, self.at.top1
+                progress(Progress(self.at.epoch, self.settings.epochs, step, self.steps, loss, lr, self.speed, top1))
+
+    def update(self, batches: Iterator[tuple[Tensor, Tensor]]) -> float:
+        """One update of the weights; the mean loss over all passes and processes.
+
+        Raises:
+            NmfxError: the loss is not finite; the weights are those before.
+        """
+        passes = self.settings.accumulate
+        total = torch.zeros((), device=self.device)
+        self.optimizer.zero_grad()
+        for index, (x, label) in enumerate(itertools.islice(batches, passes)):
+            key = ("finetune", self.settings.seed, rank(), self.t, index)
+            torch.manual_seed(seed_of(*key))  # dropout: the same after a resume
+            with self._alone() if index + 1 < passes else contextlib.nullcontext():
+                loss = self._loss(x.to(self.device), label.to(self.device)) / passes
+                loss.backward()
+            total += loss.detach()
+        mean = float(summed(total)) / world()
+        if not abs(mean) < float("inf"):
+            kept = f"; {self.folder} holds the last good state" if self.folder and (self.folder / LAST).exists() else ""
+            raise NmfxError(
+                f"the loss is {mean} in epoch {self.at.epoch}, at update {self.t}: lower lr ({self.settings.lr}), or limit the "
+                f"gradient with clip_grad{kept}"
+            )
+        if self.settings.clip_grad:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip_grad)
+        self.lr = max(group["lr"] for group in self.optimizer.param_groups)
+        self.optimizer.step()
+        self._schedule(1)
+        if self.ema is not None:
+            self.ema.update(self.model, step=self.t + 1)
+        return mean
+
+    def _loss(self, x: Tensor, label: Tensor) -> Tensor:
+        if self.settings.channels_last:
+            x = x.contiguous(memory_format=torch.channels_last)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.amp == "bf16"):
+            outputs, answers = self.forward(x), None
+            if self.teacher is not None:
+                with torch.no_grad():
+                    answers = logits_of(self.teacher(x))
+        loss = task_loss(outputs, label, self.settings.smoothing)
+        return loss if answers is None else distilled(loss, outputs, answers, self.settings)
+
+    def _alone(self) -> contextlib.AbstractContextManager[None]:
+        """Gradients stay in this process until the last pass of an update."""
+        ddp = isinstance(self.parallel, DistributedDataParallel)
+        return self.parallel.no_sync() if ddp else contextlib.nullcontext()  # type: ignore
+
+    def _schedule(self, after: int = 0) -> None:
+        if self.scheduler is not None:
+            self.scheduler.step_update(self.t + after)
+
+    def end_epoch(self) -> Epoch:
+        """Evaluate, log and save."""
+        if world() > 1:  # each process has seen its own pictures
+            distribute_bn(self.model, world(), reduce=True)
+            if self.ema is not None:
+                distribute_bn(self.ema.module, world(), reduce=False)
+        renew(self.evaluated)
+        found = evaluate(self.evaluated, self.validation)
+        loss = self.at.loss / self.steps
+        row = Epoch(self.at.epoch, loss, found.top1, found.top5, found.loss, self.lr, self.speed)
+        best = max((epoch.top1 for epoch in self.at.log), default=-1.0)
+        self.at = Position(self.at.epoch + 1, log=[*self.at.log, row])
+        if row.top1 > best:
+            self.save(BEST)  # before the other, which says that it is there
+        self.save(LAST)
+        if self.folder is not None and rank() == 0:
+            write_log(self.folder / LOG, self.at.log)
+        return row
+
+    def save(self, name: str) -> None:
+        """Write the whole run, or for the best one the weights that were evaluated."""
+        if self.folder is None or rank() != 0:
+            return
+        if name == BEST:
+            save_state(self.folder / BEST, self.evaluated.state_dict(), asdict(self.at.log[-1]))
+            return
+        optimizer, numbers = optimizer_state(self.optimizer)
+        tensors = prefixed("model", self.model.state_dict()) | prefixed("optimizer", optimizer)
+        tensors |= prefixed("mask", frozen_masks(self.model))
+        tensors |= prefixed("ema", self.ema.module.state_dict()) if self.ema is not None else {}
+        save_state(self.folder / LAST, tensors, {"identity": self.identity, "at": asdict(self.at), "optimizer": numbers})
+
+    def _resume(self, folder: Path) -> None:
+        path = folder / LAST
+        if rank() == 0:
+            for draft in folder.glob(f".{LAST}.*"):  # of a save that was killed
+                shutil.rmtree(draft, ignore_errors=True)
+        if not path.exists():
+            return
+        tensors, about = load_state(path)
+        check_identity(path, about["identity"], self.identity)
+        fill(self.model, under("model", tensors), path)
+        if self.ema is not None:
+            fill(self.ema.module, under("ema", tensors), path)
+        restore_optimizer(self.optimizer, under("optimizer", tensors), about["optimizer"])
+        masks = under("mask", tensors)
+        for model in (self.model, *([] if self.ema is None else [self.ema.module])):
+            for site in masked_sites(model):
+                if (name := f"{site.path}.{site.attr}".lstrip(".")) in masks:
+                    site.mask.copy_(masks[name])
+            renew(model)
+        at = about["at"]
+        self.at = Position(at["epoch"], at["step"], at["loss"], [Epoch(**row) for row in at["log"]])
+        if rank() == 0 and self.at.log:
+            write_log(folder / LOG, self.at.log)
+
+    def conclude(self) -> Finetuned:
+        """The trained weights in the model, in eval mode and plain memory format, evaluated as they will be loaded."""
+        if self.ema is not None:
+            self.model.load_state_dict(self.ema.module.state_dict())
+        if self.settings.channels_last:
+            self.model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        self.optimizer.zero_grad()
+        self.model.eval()
+        renew(self.model)
+        return Finetuned(evaluate(self.model, self.validation), tuple(self.at.log))
+
+
+def load_best(folder: Path, model: nn.Module) -> Epoch:
+    """Load the weights of the best epoch into the model that was trained, or a copy; says which epoch it was."""
+    tensors, about = load_state(folder / BEST)
+    fill(model, tensors, folder / BEST)
+    renew(model)
+    return Epoch(**about)

@@ -1,0 +1,58 @@
+"""How masks train: chosen for a converted model, and shared out over the passes of an update."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import replace
+
+from torch import Tensor, nn
+
+from nmfx.graph.masked import masked_sites
+from nmfx.graph.reading import MaskSpec, MaskState
+from nmfx.passes.transform import Training
+
+
+def set_training(model: nn.Module, training: Training, decay: float = 2e-4) -> None:
+    """Train the masks of a converted model in another way (see `transform`); they stay as they are until a weight changes."""
+    factor = {"sr-ste": decay, "ste": 0.0, "fixed": None}[training]
+    for state in _states(model):
+        _replace(state, replace(state.spec, decay=factor, frozen=training == "fixed"))
+
+
+@contextlib.contextmanager
+def shared_decay(model: nn.Module, passes: int) -> Iterator[None]:
+    """SR-STE adds its decay in every backward pass: with `passes` of them an update, give each its share."""
+    states = {} if passes == 1 else {state: state.spec for state in _states(model) if state.spec.decay}
+    for state, spec in states.items():
+        _replace(state, replace(spec, decay=(spec.decay or 0.0) / passes))
+    try:
+        yield
+    finally:
+        for state, spec in states.items():
+            _replace(state, spec)
+
+
+def describe(model: nn.Module) -> dict[str, str]:
+    """The pattern of every site, and how its mask trains."""
+    return {f"pattern of {site.spec.name}": f"{site.spec.pattern} {_training(site.spec)}" for site in masked_sites(model)}
+
+
+def frozen_masks(model: nn.Module) -> dict[str, Tensor]:
+    """The masks that do not follow from the weights, by the names of their sites."""
+    return {f"{site.path}.{site.attr}".lstrip("."): site.mask for site in masked_sites(model) if site.spec.frozen}
+
+
+def _states(model: nn.Module) -> list[MaskState]:
+    return list(dict.fromkeys(site.state for site in masked_sites(model)))  # one for all owners of a tied weight
+
+
+def _replace(state: MaskState, spec: MaskSpec) -> None:
+    state.spec = spec
+    if state.cache is not None:
+        state.cache.live = None  # it would give gradients of the kind before
+
+
+def _training(spec: MaskSpec) -> str:
+    kind = "fixed" if spec.decay is None else f"sr-ste {spec.decay}" if spec.decay else "ste"
+    return f"{kind}, frozen" if spec.frozen and spec.decay is not None else kind

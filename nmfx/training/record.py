@@ -1,0 +1,101 @@
+"""What a training run says of itself: while it runs, after every epoch, at the end."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from nmfx.errors import NmfxError
+from nmfx.files import write_atomic
+from nmfx.training.evaluation import Evaluation
+
+
+@dataclass(frozen=True)
+class Progress:
+    """After an update: `step` of `steps` in `epoch` of `epochs` (both from 0), the epoch's mean loss so far, the last top-1."""
+
+    epoch: int
+    epochs: int
+    step: int
+    steps: int
+    loss: float
+    lr: float
+    images_per_second: float
+    top1: float | None
+
+    @property
+    def share(self) -> float:
+        """How much of the run is done, 0..1."""
+        return (self.epoch + (self.step + 1) / self.steps) / self.epochs
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """A line of the log: mean training loss, then what the validation pictures say; `lr` is that of the last update."""
+
+    epoch: int
+    train_loss: float
+    top1: float
+    top5: float
+    loss: float
+    lr: float
+    images_per_second: float
+
+
+@dataclass(frozen=True)
+class Finetuned:
+    """The end of a run: the trained model on the validation pictures, every epoch, and the best one."""
+
+    evaluation: Evaluation
+    epochs: tuple[Epoch, ...]
+
+    @property
+    def best(self) -> Epoch:
+        """The first epoch of the highest top-1."""
+        return max(self.epochs, key=lambda epoch: epoch.top1)
+
+
+def write_log(path: Path, epochs: Iterable[Epoch]) -> None:
+    """The log as CSV, whole: after a resume no line is missing and none is there twice."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [field.name for field in fields(Epoch)], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(asdict(epoch) for epoch in epochs)
+    write_atomic(path, lambda draft: _write(draft, text.getvalue()))
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+class Board:
+    """TensorBoard's view of the log, if it is asked for."""
+
+    def __init__(self, folder: Path | None, *, start: int) -> None:
+        self.writer: Any = None
+        if folder is None:
+            return
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise NmfxError(f"TensorBoard logs need the package ({error}): pip install tensorboard") from error
+        self.writer = SummaryWriter(str(folder), purge_step=start)
+
+    def __enter__(self) -> Board:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self.writer is not None:
+            self.writer.close()
+
+    def add(self, epoch: Epoch) -> None:
+        """One point on every curve."""
+        if self.writer is not None:
+            for name, value in asdict(epoch).items():
+                self.writer.add_scalar(name, value, epoch.epoch)
+            self.writer.flush()

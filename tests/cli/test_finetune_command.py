@@ -1,0 +1,175 @@
+"""Laws of `nmfx finetune` and `nmfx evaluate`: what is written scores as what was trained, and a stopped command goes on."""
+
+from __future__ import annotations
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from nmfx.cli import console
+from nmfx.cli.main import main
+from nmfx.export.checkpoint import load_checkpoint, read_checkpoint
+from nmfx.export.plain import save_baked
+from nmfx.graph.masked import masked_sites
+from nmfx.passes.baking import bake
+
+ROOT = Path(__file__).parents[2]
+DIGITS = ("--data", "digits", "--batch-size", "64")
+QUICK = (*DIGITS, "--epochs", "1", "--lr", "0.02")
+MODEL = Path("digits.nmfx/finetune/model.safetensors")
+Run = Callable[..., str]
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A new current folder, and consoles that write to what pytest captures."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("COLUMNS", "FORCE_COLOR", "NO_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    for function in (console.output, console.errors):
+        function.cache_clear()
+    yield tmp_path
+    for function in (console.output, console.errors):
+        function.cache_clear()
+
+
+@pytest.fixture
+def nmfx(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run a command that works; its output."""
+
+    def run(*argv: str) -> str:
+        assert main(argv) == 0, capsys.readouterr().err
+        return capsys.readouterr().out
+
+    return run
+
+
+@pytest.fixture
+def fails(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run a command that cannot work: one line on standard error, exit code 1."""
+
+    def run(*argv: str) -> str:
+        assert main(argv) == 1
+        error = capsys.readouterr().err
+        assert error.startswith("error: ")
+        assert error.count("\n") == 1
+        return error.strip()
+
+    return run
+
+
+@pytest.fixture
+def work(nmfx: Run) -> Path:
+    """The demo network at 2:16."""
+    nmfx("convert", "demo:digits", "--pattern", "2:16")
+    return Path("digits.nmfx")
+
+
+def scores(out: str, row: str) -> list[str]:
+    return next(line for line in out.splitlines() if line.startswith(row)).removeprefix(row).split()
+
+
+def log(folder: Path) -> list[dict[str, str]]:
+    with (folder / "log.csv").open() as file:
+        return [{key: value for key, value in row.items() if key != "images_per_second"} for row in csv.DictReader(file)]
+
+
+def test_the_chain_from_a_scheme_to_scores(work: Path, nmfx: Run) -> None:
+    out = nmfx("finetune", *QUICK, "--ema", "0.5", "--distill", "0.5", "--amp", "bf16", "--tensorboard")
+    assert "loaded again, evaluates the same to the last digit" in out
+    assert "of 5 sites hold at most N" in out
+    assert sorted(p.name for p in MODEL.parent.iterdir()) == [
+        "best.safetensors", "last.safetensors", "log.csv", "model.safetensors", "tensorboard"
+    ]  # fmt: skip
+    info = read_checkpoint(MODEL)[0].info
+    assert (info["model"], info["weights"]) == ("demo:digits", "fine-tuned from pretrained")
+    table = nmfx("evaluate", "digits.nmfx", *DIGITS)
+    dense, masked, tuned = (scores(table, row) for row in ("dense", "masked, untrained", "fine-tuned"))
+    assert float(dense[0].rstrip("%")) > 98
+    assert float(masked[0].rstrip("%")) + 30 < float(tuned[0].rstrip("%"))
+    assert f"top-1 {tuned[0]}, top-5 {tuned[1]}" in out
+    assert len(tuned) == 4  # with the agreement
+    save_baked(bake(load_checkpoint(MODEL)), Path("baked.safetensors"))
+    baked = nmfx("evaluate", "baked.safetensors", "--model", "demo:digits", "--reference", "digits.nmfx", *DIGITS)
+    packed = nmfx("evaluate", str(MODEL), "--reference", "demo:digits", *DIGITS)
+    assert scores(baked, "baked.safetensors") == scores(packed, str(MODEL)) == tuned
+
+
+def test_it_starts_from_a_checkpoint_from_random_weights_and_without_a_scheme(work: Path, nmfx: Run) -> None:
+    nmfx("finetune", *QUICK)
+    nmfx("finetune", "--from", str(MODEL), "-o", "fixed", "--training", "fixed", *QUICK)
+    before, after = (load_checkpoint(path) for path in (MODEL, "fixed/model.safetensors"))
+    for a, b in zip(masked_sites(before), masked_sites(after), strict=True):
+        assert a.mask.equal(b.mask)
+        assert (b.spec.frozen, b.spec.decay) == (True, None)
+    nmfx("convert", "demo:digits", "--pattern", "1:16", "-o", "other.nmfx")
+    nmfx("finetune", str(work), "--from", str(MODEL), "--scheme", "other.nmfx/scheme.yaml", "-o", "sparser", *QUICK)
+    patterns = {str(site.spec.pattern) for site in masked_sites(load_checkpoint("sparser/model.safetensors"))}
+    assert patterns == {"1:16"}
+    nmfx("finetune", str(work), "--weights", "none", "-o", "random", "--decay", "0.001", *QUICK)
+    header = read_checkpoint("random/model.safetensors")[0]
+    assert header.info["weights"] == "fine-tuned from random"
+    assert {site["decay"] for site in header.sites.values()} == {0.001}
+    nmfx("finetune", str(work), "--scheme", "dense", "-o", "dense", *QUICK)
+    assert not read_checkpoint("dense/model.safetensors")[0].sites
+
+
+def test_the_same_command_goes_on_after_kill_9(work: Path, nmfx: Run, fails: Run) -> None:
+    argv = (str(work), *DIGITS, "--epochs", "8", "--lr", "0.02", "--save-seconds", "0")
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    last = work / "finetune" / "last.safetensors"
+    command = [sys.executable, "-m", "nmfx", "finetune", *argv]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+        limit = time.monotonic() + 60
+        while not last.exists() and process.poll() is None and time.monotonic() < limit:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        _, error = process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL, error
+    assert not MODEL.exists()
+    assert "epochs 8 -> 9" in fails("finetune", *argv, "--epochs", "9")
+    out = nmfx("finetune", *argv)
+    assert f"going on with {last}" in out
+    nmfx("finetune", *argv, "-o", "whole")
+    assert load_file(last).keys() == load_file("whole/last.safetensors").keys()
+    for name, value in load_file("whole/last.safetensors").items():
+        assert value.equal(load_file(last)[name]), name
+    assert log(last.parent) == log(Path("whole"))
+    assert MODEL.read_bytes() == Path("whole/model.safetensors").read_bytes()
+    assert out.splitlines()[1:4] == nmfx("finetune", *argv).splitlines()[1:4]  # nothing left to do
+    assert "going on" not in nmfx("finetune", *QUICK, "--force")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["finetune", *QUICK, "--batch-size", "63", "--accumulate", "2"], "batch size 63 does not divide by 1 processes x 2"),
+        (["finetune", "--data", "nowhere/at/all"], "nowhere/at/all"),
+        (["finetune", *QUICK, "--lr", "1e30", "--decay", "0"], "lower lr"),
+        (["finetune", *QUICK, "--scheme", "none.yaml"], "none.yaml: no scheme there, or give --scheme FILE"),
+        (["finetune", "--from", "none.safetensors", *QUICK], "none.safetensors: no such file"),
+        (["finetune", "--from", str(MODEL), *QUICK], "would be overwritten"),
+        (["finetune", "--from", "a", "--weights", "none", *QUICK], "not both"),
+        (["finetune", *QUICK, "--device", "abacus"], "--device abacus"),
+        (["evaluate", "none.safetensors", *DIGITS], "none.safetensors: no such file"),
+        (["evaluate", "digits.nmfx/weights.safetensors", *DIGITS], "give --model NAME"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_cannot_be_done_is_one_line(argv: list[str], message: str, work: Path, fails: Run) -> None:
+    assert message in fails(*argv)
+    assert not MODEL.exists()
+
+
+def test_no_work_directory_and_no_scheme(nmfx: Run, fails: Run) -> None:
+    assert "no work directory here" in fails("finetune", *QUICK)
+    nmfx("convert", "demo:digits")
+    assert "run `nmfx search digits.nmfx`" in fails("finetune", *QUICK)
