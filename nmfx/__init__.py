@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from nmfx.data.source import open_data as open_data
     from nmfx.errors import NmfxError as NmfxError
     from nmfx.export.checkpoint import load_checkpoint as load_checkpoint
     from nmfx.export.checkpoint import save_checkpoint as save_checkpoint
@@ -30,10 +31,12 @@ if TYPE_CHECKING:
     from nmfx.sparsity.pattern import Pattern as Pattern
     from nmfx.training.evaluation import evaluate as evaluate
     from nmfx.training.finetune import finetune as finetune
+    from nmfx.training.settings import Settings as Settings
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "open_data": "nmfx.data.source",
     "NmfxError": "nmfx.errors",
     "load_checkpoint": "nmfx.export.checkpoint",
     "save_checkpoint": "nmfx.export.checkpoint",
@@ -54,6 +57,7 @@ _HOMES = {
     "recalibrate_bn": "nmfx.passes.calibration",
     "evaluate": "nmfx.training.evaluation",
     "finetune": "nmfx.training.finetune",
+    "Settings": "nmfx.training.settings",
 }
 __all__ = [*_HOMES]
 
