@@ -136,7 +136,7 @@ def dense(network: str, seed: int) -> nn.Module:
         from pictures import lite0
 
         return lite0()
-    path = Path(f"/tmp/study-{network}-{seed}.pt")
+    path = Path(f"study-{network}-{seed}.pt")
     torch.manual_seed(seed)
     model = {"resnet20": resnet20, "vit": vit}[network]()
     if path.exists():
