@@ -103,3 +103,13 @@ def test_coverage_is_the_same_before_and_after_conversion() -> None:
     assert plain == masked
     assert plain.parts > 1
     assert re.match(r"RAFT: torch\.fx cannot trace it at the root", plain.why)
+
+
+def test_every_model_that_is_installed_here_was_measured() -> None:
+    table = load_table()
+    if any(table.versions[name] != versions()[name] for name in ("timm", "torchvision")):
+        pytest.skip(f"measured with {table.versions}")
+    names = set(list_models())
+    assert names <= set(table.entries)
+    assert all(entry.reach > 0.95 for entry in table.entries.values())
+    assert all(entry.numerics == "exact" for entry in table.entries.values() if entry.parameters <= 60e6)
