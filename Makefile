@@ -10,7 +10,7 @@ demo: $(VENV)/.ready
 	$(BIN)/python examples/digits.py
 
 test: lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 slow: $(VENV)/.ready
 	$(BIN)/python -m pytest -m slow --timeout=3600

@@ -31,6 +31,9 @@ from nmfx.data.loader import train_loader
 from nmfx.data.pictures import ArrayPictures
 from nmfx.data.sample import calibration
 from nmfx.data.source import Data, open_data
+from nmfx.report.canvas import save_figure
+from nmfx.report.figures import draw_accuracy
+from nmfx.report.record import Point
 from nmfx.search import sensitivity
 from nmfx.search.run import run_domino
 
@@ -129,6 +132,11 @@ def train(model: nn.Module, steps: int, lr: float, seed: int, *, epoch: int = 0)
     return model.eval()
 
 
+def tune(model: nn.Module, network: str, seed: int) -> nn.Module:
+    """The same fine-tuning for every scheme, and for the dense network."""
+    return train(model, TUNE_STEPS, 0.05 if network == "resnet20" else 0.02, seed, epoch=50)
+
+
 @cache
 def dense(network: str, seed: int) -> nn.Module:
     """The trained dense network; kept on disk between runs."""
@@ -222,7 +230,11 @@ def run(network: str, seed: int, kind: str, target: float, method: str) -> dict[
     record: dict[str, Any] = {"network": network, "seed": seed, "budget": kind, "target": target, "method": method}
     if method == "dense":
         found = nmfx.evaluate(model, tests(network, seed))
-        return record | {"one_shot": found.top1, "one_shot_loss": found.loss}
+        record |= {"one_shot": found.top1, "one_shot_loss": found.loss}
+        if network != "lite0":  # the same steps once more: what fine-tuning alone does
+            tuned = tune(copy.deepcopy(model), network, seed)
+            record |= {"tuned": nmfx.evaluate(tuned, tests(network, seed)).top1}
+        return record
     example = evidence(network, seed)[0][0][:1]
     sites = nmfx.find_sites(model, example)
     scheme, record["seconds"] = search(network, seed, kind, target, method)
@@ -234,8 +246,7 @@ def run(network: str, seed: int, kind: str, target: float, method: str) -> dict[
     found = nmfx.evaluate(converted, tests(network, seed))
     record |= {"one_shot": found.top1, "one_shot_loss": found.loss}
     if network != "lite0":
-        tuned = nmfx.transform(model, scheme, sites=sites, decay=2e-4)
-        train(tuned, TUNE_STEPS, 0.05 if network == "resnet20" else 0.02, seed, epoch=50)
+        tuned = tune(nmfx.transform(model, scheme, sites=sites, decay=2e-4), network, seed)
         nmfx.verify(tuned)
         found = nmfx.evaluate(tuned, tests(network, seed))
         record |= {"tuned": found.top1, "tuned_loss": found.loss}
@@ -285,11 +296,11 @@ def main() -> None:
     parser.add_argument("--write", type=Path, help="only write the tables into this file, between its two markers")
     args = parser.parse_args()
     lines = Path(args.out).read_text().splitlines() if Path(args.out).exists() else []
-    records = [json.loads(line) for line in lines]
+    records = list({_task(record): record for record in map(json.loads, lines)}.values())
     if args.write:
         write(records, args.write)
         return
-    done = {tuple(r[key] for key in ("network", "seed", "budget", "target", "method")) for r in records}
+    done = set(map(_task, records))
     groups: dict[tuple[str, int], list[Any]] = defaultdict(list)
     for task in tasks():
         if task not in done and fnmatch.fnmatch(f"{task[0]}-{task[1]}", args.only):
@@ -298,15 +309,34 @@ def main() -> None:
         pool.starmap(work, [(group, args.out) for group in groups.values()], chunksize=1)
 
 
+def _task(record: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(record[key] for key in ("network", "seed", "budget", "target", "method"))
+
+
 MARKERS = ("<!-- tables: benchmarks/search_study.py -->", "<!-- end of tables -->")
 
 
 def write(records: list[dict[str, Any]], path: Path) -> None:
-    """The tables, between the markers of a page."""
+    """The tables, between the markers of a page, and a figure of the fine-tuned accuracies beside it."""
+    for network in ("resnet20", "vit"):
+        draw(records, network, path.with_name(f"{path.stem}-{network}.svg"))
     page = path.read_text()
     head, _, rest = page.partition(MARKERS[0])
     tail = rest.partition(MARKERS[1])[2]
     path.write_text(head + MARKERS[0] + "\n\n" + "\n".join(tables(records)) + "\n\n" + MARKERS[1] + tail)
+
+
+def draw(records: list[dict[str, Any]], network: str, path: Path) -> None:
+    """Fine-tuned accuracy against the budget of parameters."""
+    found: dict[tuple[str, float], list[float]] = defaultdict(list)
+    for record in records:
+        if record["network"] == network and record["budget"] == "params" and record["target"] and "tuned" in record:
+            found[record["method"], 1 - record["target"]].append(record["tuned"])
+    points = [Point(m, kept, statistics.mean(v), statistics.stdev(v) if len(v) > 2 else 0.0) for (m, kept), v in found.items()]
+    reference = [r["tuned"] for r in records if (r["network"], r["method"]) == (network, "dense") and "tuned" in r] or [0.0]
+    if points:
+        title = f"{network} on Fashion-MNIST: accuracy after equal fine-tuning, by budget of parameters"
+        save_figure(draw_accuracy(points, title=title, dense=statistics.mean(reference)), path, force=True)
 
 
 def tables(records: list[dict[str, Any]]) -> list[str]:
@@ -318,7 +348,9 @@ def tables(records: list[dict[str, Any]]) -> list[str]:
         reference = [r["one_shot"] for r in own if r["method"] == "dense"]
         if not reference:
             continue
-        lines += [f"### {network}: dense {_spread(reference)}", ""]
+        tuned = [r["tuned"] for r in own if r["method"] == "dense" and "tuned" in r]
+        after = f", after the same fine-tuning {_spread(tuned)}" if tuned else ""
+        lines += [f"### {network}: dense {_spread(reference)}{after}", ""]
         for measure, title in (
             ("one_shot", "one-shot, after BN recalibration"),
             ("tuned", "fine-tuned"),
@@ -327,7 +359,7 @@ def tables(records: list[dict[str, Any]]) -> list[str]:
             if any(measure in r for r in own):
                 lines += [f"{title}:", "", *_table(own, measure), ""]
         if any("tuned" in r for r in own):
-            lines += [*_agreement(own), ""]
+            lines += [f"![{network}, fine-tuned](search-study-{network}.svg)", "", *_agreement(own), ""]
     failed = [r for r in records if "error" in r]
     return lines + [
         f"- failed: {r['network']} {r['seed']} {r['method']} {r['budget']} {r['target']}: {r['error']}" for r in failed
@@ -362,7 +394,7 @@ def _agreement(own: list[dict[str, Any]]) -> list[str]:
         found = []
         for kind, target in BUDGETS:
             for seed in {r["seed"] for r in own}:
-                rows = [r for r in own if (r["budget"], r["target"], r["seed"]) == (kind, target, seed) and "tuned" in r]
+                rows = [r for r in own if (r["budget"], r["target"], r["seed"]) == (kind, target, seed) and "loss" in r]
                 if len(rows) > 3:
                     found.append(_spearman([sign * r[measure] for r in rows], [r["tuned"] for r in rows]))
         if found:
