@@ -21,6 +21,7 @@ a first tour:
   nmfx finetune --data DIR --epochs 10 train the network under its scheme; the same command resumes
   nmfx evaluate DIR --data DIR         accuracy of the dense, masked and fine-tuned network
   nmfx export --baked --onnx           scheme, compressed checkpoint, plain weights, ONNX
+  nmfx run digits                      all of these from one recipe; stages that are done are skipped
   nmfx inspect resnet50.nmfx           what is in a work directory, checkpoint, scheme or model
   nmfx models "timm:vit_*"             what is known of the models that can be converted by name
 """
@@ -41,6 +42,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_finetune(commands.add_parser("finetune", help="train the masked model on pictures; stopped runs go on"))
     _add_evaluate(commands.add_parser("evaluate", help="measure the accuracy of a checkpoint, work directory or model"))
     _add_export(commands.add_parser("export", help="write scheme files and the compressed checkpoint"))
+    _add_run(commands.add_parser("run", help="build, search, fine-tune, export and evaluate as a recipe says"))
     inspect = commands.add_parser("inspect", help="show a checkpoint, scheme, work directory or model")
     inspect.add_argument("what", metavar="FILE|DIR|MODEL")
     inspect.add_argument("--input-size", metavar="CxHxW", help="input of a model given by name")
@@ -219,6 +221,26 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--baked", action="store_true", help="also a plain state dict with real zeros")
     parser.add_argument("--onnx", action="store_true", help="also an ONNX file with real zeros (needs nmfx[onnx])")
     _add_output(parser, "folder to write to (default: DIR/export)")
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Run a recipe: build, search, fine-tune, export, evaluate. A stage is skipped when its output is there and still what "
+        "the recipe asks for; a changed setting runs its stage and the later ones again; a stopped run goes on."
+    )
+    parser.add_argument(
+        "recipe", metavar="RECIPE", help="a YAML file, or a packaged recipe by name, as digits or resnet50-0.80"
+    )
+    parser.add_argument("-o", "--out", metavar="DIR", help="folder to run in (default: NAME.nmfx)")
+    parser.add_argument(
+        "--data-root", metavar="DIR", help="where the pictures are: the image folder, or a named data set's place"
+    )
+    stages = ("build", "search", "finetune", "export", "evaluate")
+    parser.add_argument("--until", choices=stages, metavar="STAGE", help=f"the last stage to run: {', '.join(stages)}")
+    parser.add_argument("--force", action="store_true", help="run every stage anew")
+    parser.add_argument(
+        "--check", action="store_true", help="only check, without data: build, search, one update on random pictures"
+    )
 
 
 def _add_models(parser: argparse.ArgumentParser) -> None:

@@ -1,4 +1,4 @@
-"""Where a model comes from: a name of timm or torchvision (or the embedded demo), and back from a model to its name."""
+"""Where a model comes from: a name of timm or torchvision (or the embedded demos), and back from a model to its name."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import io
 import os
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
@@ -16,6 +16,8 @@ from urllib.parse import urlsplit
 import torch
 from torch import Tensor, nn
 
+from nmfx.demo.digits import load_demo
+from nmfx.demo.resnet import CifarResNet, resnet20, resnet56
 from nmfx.errors import ModelError
 
 # Arguments that torchvision's builders change by themselves when they are given weights.
@@ -25,6 +27,7 @@ IMPLIED: tuple[dict[str, Any], ...] = (
     {"aux_logits": False},
     {"aux_loss": True},
 )
+DEMOS: dict[str, Callable[..., nn.Module]] = {"digits": load_demo, "resnet20": resnet20, "resnet56": resnet56}
 SOURCE = "nmfx_source"  # attribute of models built here: where they came from
 
 
@@ -54,9 +57,7 @@ class Source:
             with _hub() if pretrained else contextlib.nullcontext():
                 model = timm.create_model(self.name, pretrained=pretrained, **self.kwargs)
         else:
-            from nmfx.demo.digits import load_demo
-
-            model = load_demo(trained=pretrained)
+            model = DEMOS[self.name](trained=pretrained, **self.kwargs)
         result: nn.Module = model.eval()
         setattr(result, SOURCE, self)
         if pretrained and self.library == "torchvision":  # weights may imply other arguments (auxiliary heads)
@@ -100,12 +101,12 @@ def _hub() -> Iterator[None]:
 
 
 def list_models() -> list[str]:
-    """All known names with their prefix: ``torchvision:resnet50``, ``timm:resnet50``, ..., ``demo:digits``."""
+    """All known names with their prefix: ``torchvision:resnet50``, ``timm:resnet50``, ..., ``demo:digits``, ..."""
     import timm
     import torchvision
 
     names = [f"torchvision:{name}" for name in torchvision.models.list_models()]
-    return [*names, *(f"timm:{name}" for name in timm.list_models()), "demo:digits"]
+    return [*names, *(f"timm:{name}" for name in timm.list_models()), *(f"demo:{name}" for name in DEMOS)]
 
 
 def find_source(name: str) -> Source:
@@ -153,6 +154,9 @@ def _candidates(model: nn.Module) -> Iterator[Source]:
             yield from (Source(source.library, source.name, {**source.kwargs, **extra}) for extra in IMPLIED)
     if type(model).__module__ == "nmfx.demo.digits":
         yield Source("demo", "digits")
+    if isinstance(model, CifarResNet):
+        kwargs = {"num_classes": model.fc.out_features, "in_chans": model.conv1.in_channels}
+        yield Source("demo", f"resnet{6 * model.blocks + 2}", kwargs)
     last = list(model.parameters())[-1:]
     classes: dict[str, Any] = {"num_classes": last[0].shape[0]} if last and last[0].dim() else {}
     if architecture := getattr(model, "pretrained_cfg", {}).get("architecture"):

@@ -417,9 +417,11 @@ WRITES_BEHIND: dict[str, Callable[[nn.Linear], Any]] = {
     "function view": lambda m: torch.transpose(m.weight, 0, 1).fill_(1.0),
 }
 
+READS_AFTER = {"read": lambda m: m.weight, "state dict": lambda m: m.state_dict(), "copy": copy.deepcopy, "pickle": pickled}
+
 
 @pytest.mark.parametrize("write", WRITES_BEHIND.values(), ids=WRITES_BEHIND)
-@pytest.mark.parametrize("then", [lambda m: m.weight, lambda m: m.state_dict(), copy.deepcopy, pickled], ids=str)
+@pytest.mark.parametrize("then", READS_AFTER.values(), ids=READS_AFTER)
 def test_writes_that_cannot_be_followed_raise(write: Callable[[Any], Any], then: Callable[[nn.Module], Any]) -> None:
     module = linear()
     before = parameter(module).detach().clone()
