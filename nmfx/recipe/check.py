@@ -1,0 +1,115 @@
+"""check_recipe: a recipe up to the data: the model, its sites, the search, one update on random pictures."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from nmfx.data.augment import Augment, train_transform
+from nmfx.data.config import PictureConfig, picture_config
+from nmfx.data.pictures import ArrayPictures
+from nmfx.data.source import Data
+from nmfx.graph.census import find_sites
+from nmfx.graph.site import Sites
+from nmfx.passes.baking import verify
+from nmfx.passes.transform import transform
+from nmfx.recipe.job import example_of
+from nmfx.recipe.pipeline import build, choose, describe
+from nmfx.recipe.schema import FOLDER, FinetuneSection, ModelSection, Recipe, SearchSection
+from nmfx.scheme import Scheme
+from nmfx.search.domino_loop import Loop
+from nmfx.training.finetune import finetune
+from nmfx.training.loss import logits_of
+from nmfx.zoo.building import Built
+
+PICTURES = 2  # of one update
+
+
+def check_recipe(recipe: Recipe, *, device: str = "cpu") -> list[str]:
+    """Build, find the sites, search without data, and train one update on random pictures; what was found, line by line.
+
+    Weights that cannot be had here are replaced by random ones, and a search that looks at data by the data-free one; both
+    are said.
+
+    Raises:
+        NmfxError: whatever the run itself would fail with, before it had read a picture.
+    """
+    built, lines = _built(recipe.model)
+    model = built.model
+    sites = find_sites(model, example_of(model, recipe.model))
+    lines.append(
+        f"build: {built.source} ({built.weights} weights): {len(sites)} sites, {sites.weights:,} weights, {sites.macs:,} MACs"
+    )
+    section = data_free(recipe.search)
+    if section != recipe.search:
+        lines.append(f"search: {section.method} without data stands in for the search on pictures")
+    scheme, _ = choose(section, model, sites)
+    lines.append(f"search: {describe(scheme.totals(sites))}")
+    if recipe.finetune is not None:
+        lines.append(f"finetune: {_update(recipe, recipe.finetune, model.to(device), scheme, sites)}")
+    lines.append("no data was used: that the pictures can be read, and what the network scores, has not been checked")
+    return lines
+
+
+def _built(section: ModelSection) -> tuple[Built, list[str]]:
+    """The model; with random weights where the recipe's cannot be had here."""
+    given = section.weights in ("auto", "pretrained", "none") or Path(section.weights).exists()
+    weights = {"pretrained": "auto"}.get(section.weights, section.weights) if given else "none"
+    built = build(replace(section, weights=weights))
+    if built.weights != "random" or section.weights == "none":
+        return built, []
+    why = built.note if given else f"{section.weights} is not there"
+    return built, [f"build: random weights stand in: {why}"]
+
+
+def data_free(section: SearchSection) -> SearchSection:
+    """The same question to a method that needs no pictures."""
+    if not section.data:
+        return section
+    method = "knapsack" if section.method == "spdy" else section.method
+    return replace(section, data=False, method=method, sensitivity="weight", loop=Loop())
+
+
+def _update(recipe: Recipe, section: FinetuneSection, model: nn.Module, scheme: Scheme, sites: Sites) -> str:
+    """One update by the recipe's optimiser, loss and masks."""
+    size = picture_config(model, _random_data((3, 224, 224), 0), input_size=recipe.model.size).input_size
+    model.eval()
+    with torch.no_grad():
+        x = torch.rand(1, *size, generator=torch.Generator().manual_seed(0)).to(next(model.parameters()).device)
+        data = _random_data(size, logits_of(model(x)).shape[1])
+    config, asked = picture_config(model, data, input_size=size), section.settings
+    _check_augment(recipe, config, asked.augment)
+    mixing = {name: getattr(asked.augment, name) for name in ("mixup", "cutmix", "mixup_prob", "label_smoothing")}
+    settings = replace(
+        asked,
+        epochs=1,
+        batch_size=PICTURES,
+        warmup_epochs=None,
+        accumulate=1,
+        compile="",
+        tensorboard=False,
+        augment=Augment(on=False, **mixing),
+    )
+    teacher = copy.deepcopy(model) if asked.distill else None
+    transform(model, scheme, sites=sites, training=section.training, decay=section.decay, inplace=True)
+    result = finetune(model, data, settings=settings, config=config, teacher=teacher)
+    shape, groups = "x".join(map(str, size)), verify(model).groups if len(scheme) else 0
+    loss = result.epochs[0].train_loss
+    return f"one update on {PICTURES} random pictures of {shape}: loss {loss:.4f}, {groups:,} groups hold at most N"
+
+
+def _check_augment(recipe: Recipe, config: PictureConfig, augment: Augment) -> None:
+    """The augmentation is one that timm knows."""
+    if recipe.data is not None and recipe.data.name == FOLDER:
+        train_transform(config, augment)
+
+
+def _random_data(size: tuple[int, int, int], classes: int) -> Data:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(0, 256, (PICTURES, *size), dtype=torch.uint8, generator=generator)
+    parts = ArrayPictures(x, torch.randint(0, max(1, classes), (PICTURES,), generator=generator))
+    return Data("random pictures", classes, (), parts, parts, shape=size)

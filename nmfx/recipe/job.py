@@ -1,0 +1,99 @@
+"""The folder of a recipe's run, read: the dense model, its sites, the scheme, the pictures."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from nmfx import text
+from nmfx.data.config import PictureConfig, check_classes, picture_config
+from nmfx.data.source import Data, open_data
+from nmfx.errors import NmfxError
+from nmfx.graph.census import find_sites
+from nmfx.graph.site import Sites
+from nmfx.recipe.schema import FOLDER, ModelSection, Recipe
+from nmfx.scheme import Scheme
+from nmfx.zoo.building import build_random, load_weights
+from nmfx.zoo.example import Example, example_for
+from nmfx.zoo.source import Source, find_source
+
+WORK, WEIGHTS, SCHEME = "work.yaml", "weights.safetensors", "scheme.yaml"
+
+
+@dataclass(frozen=True)
+class Dense:
+    """What the build stage found: how to build the model, and whether its weights are pretrained, random or of a file."""
+
+    source: Source
+    weights: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A recipe, the folder it runs in, and what its stages read there."""
+
+    recipe: Recipe
+    folder: Path
+    device: str = "cpu"
+
+    @cached_property
+    def data(self) -> Data:
+        """The pictures.
+
+        Raises:
+            NmfxError: an image folder, and nobody has said which.
+        """
+        section = self.recipe.data
+        assert section is not None  # the recipe has been checked
+        if section.name == FOLDER and not section.root:
+            raise NmfxError("the recipe wants an image folder: say which, with --data-root DIR (DIR/train and DIR/val)")
+        name, root = (section.root, None) if section.name == FOLDER else (section.name, section.root or None)
+        splits = {"train_split": section.train_split, "val_split": section.val_split}
+        return open_data(name, root=root, held_back=section.held_back, download=section.download, **splits)  # type: ignore
+
+    @property
+    def workers(self) -> int:
+        """Processes that read pictures."""
+        return self.recipe.data.workers if self.recipe.data else 0
+
+    def pictures(self, model: nn.Module) -> tuple[Data, PictureConfig]:
+        """The data, fit for `model`, and how its pictures are brought to it."""
+        check_classes(self.data, model)
+        return self.data, picture_config(model, self.data, input_size=self.recipe.model.size)
+
+    def dense(self) -> Dense:
+        """What the build stage wrote."""
+        path = self.folder / WORK
+        tree = text.load_yaml(path.read_text(encoding="utf-8"), str(path), NmfxError)
+        source = replace(find_source(tree["model"]), kwargs=json.loads(tree["kwargs"]))
+        return Dense(source, tree["weights"], tree["note"])
+
+    def model(self) -> nn.Module:
+        """The dense model."""
+        dense = self.dense()
+        model = build_random(dense.source)
+        if dense.weights != "random":
+            load_weights(model, self.folder / WEIGHTS)
+        return model
+
+    def sites(self, model: nn.Module) -> Sites:
+        """The model's sites."""
+        return find_sites(model, example_of(model, self.recipe.model))
+
+    def scheme(self, sites: Sites) -> Scheme:
+        """What the search stage wrote."""
+        return Scheme.load(self.folder / SCHEME, sites)
+
+
+def example_of(model: nn.Module, section: ModelSection) -> Example:
+    """One random input, of the size the recipe says or the model states."""
+    example = Example((torch.empty(1, *section.size),)) if section.size else example_for(model)
+    generator = torch.Generator().manual_seed(0)
+    fill = lambda t: torch.rand(t.shape, generator=generator) if t.is_floating_point() else t  # noqa: E731
+    return Example(*torch.utils._pytree.tree_map_only(torch.Tensor, fill, (example.args, example.kwargs)))

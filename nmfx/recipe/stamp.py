@@ -1,0 +1,97 @@
+"""What a stage leaves beside its output, so that the next run knows whether that is still what the recipe asks for."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from nmfx.files import write_atomic
+
+FOLDER = "stages"
+
+
+@dataclass(frozen=True)
+class Stamp:
+    """A stage as it was run.
+
+    Attributes:
+        settings: what decides its output, flat: ``{"epochs": 120, ...}``.
+        before: the fingerprint of the stage before it.
+        outputs: digests of the files it wrote, by path in the folder; None as long as it has not come to an end.
+    """
+
+    settings: Mapping[str, Any]
+    before: str
+    outputs: Mapping[str, str] | None = None
+
+    @property
+    def fingerprint(self) -> str:
+        """Stands for the settings and the outputs of this stage and of all before it."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+
+    def starts_as(self, other: Stamp) -> bool:
+        """Whether both are of the same work, done or not."""
+        return (self.settings, self.before) == (other.settings, other.before)
+
+    def reason(self, wanted: Stamp, folder: Path) -> str:
+        """Why the stage has to run for `wanted`; empty when its output is there and still valid."""
+        names = dict.fromkeys((*wanted.settings, *self.settings))
+        changed = [name for name in names if self.settings.get(name) != wanted.settings.get(name)]
+        if changed:
+            said = [f"{name} {self.settings.get(name)} -> {wanted.settings.get(name)}"[:120] for name in changed]
+            return f"changed: {', '.join(said[:3])}{f' and {len(said) - 3} more' if len(said) > 3 else ''}"
+        if self.before != wanted.before:
+            return "a stage before it has run again"
+        if self.outputs is None:
+            return "it was stopped, and goes on"
+        for name, digest in self.outputs.items():
+            if not (folder / name).is_file():
+                return f"{name} is gone"
+            if digest_of(folder / name) != digest:
+                return f"{name} was altered"
+        return ""
+
+
+def stamp(settings: Mapping[str, Any], before: str) -> Stamp:
+    """The stamp of a stage that is about to run; its settings as JSON gives them back."""
+    return Stamp(json.loads(json.dumps(dict(settings), default=str)), before)
+
+
+def read_stamp(folder: Path, stage: str) -> Stamp | None:
+    """The stamp a stage left; None when there is none that can be read: the stage then runs."""
+    try:
+        tree = json.loads((folder / FOLDER / f"{stage}.json").read_text(encoding="utf-8"))
+        return Stamp(tree["settings"], tree["before"], tree["outputs"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def write_stamp(folder: Path, stage: str, one: Stamp) -> None:
+    """Leave a stamp."""
+    content = json.dumps(asdict(one), indent=1)
+    write_atomic(folder / FOLDER / f"{stage}.json", lambda draft: _write(draft, content))
+
+
+def digests(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """Digests of files by their path in `folder`."""
+    return {name: digest_of(folder / name) for name in names}
+
+
+def digest_of(path: Path) -> str:
+    """32 hexadecimal digits of a file's content; ``absent`` when there is none."""
+    try:
+        with path.open("rb") as file:
+            digest = hashlib.blake2b(digest_size=16)
+            while block := file.read(1 << 20):
+                digest.update(block)
+            return digest.hexdigest()
+    except OSError:
+        return "absent"
+
+
+def _write(path: Path, content: str) -> None:
+    path.write_text(content, encoding="utf-8")

@@ -1,0 +1,159 @@
+"""Laws of a run: what is done is not done again, what changed is, and a folder is what the other commands take."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from nmfx.cli.work import open_work
+from nmfx.data.config import picture_config
+from nmfx.data.loader import validation_loader
+from nmfx.data.source import open_data
+from nmfx.errors import ModelError, NmfxError
+from nmfx.export.checkpoint import load_checkpoint
+from nmfx.recipe.check import check_recipe
+from nmfx.recipe.loader import load_recipe
+from nmfx.recipe.pipeline import Pipeline, build, exported, read_scores
+from nmfx.recipe.schema import ModelSection, Recipe, SearchSection
+from nmfx.scheme import Scheme
+from nmfx.search.domino_loop import Loop
+from nmfx.search.problem import Choices
+from nmfx.sparsity.pattern import Pattern
+from nmfx.training.evaluation import evaluate
+
+ALL = ["build", "search", "finetune", "export", "evaluate"]
+
+
+def quick(**settings: object) -> Recipe:
+    """The packaged digits recipe, one epoch."""
+    recipe = load_recipe("digits")
+    assert recipe.finetune is not None
+    tuned = replace(recipe.finetune, settings=replace(recipe.finetune.settings, **{"epochs": 1, **settings}))  # type: ignore
+    return replace(recipe, finetune=tuned)
+
+
+def run(recipe: Recipe, folder: Path) -> list[str]:
+    """Run what has to be run; the names of those stages."""
+    pipeline, ran = Pipeline(recipe, folder), []
+    for stage in pipeline.stages:
+        if pipeline.reason(stage):
+            pipeline.run(stage)
+            ran.append(stage)
+    return ran
+
+
+def test_what_is_done_is_skipped_and_what_changed_runs_with_all_after_it(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    assert run(quick(), folder) == ALL
+    assert run(quick(), folder) == []
+    other = Pipeline(quick(epochs=2), folder)
+    assert [other.reason(stage) for stage in ALL[:3]] == ["", "", "changed: epochs 1 -> 2"]
+    assert run(quick(epochs=2), folder) == ALL[2:]
+    assert run(quick(epochs=2, save_seconds=1.0, tensorboard=True), folder) == []  # they change no weight
+    recipe = quick(epochs=2)
+    assert run(replace(recipe, evaluate=replace(recipe.evaluate, batch_size=100)), folder) == ["evaluate"]
+    assert run(recipe, folder) == ["evaluate"]
+    assert run(replace(recipe, export=replace(recipe.export, baked=False)), folder) == ALL[3:]
+    assert not (folder / "export" / "digits.baked.safetensors").exists()
+    assert run(replace(recipe, search=replace(recipe.search, target=0.75)), folder) == ALL[1:]
+    assert run(replace(recipe, model=replace(recipe.model, weights="auto")), folder) == ALL  # all after it, the same or not
+
+
+def test_an_output_that_is_gone_or_altered_is_made_again(tmp_path: Path) -> None:
+    folder, recipe = tmp_path / "run", replace(quick(), finetune=None, data=None)
+    assert run(recipe, folder) == ["build", "search", "export"]
+    (folder / "export" / "scheme.yaml").unlink()
+    assert Pipeline(recipe, folder).reason("export") == "export/scheme.yaml is gone"
+    assert run(recipe, folder) == ["export"]
+    (folder / "scheme.yaml").write_text("nmfx: scheme\n")
+    assert Pipeline(recipe, folder).reason("search") == "scheme.yaml was altered"
+    assert run(recipe, folder) == ["search"]  # and comes out as before
+    (folder / "stages" / "export.json").write_text("{")
+    assert run(recipe, folder) == ["export"]
+
+
+def test_a_run_is_a_work_directory_and_scores_as_its_checkpoint(tmp_path: Path) -> None:
+    folder, recipe = tmp_path / "run", quick()
+    run(recipe, folder)
+    work = open_work(folder)
+    assert (work.model, work.weights, dict(work.kwargs)) == ("demo:digits", "pretrained", {})
+    assert len(Scheme.load(work.scheme_path, work.sites(work.load()))) == 4
+    model, data = load_checkpoint(exported(Pipeline(recipe, folder).job)), open_data("digits")
+    assert exported(Pipeline(recipe, folder).job) == folder / "export" / "digits.safetensors"
+    batches = validation_loader(data, picture_config(model, data), batch_size=256)
+    scores = read_scores(folder)
+    assert evaluate(model, batches) == replace(scores["exported"], agreement=None)
+    assert evaluate(work.load(), batches) == scores["dense"]
+
+
+@pytest.mark.parametrize(
+    "search",
+    [
+        SearchSection(data=True, target=0.75, batch_size=32, loop=Loop(decay=5.0, vote_every=5)),
+        SearchSection(data=True, target=0.75, method="knapsack", sensitivity="activation", pictures=64),
+        SearchSection(pattern=Pattern("2:4"), choices=Choices(keep_dense=("classifier.*",))),
+        SearchSection(limits={"params": 0.25, "macs": "2x"}, choices=Choices(m=8), method="uniform"),
+    ],
+    ids=["loop", "knapsack", "pattern", "limits"],
+)
+def test_every_kind_of_search(search: SearchSection, tmp_path: Path) -> None:
+    folder, recipe = tmp_path / "run", replace(quick(), search=search)
+    pipeline = Pipeline(recipe, folder)
+    pipeline.run("build")
+    lines = pipeline.run("search")
+    assert "sparsity" in lines[0]
+    scheme = Scheme.load(folder / "scheme.yaml")
+    assert scheme
+    assert search.pattern is None or "classifier.weight" not in scheme
+    assert not (folder / "scheme.search.safetensors").exists()
+    again = replace(recipe, search=SearchSection(scheme=str(folder / "scheme.yaml")))
+    copied = Pipeline(again, tmp_path / "copy")
+    copied.run("build")
+    copied.run("search")
+    assert dict(Scheme.load(tmp_path / "copy" / "scheme.yaml")) == dict(scheme)
+
+
+def test_random_weights_kwargs_and_fixed_masks(tmp_path: Path) -> None:
+    model = ModelSection("demo:resnet20", "none", {"num_classes": 10, "in_chans": 1}, "1x8x8")
+    recipe = quick(batch_size=128)
+    assert recipe.finetune is not None
+    recipe = replace(recipe, model=model, finetune=replace(recipe.finetune, training="fixed", weights="none"))
+    folder = tmp_path / "run"
+    assert run(recipe, folder) == ALL
+    assert list(read_scores(folder)) == ["exported"]  # random weights have no scores
+    tuned = load_checkpoint(folder / "export" / "resnet20.safetensors")
+    assert tuned.fc.out_features == 10
+    assert tuned(torch.zeros(1, 1, 8, 8)).shape == (1, 10)
+
+
+def test_check_goes_up_to_the_data(tmp_path: Path) -> None:
+    lines = check_recipe(load_recipe("fashion-mnist"))
+    assert lines[0] == (
+        "build: random weights stand in: fashion-mnist-dense.nmfx/export/resnet20.baked.safetensors is not there"
+    )
+    assert "finetune: one update on 2 random pictures of 1x32x32: loss" in lines[-2]
+    assert lines[-1].startswith("no data was used")
+    lines = check_recipe(load_recipe("resnet56-cifar100-4x-macs-no-eta"))
+    assert "search: domino without data stands in for the search on pictures" in lines
+    recipe = quick(opt="momentun")
+    with pytest.raises(NmfxError, match="timm does not accept opt 'momentun'"):
+        check_recipe(recipe)
+    with pytest.raises(NmfxError, match="cannot be built"):
+        check_recipe(replace(recipe, model=ModelSection("demo:digits", "none", {"classes": 7})))
+
+
+def test_what_cannot_be_run(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("")
+    with pytest.raises(NmfxError, match="mine exists, and no recipe was run there"):
+        Pipeline(quick(), tmp_path / "mine")
+    with pytest.raises(ModelError, match="comes without trained weights"):
+        build(ModelSection("demo:resnet56", "pretrained"))
+    built = build(ModelSection("demo:resnet56"))
+    assert (built.weights, "comes without trained weights" in built.note) == ("random", True)
+    folder = load_recipe("resnet50-0.80")
+    with pytest.raises(NmfxError, match="say which, with --data-root DIR"):
+        _ = Pipeline(folder, tmp_path / "run").job.data
