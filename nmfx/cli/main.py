@@ -76,9 +76,11 @@ def _add_search(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("work", nargs="?", metavar="DIR", help="work directory made by nmfx convert")
     parser.add_argument("--model", metavar="NAME", help="convert this model first, if NAME.nmfx is not there yet")
-    parser.add_argument("--target", default="0.875", help="sparsity to reach, as 0.875, or times fewer, as 8x (default: 0.875)")
+    parser.add_argument("--target", help="sparsity to reach, as 0.875, or times fewer, as 8x (default: 0.875)")
     parser.add_argument(
-        "--budget", choices=("params", "macs", "bytes"), default="params", help="what the target counts (default: params)"
+        "--budget",
+        choices=("params", "macs", "bytes"),
+        help="what the target counts (default: params; bytes: of the packed weights)",
     )
     parser.add_argument(
         "--limit",
@@ -99,7 +101,11 @@ def _add_search(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_choices(parser: argparse._ArgumentGroup) -> None:
-    parser.add_argument("--m", default="16", metavar="M,M,...", help="group size M, or several to mix (default: 16)")
+    parser.add_argument(
+        "--m",
+        metavar="M,M,...",
+        help="group size M (default: 16), or several: knapsack and spdy mix them, the others take the largest that fits a site",
+    )
     parser.add_argument("--candidates", metavar="N,N,...", help="the N's to choose from (default: powers of two up to M)")
     parser.add_argument("--patterns", metavar="N:M,...", help="only these patterns, as 2:4 for hardware")
     parser.add_argument("--keep-dense", action="append", default=[], metavar="GLOB", help="sites that stay dense; repeatable")

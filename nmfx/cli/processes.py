@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+import signal
+import threading
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -57,3 +59,22 @@ def first_alone() -> Iterator[None]:
     yield
     if is_first() and size_of_group() > 1:
         dist.barrier()
+
+
+@contextlib.contextmanager
+def asked_to_stop() -> Iterator[Callable[[], None]]:
+    """Hold Ctrl-C back until the function that is yielded is called, between two steps of something that can be resumed."""
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: None
+        return
+    asked: list[int] = []
+
+    def stop() -> None:
+        if asked:
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, lambda number, frame: asked.append(number))
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from nmfx.cli import convert, report, tables, work
 from nmfx.cli.console import advancing, heading, output, working
-from nmfx.cli.processes import first_alone, is_first, processes, size_of_group
+from nmfx.cli.processes import asked_to_stop, first_alone, is_first, processes, size_of_group
 from nmfx.errors import NmfxError, SearchError
 from nmfx.graph.site import Sites
 from nmfx.scheme import Scheme
@@ -42,9 +42,10 @@ def _run(args: Namespace, device: str) -> None:
         raise NmfxError(f"--out {path}: expected a name that ends in .yaml (the published format goes to .txt beside it)")
     work.check_free([path, path.with_suffix(".txt")], force=args.force)
     report.check(args.figure, args.html, force=args.force)
+    method = args.method or "domino"
+    _check_use(args, method)
     model = found.load()
     sites = found.sites(model)
-    method = args.method or "domino"
     if method == "domino" and args.data:
         result = _loop(args, found, model, sites, path, device)
     else:
@@ -60,6 +61,16 @@ def _run(args: Namespace, device: str) -> None:
     chosen = f" --scheme {shlex.quote(str(path))}" if args.out else ""
     following = f"nmfx export {shlex.quote(str(found.path))}{chosen}"
     out.print(f"wrote {', '.join(map(str, written))}; next: {following}", soft_wrap=True)
+
+
+def _check_use(args: Namespace, method: str) -> None:
+    """Refuse options that would be ignored."""
+    if args.sensitivity and method != "knapsack":
+        raise SearchError(f"--sensitivity is the knapsack's; method {method} has none: add --method knapsack")
+    if args.data and method in ("erk", "uniform"):
+        raise SearchError(f"method {method} looks at no pictures; leave --data out")
+    if args.data and method == "knapsack" and (args.sensitivity or "weight") == "weight":
+        raise SearchError("the knapsack looks at pictures with --sensitivity activation, gradient or measured only")
 
 
 def _find(args: Namespace, found: work.Work, model: nn.Module, sites: Sites, method: str, device: str) -> SearchResult:
@@ -90,10 +101,11 @@ def _loop(args: Namespace, found: work.Work, model: nn.Module, sites: Sites, pat
         checkpoint.unlink(missing_ok=True)
     if checkpoint.exists():
         output().print(f"going on with {checkpoint}; --force starts anew")
-    with advancing(f"searching {found.model} on {data.name}") as advance:
+    with advancing(f"searching {found.model} on {data.name}") as advance, asked_to_stop() as stop:
 
         def progress(search: DominoSearch) -> None:
             aim = float(search.problem.budget.target)
+            stop()
             last = ", ".join(f"{e.site} {e.after}" for e in search.events[-2:]) or "no site has tipped yet"
             advance(min(1.0, search.sparsity / aim) if aim else 1.0, f"t = {search.t}, sparsity {search.sparsity:.4f}: {last}")
 
@@ -122,17 +134,23 @@ def _calibration(args: Namespace, model: nn.Module) -> list[tuple[Tensor, Tensor
 
 def _question(args: Namespace) -> dict[str, Any]:
     """What is asked of a search, whatever the method."""
-    limits = dict(_pair(text, "--limit") for text in args.limit) or None
+    pairs = [_pair(text, "--limit") for text in args.limit]
+    if len(dict(pairs)) < len(pairs):
+        raise SearchError(f"--limit {' --limit '.join(args.limit)}: one limit of a kind")
+    if pairs and (args.target or args.budget):
+        raise SearchError("--limit says the budget; leave --target and --budget out")
+    if args.patterns and (args.m or args.candidates):
+        raise SearchError("--patterns says all patterns; leave --m and --candidates out")
     least: float | dict[str, float] = 0.0
     if args.min_density:
         rules = [_pair(text if "=" in text else f"*={text}", "--min-density") for text in args.min_density]
         rules.sort(key=lambda rule: rule[0] == "*")  # the first match counts: what is said of all sites comes last
         least = {glob: _number(share, "--min-density") for glob, share in rules}
-    sizes = _numbers(args.m, "--m")
+    sizes = _numbers(args.m or "16", "--m")
     return {
-        "target": args.target,
-        "budget": args.budget,
-        "limits": limits,
+        "target": args.target or "0.875",
+        "budget": args.budget or "params",
+        "limits": dict(pairs) or None,
         "m": sizes[0] if len(sizes) == 1 else sizes,
         "candidates": _numbers(args.candidates, "--candidates") if args.candidates is not None else None,
         "patterns": args.patterns.split(",") if args.patterns else None,
@@ -144,7 +162,7 @@ def _question(args: Namespace) -> dict[str, Any]:
 
 
 def _wanted(args: Namespace) -> str:
-    return ", ".join(args.limit) or f"{args.target} of {args.budget}"
+    return ", ".join(args.limit) or f"{args.target or 0.875} of {args.budget or 'params'}"
 
 
 def _pair(text: str, option: str) -> tuple[str, str]:

@@ -332,6 +332,8 @@ def find_sites(model: nn.Module, example_input: Any = None) -> Sites:
     sites: list[Site] = []
     skipped: list[Skipped] = []
     for name, parameter in copied.named_parameters():
+        if id(parameter) not in census.uses:
+            raise TraceError(f"{name}: the forward pass puts another parameter in its place; nmfx masks parameters that stay")
         use = census.uses[id(parameter)]
         late = training.uses[id(parameter)] if training is not None else _Use()
         if reason := _reason(copied, name, parameter, use, late, owners[id(parameter)]):
@@ -366,12 +368,14 @@ def _reason(
     """Why a parameter is not a site; None when it is one."""
     if any(isinstance(model.get_submodule(path), torch.jit.ScriptModule) for path, _ in owners):
         return "inside a TorchScript module: its class cannot be swapped"
+    if parameter.is_complex():
+        return "complex numbers: N:M keeps the largest of real ones"
     if use.rows is None and late.rows is None:
         operations = use.operations + late.operations
         if not operations:
             return "never read by the forward pass"
         if any(f"aten::{operation}" in OPERATIONS for operation in operations):
-            return "data in a matmul (a learned query)"
+            return "data in a matmul (a learned query, or one factor of a weight)"
         for operation in operations:
             for word, reason in READ_AS.items():
                 if word in operation:

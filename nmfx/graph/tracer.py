@@ -164,7 +164,9 @@ def to_graph(model: nn.Module, example_input: Any = None) -> SiteGraph:
         TraceError: fx cannot trace the model at the root, or the graph computes something else.
     """
     if any(is_masked(module) and module is model for module in model.modules()):
-        raise TraceError(f"{type(model).__name__}: the root itself holds a masked weight; put it inside a parent module")
+        raise TraceError(
+            f"{type(model).__name__}: the root itself holds a masked weight; put it inside a parent module, or use to_graphs"
+        )
     view = SiteGraph(model, {mode: trace(model, train=mode) for mode in (False, True)}, type(model).__name__)
     if example_input is not None:
         _compare(model, view, example_input)

@@ -44,7 +44,9 @@ def attach_scores(model: nn.Module, sites: Sites, groupings: Mapping[str, Groupi
     for name in groupings:
         for owner, buffer in _places(model, sites[name]):
             if hasattr(owner, buffer):
-                raise NmfxError(f"{name}: the module already has an attribute {buffer!r}; remove it to search")
+                raise NmfxError(
+                    f"{name}: the module already has an attribute {buffer!r}; detach() the search before, or rename it"
+                )
     for name, grouping in groupings.items():
         ordered = sorted_magnitudes(weight_of(model, sites[name]), grouping)
         threshold = ordered[grouping.m - grouping.m // 2 :].mean(dim=0) if grouping.m > 1 else ordered[0]

@@ -20,7 +20,10 @@ UNITS = {"params": "weights", "macs": "MACs", "bytes": "bytes"}
 
 @dataclass(frozen=True)
 class Budget:
-    """At most `limit` kept parameters, MACs per sample, or bytes of the compressed weights, of `dense`."""
+    """At most `limit` kept parameters, MACs per sample, or bytes of the packed weights, of `dense`.
+
+    Bytes are those of the sites: biases, norms and the header of a file come on top, and no scheme changes them.
+    """
 
     kind: BudgetKind
     target: float | Fraction
@@ -83,11 +86,11 @@ def make_budgets(
     Raises:
         SearchError: a kind or a number that is none, or nothing to save.
     """
-    targets = {kind: parse_target(target)} if not limits else {k: parse_limit(share) for k, share in limits.items()}
     budgets = []
-    for name, value in targets.items():
+    for name in limits or (kind,):
         if name not in KINDS:
             raise SearchError(f"budget {name!r}{text.nearest(str(name), KINDS)}; expected params, macs or bytes")
+        value = parse_limit(limits[name]) if limits else parse_target(target)
         checked = cast(BudgetKind, name)
         dense = sum(amount(site, checked) for site in sites)
         if not dense:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from hashlib import sha256
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from nmfx.graph.census import find_sites
 from nmfx.graph.masked import mask_attribute, masked_sites, unmask
 from nmfx.graph.reading import MaskSpec, mask_name
 from nmfx.graph.site import Sites
-from nmfx.passes.scoring import attach_scores, detach_scores, scores_of, weight_of
+from nmfx.passes.scoring import SUFFIXES, attach_scores, detach_scores, scores_of, weight_of
 from nmfx.scheme import Scheme
 from nmfx.search.baselines import erk_sparsities
 from nmfx.search.budget import BudgetKind
@@ -45,6 +46,8 @@ class Loop:
     doublings: tuple[int, ...] = DOUBLINGS
 
     def __post_init__(self) -> None:
+        if not isinstance(self.eta, bool):
+            raise SearchError(f"eta={self.eta!r}: expected True or False")
         for name in ("penalty_every", "vote_every"):
             if not (isinstance(value := getattr(self, name), int) and value > 0):
                 raise SearchError(f"{name}={value!r}: expected a whole number of iterations, 1 or more")
@@ -73,7 +76,8 @@ class DominoSearch:
 
     The model is converted in place: each site with a choice is read through the mask of its intermediate N, which follows the
     weights, and gradients reach kept weights only. Parameters and their names stay, so any optimiser will do; the published
-    one is SGD with lr 0.01, no momentum, no weight decay, batch 64. The weights change: search a copy if you need them.
+    one is SGD with lr 0.01, no momentum, no weight decay, batch 64. The weights change: search a copy if you need them. When it
+    is done, the masks are those of the intermediate N's: ``detach()`` and ``transform`` with the scheme before training on.
     Under DDP (wrap the model after making the search) all processes follow the votes of the first.
 
     Args:
@@ -308,9 +312,26 @@ class DominoSearch:
             unmask(module, keep_masked=False)
         detach_scores(self.model, self.sites, [self._name(i) for i in self.problem.free])
 
+    @property
+    def identity(self) -> str:
+        """What has to agree for one search to go on where another stopped."""
+        targets = ", ".join(f"{float(b.target):g} of {b.kind}" for b in self.problem.budgets)
+        patterns = sha256(repr(self.problem.options).encode()).hexdigest()[:8]
+        return f"target {targets}; {self.loop}; sites {self.sites.fingerprint}; patterns {patterns}"
+
+    def _check_attached(self) -> None:
+        free = self.problem.free
+        if free and not hasattr(self.model.get_submodule(self.sites.sites[free[0]].owners[0][0]), self._buffer(free[0])):
+            raise SearchError("the search was detached from its model: its thresholds are gone")
+
+    def _buffer(self, index: int) -> str:
+        return self.sites.sites[index].owners[0][1] + SUFFIXES[0]
+
     def state_dict(self) -> dict[str, Any]:
         """Everything but the model's, the optimiser's and the loader's state: plain values and tensors."""
+        self._check_attached()
         return {
+            "search": self.identity,
             "t": self.t,
             "done": self.done,
             "working": self.intermediate,
@@ -326,9 +347,12 @@ class DominoSearch:
         Raises:
             SearchError: the state is of another search.
         """
+        self._check_attached()
         names = [self._name(i) for i in self.problem.free]
-        if set(state["working"]) != set(names):
-            raise SearchError("the state is of another search: its sites differ; give the same model and options")
+        if state.get("search") != self.identity:
+            raise SearchError(
+                f"the state is of another search: {state.get('search', 'not of DominoSearch')}; this one is {self.identity}"
+            )
         for i, name in zip(self.problem.free, names, strict=True):
             threshold, saved = scores_of(self.model, self.sites.sites[i])[0], state["thresholds"][name]
             if threshold.shape != saved.shape or not 0 <= state["choice"][name] < len(self.problem.options[i]):

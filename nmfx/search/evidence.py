@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -23,7 +24,7 @@ Batch = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Evidence:
-    """Batches ``(input, label)``; the second half is held back to score schemes on."""
+    """Batches ``(input, label)``; the second half is held back to score schemes on. Without labels they are empty tensors."""
 
     batches: Sequence[Batch]
 
@@ -32,16 +33,24 @@ class Evidence:
         """Take batches as a loader gives them: ``(input, label, ...)``.
 
         Raises:
-            SearchError: there are none, or they have no labels.
+            SearchError: there are none, they are no tensors, or not finite.
         """
         batches = []
         for batch in data:
-            if not (isinstance(batch, list | tuple) and len(batch) > 1 and isinstance(batch[1], Tensor)):
-                raise SearchError("data: expected batches (input, label) as a loader gives them")
-            batches.append((batch[0], batch[1]))
+            x, *rest = batch if isinstance(batch, list | tuple) else (batch,)
+            if not isinstance(x, Tensor) or (rest and not isinstance(rest[0], Tensor)):
+                raise SearchError("data: expected batches (input, label) of tensors, as a loader gives them")
+            if x.is_floating_point() and not bool(x.isfinite().all()):
+                raise SearchError("data: a batch holds infinite or NaN values")
+            batches.append((x, rest[0] if rest else torch.empty(0, dtype=torch.int64)))
         if not batches:
             raise SearchError("data: no batches to look at")
         return Evidence(tuple(batches))
+
+    def need_labels(self, who: str) -> None:
+        """Raise unless every batch has a label for each picture."""
+        if any(len(label) != len(x) for x, label in self.batches):
+            raise SearchError(f"{who} needs labels: give batches (input, label), one class index a picture")
 
     @property
     def shown(self) -> Sequence[Batch]:
@@ -52,6 +61,23 @@ class Evidence:
     def held_back(self) -> Sequence[Batch]:
         """The half for scores."""
         return self.batches[len(self.batches) // 2 :]
+
+
+@contextlib.contextmanager
+def understood(model: nn.Module) -> Iterator[None]:
+    """Say in plain words why a model cannot run on the pictures or learn from the labels.
+
+    Raises:
+        SearchError: instead of what torch raises for shapes and labels that do not fit.
+    """
+    try:
+        yield
+    except (RuntimeError, IndexError, ValueError, TypeError, AttributeError) as error:
+        what = str(error).splitlines()[0] if str(error) else repr(error)
+        raise SearchError(
+            f"data: {type(model).__name__} cannot be run on it or scored: {what}; "
+            f"expected inputs as the model takes them, labels 0..classes-1, and one tensor of logits (batch, classes) out of it"
+        ) from error
 
 
 def loss_on(model: nn.Module, batches: Iterable[Batch]) -> float:

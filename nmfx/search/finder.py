@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -18,7 +19,7 @@ from nmfx.scheme import Scheme, Totals
 from nmfx.search.baselines import erk, moves, uniform
 from nmfx.search.budget import Budget, BudgetKind
 from nmfx.search.domino import domino
-from nmfx.search.events import Event, Outcome
+from nmfx.search.events import Event, Outcome, trim
 from nmfx.search.evidence import Evidence
 from nmfx.search.lagrange import solve_all
 from nmfx.search.problem import Problem, make_scheme, pose
@@ -30,8 +31,11 @@ from nmfx.search.whole import spdy
 def knapsack(problem: Problem, tables: Tables) -> Outcome:
     """The smallest summed sensitivity under the budget, exactly; what it leaves is used all the same."""
     best = solve_all(tables.losses, problem.prices, [budget.limit for budget in problem.budgets])
-    choice, reason = list(best.options), f"least summed sensitivity ({tables.sensitivity}) under the budget"
-    return Outcome(tuple(choice), moves(problem, choice, reason))
+    reason = f"least summed sensitivity ({tables.sensitivity}) under the budget"
+    choice, trims = list(best.options), list[Event]()
+    if tables.sensitivity != "weight":  # where no loss was seen at all, the optimum leaves room: use it
+        choice, trims = trim(problem, choice)
+    return Outcome(tuple(choice), (*moves(problem, list(best.options), reason), *trims))
 
 
 METHODS: dict[str, Callable[..., Outcome]] = {
@@ -121,6 +125,11 @@ def find_scheme(
     problem = pose(sites, target=target, budget=budget, limits=limits, mixed=method in MIXED, **choices)
     evidence = Evidence.of(data) if data is not None else None
     tables, start = Tables(problem, model, sensitivity, evidence), time.perf_counter()
+    try:
+        inspect.signature(METHODS[method]).bind(problem, tables, **(options or {}))
+        inspect.signature(spdy if method == "spdy" else METHODS[method]).bind_partial(**(options or {}))
+    except TypeError as error:
+        raise SearchError(f"options of method {method!r}: {error}") from None
     outcome = METHODS[method](problem, tables, **(options or {}))
     seconds = time.perf_counter() - start
     used = sensitivity if method == "knapsack" else "weight"

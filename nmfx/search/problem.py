@@ -174,6 +174,9 @@ def pose(
     Raises:
         SearchError: the target is out of range or out of reach; the message says the largest that can be reached.
     """
+    if unknown := next((name for name in options if name not in Choices.__dataclass_fields__), None):
+        known = tuple(Choices.__dataclass_fields__)
+        raise SearchError(f"unknown option {unknown!r}{text.nearest(unknown, known)}; known: {', '.join(known)}")
     choices = Choices(**options)
     budgets, wanted = make_budgets(sites, target, budget, limits), choices.wanted
     choices.check(sites)
@@ -242,7 +245,7 @@ def _out_of_reach(problem: Problem) -> str:
         return "; a larger M reaches further"
     largest = problem.sites.sites[max(fixed, key=lambda i: problem.costs[i][0])]
     reason = problem.dense_reasons.get(largest.name, "no pattern fits it")
-    return f"; of the {len(fixed)} of {len(problem.options)} sites that stay dense {largest.name} is the largest ({reason})"
+    return f"; {largest.name} is the largest of {len(fixed)} sites (of {len(problem.options)}) that stay dense ({reason})"
 
 
 def make_scheme(model: nn.Module, problem: Problem, patterns: Mapping[str, Pattern], method: str) -> Scheme:

@@ -47,7 +47,7 @@ def run_domino(
         loader: batches whose content depends on (epoch, step) only.
         checkpoint: a safetensors file to write every few minutes and to resume from; it stays until the caller removes it.
         most: iterations after which to give up.
-        progress: called after every iteration.
+        progress: called after every iteration; a KeyboardInterrupt that it raises leaves a checkpoint behind.
         options: those of `DominoSearch`.
 
     Under torch.distributed, started by the caller, every process runs its share of each batch.
@@ -82,8 +82,13 @@ def run_domino(
         loss.backward()
         search.step()
         optimizer.step()
-        if progress is not None:
-            progress(search)
+        try:
+            if progress is not None:
+                progress(search)
+        except KeyboardInterrupt:  # between two iterations: nothing is half done
+            if checkpoint is not None and rank() == 0:
+                _save(checkpoint, search, settings)
+            raise
         if checkpoint is not None and (search.done or time.monotonic() - saved > SAVE_SECONDS) and rank() == 0:
             _save(checkpoint, search, settings)
             saved = time.monotonic()

@@ -6,12 +6,14 @@ a function in `SENSITIVITIES`. The data-free one, ``weight``, is `Tables.squared
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from nmfx.errors import SearchError
 from nmfx.graph.census import Census, Operand, storage_of
 from nmfx.graph.masked import throw_away_copy
 from nmfx.passes.scoring import weight_of
@@ -76,12 +78,20 @@ def by_gradients(problem: Problem, model: nn.Module, evidence: Evidence) -> Tabl
 
 
 def by_measurement(problem: Problem, model: nn.Module, evidence: Evidence) -> Table:
-    """Measured loss increase of each single (site, option) on the held-back half, after BN recalibration; never negative."""
+    """Measured loss increase of each single (site, option) on the held-back half, after BN recalibration.
+
+    Never negative, and never less for a sparser option of the same M: what looks better than dense is noise.
+    """
     trial, table = Trial(problem, model, evidence), _empty(problem)
     dense = trial.loss({})
+    if not math.isfinite(dense):
+        raise SearchError(f"the loss of the dense model is {dense} on the data; look at the weights and the pictures")
     for i in problem.free:
-        for option, pattern in enumerate(problem.options[i][:-1]):
-            table[i][option] = max(0.0, trial.loss({i: pattern}) - dense)
+        worst: dict[int, float] = {}
+        for option, pattern in reversed(list(enumerate(problem.options[i][:-1]))):
+            increase = trial.loss({i: pattern}) - dense
+            increase = increase if math.isfinite(increase) else 1e9
+            table[i][option] = worst[pattern.m] = max(worst.get(pattern.m, 0.0), increase)
     return table
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from nmfx.errors import SearchError
 from nmfx.passes.scoring import scores_of, sorted_magnitudes, weight_of
-from nmfx.search.evidence import Evidence
+from nmfx.search.evidence import Evidence, understood
 from nmfx.search.problem import Problem
 from nmfx.search.sensitivity import SENSITIVITIES, Table
 from nmfx.sparsity.pattern import Pattern
@@ -45,7 +45,10 @@ class Tables:
         """
         if self.evidence is None:
             raise SearchError(f"sensitivity {sensitivity!r} looks at pictures: give data= (--data), or use 'weight'")
-        return SENSITIVITIES[sensitivity](self.problem, self.model, self.evidence)
+        if sensitivity != "activation":
+            self.evidence.need_labels(f"sensitivity {sensitivity!r}")
+        with understood(self.model):
+            return SENSITIVITIES[sensitivity](self.problem, self.model, self.evidence)
 
     @cached_property
     def squared_errors(self) -> Table:

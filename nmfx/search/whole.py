@@ -9,7 +9,7 @@ from collections.abc import Callable
 from nmfx.errors import SearchError
 from nmfx.search.baselines import moves
 from nmfx.search.events import Outcome, trim
-from nmfx.search.evidence import Trial
+from nmfx.search.evidence import Trial, understood
 from nmfx.search.lagrange import solve_all
 from nmfx.search.sensitivity import Table
 from nmfx.search.tables import Tables
@@ -40,6 +40,7 @@ def spdy(
     """
     if tables.evidence is None:
         raise SearchError("method 'spdy' tries schemes on pictures: give data= (--data)")
+    tables.evidence.need_labels("method 'spdy'")
     problem, generator, start = tables.problem, random.Random(seed), time.monotonic()  # noqa: S311
     seconds = SECONDS if seconds is None and steps is None else seconds
     trial, limits = Trial(problem, tables.model, tables.evidence), [budget.limit for budget in problem.budgets]
@@ -48,7 +49,8 @@ def spdy(
     def score(table: Table) -> tuple[float, tuple[int, ...]]:
         choice = tuple(trim(problem, solve_all(table, problem.prices, limits).options)[0])
         if choice not in tried:
-            tried[choice] = trial.loss(choice)
+            with understood(tables.model):
+                tried[choice] = trial.loss(choice)
             if progress is not None:
                 progress(f"{len(tried)} schemes tried, best loss {min(tried.values()):.4f}")
         return tried[choice], choice

@@ -297,3 +297,22 @@ def test_small_models_of_timm_are_covered(family: str) -> None:
     assert not {site.name for site in sites} & {skip.name for skip in sites.skipped}
     for key, layer in layers.items():
         assert sites[key].length == layer.weight.shape[1]
+
+
+def test_a_parameter_that_the_forward_pass_replaces_is_named() -> None:
+    class Shrinking(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.inner.weight = nn.Parameter(self.inner.weight * 0.99)
+            return self.inner(x)
+
+    with pytest.raises(TraceError, match=r"inner\.weight: the forward pass puts another parameter in its place"):
+        find_sites(Shrinking(), torch.empty(2, 8))
+
+
+def test_complex_weights_are_skipped() -> None:
+    sites = find_sites(nn.Linear(8, 8, dtype=torch.complex64), torch.zeros(2, 8, dtype=torch.complex64))
+    assert [(s.name, s.reason.partition(":")[0]) for s in sites.skipped] == [("weight", "complex numbers")]

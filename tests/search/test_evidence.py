@@ -15,10 +15,11 @@ from small import MODELS, searched
 from torch import Tensor, nn
 
 from nmfx.demo.digits import load_demo
-from nmfx.errors import SearchError
+from nmfx.errors import NmfxError, SearchError
 from nmfx.graph.census import find_sites
 from nmfx.passes.scoring import weight_of
 from nmfx.search.budget import Budget, parse_limit, parse_target
+from nmfx.search.domino_loop import DominoSearch
 from nmfx.search.evidence import Evidence, Trial, loss_on
 from nmfx.search.finder import find_scheme
 from nmfx.search.lagrange import solve_all
@@ -166,13 +167,20 @@ def test_several_m_give_the_others_the_largest_that_fits(method: str) -> None:
         assert pattern.m == max(m for m in (4, 8, 16) if sites[name].length % m == 0)
 
 
+TWO = torch.zeros(2, dtype=torch.int64)
 BAD = {
     "glob": ({"min_density": {"nowhere*": 0.5}}, "min-density: no site matches 'nowhere\\*'"),
     "density": ({"min_density": 1.5}, "min-density 1.5: expected a density in 0..1"),
     "sensitivity": ({"sensitivity": "gradeint"}, "did you mean 'gradient'"),
     "no data": ({"method": "knapsack", "sensitivity": "gradient"}, "give data="),
     "empty data": ({"method": "knapsack", "sensitivity": "gradient", "data": []}, "no batches"),
-    "no labels": ({"method": "knapsack", "sensitivity": "gradient", "data": [torch.zeros(1, 1, 8, 8)]}, "expected batches"),
+    "no labels": ({"method": "knapsack", "sensitivity": "gradient", "data": [torch.zeros(1, 1, 8, 8)]}, "needs labels"),
+    "no tensors": ({"method": "knapsack", "sensitivity": "gradient", "data": ["picture"]}, "expected batches"),
+    "NaN": ({"method": "knapsack", "sensitivity": "measured", "data": [(torch.full((2, 1, 8, 8), torch.nan), TWO)]}, "NaN"),
+    "shape": ({"method": "knapsack", "sensitivity": "activation", "data": [torch.zeros(2, 3, 8, 8)]}, "cannot be run on it"),
+    "label": ({"method": "spdy", "data": [(torch.zeros(2, 1, 8, 8), TWO + 100)]}, "labels 0..classes-1"),
+    "option": ({"min_densty": 0.5}, "unknown option 'min_densty'.*did you mean 'min_density'"),
+    "method option": ({"method": "spdy", "options": {"secs": 2}}, "options of method 'spdy'.*secs"),
     "spdy": ({"method": "spdy"}, "give data="),
     "kind": ({"limits": {"flops": 0.5}}, "budget 'flops'"),
     "m": ({"m": (16, 65)}, "m = 65"),
@@ -281,3 +289,33 @@ def test_spdy_is_never_worse_than_its_starts_on_what_it_scores() -> None:
     for sensitivity in ("weight", "activation", "gradient"):
         other = find_scheme(model, sites=sites, target=0.8, method="knapsack", sensitivity=sensitivity, data=digits())
         assert score(result.scheme) <= score(other.scheme) + 1e-6
+
+
+def test_a_search_that_was_not_asked_for_is_refused() -> None:
+    model = load_demo(trained=True)
+    search = DominoSearch(model, 0.75, example_input=torch.empty(1, 1, 8, 8), decay=5.0)
+    state = search.state_dict()
+    search.detach()
+    with pytest.raises(SearchError, match="detached"):
+        search.state_dict()
+    other = DominoSearch(model, 0.5, example_input=torch.empty(1, 1, 8, 8))
+    for wrong in (state, {}):
+        with pytest.raises(SearchError, match="the state is of another search"):
+            other.load_state_dict(wrong)
+    with pytest.raises(NmfxError, match=r"detach\(\) the search before"):
+        DominoSearch(model, 0.5, example_input=torch.empty(1, 1, 8, 8))
+    other.detach()
+    for bad in ({"eta": "x"}, {"vote_every": 0}, {"bogus": 1}, {"quorum": 2.0}):
+        with pytest.raises(SearchError):
+            DominoSearch(model, 0.5, example_input=torch.empty(1, 1, 8, 8), **bad)
+    assert type(model.get_submodule("block1.conv")) is nn.Conv2d
+
+
+def test_measured_losses_of_noise_still_use_the_budget() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 8))
+    data = [(torch.randn(64, 32), torch.randint(0, 8, (64,))) for _ in range(4)]
+    problem = pose(find_sites(model, data[0][0]), target=0.5, m=8)
+    result = find_scheme(model, example_input=data[0][0], target=0.5, m=8, method="knapsack", sensitivity="measured", data=data)
+    steps = [row[o + 1] - row[o] for row in problem.costs for o in range(len(row) - 1)]
+    assert result.left < max(steps)

@@ -182,7 +182,7 @@ def test_the_largest_target_is_about_right(kind: Any) -> None:
 )
 def test_the_dense_site_that_costs_most_is_named(kind: Any, name: str) -> None:
     message = out_of_reach(searched("mixed")[1], budget=kind)
-    assert f"of the 4 of 8 sites that stay dense {name}.weight is the largest" in message
+    assert f"{name}.weight is the largest of 4 sites (of 8) that stay dense" in message
 
 
 def test_a_target_just_in_reach_and_one_weight_too_far() -> None:

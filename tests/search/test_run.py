@@ -59,6 +59,20 @@ def test_a_resumed_search_is_the_uninterrupted_one(stops: list[int], tmp_path: P
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[1])
 
 
+def test_an_interrupted_search_is_saved(tmp_path: Path) -> None:
+    model, path = load_demo(trained=True), tmp_path / "s.safetensors"
+
+    def interrupt(search: DominoSearch) -> None:
+        if search.t == 9:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_domino(model, loader(model), "3x", checkpoint=path, progress=interrupt, **FAST)
+    assert found(run_domino(model, loader(model), "3x", checkpoint=path, **FAST)) == found(
+        run_domino(model, loader(model), "3x", **FAST)
+    )
+
+
 def test_the_model_is_left_alone() -> None:
     model = load_demo(trained=True)
     before, kind = {k: v.clone() for k, v in model.state_dict().items()}, type(model)
