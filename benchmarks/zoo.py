@@ -294,8 +294,9 @@ def structure_summary(records: list[dict[str, Any]], good: list[dict[str, Any]])
     unfollowed = "; ".join(f"{n} {reason}" for reason, n in lost.most_common()) or "none could not be followed"
     fed = {record["model"]: record["weights"] / max(1, record["weights"] + sum(record["missed"].values())) for record in good}
     least = min(fed, key=fed.__getitem__, default="-")
+    kinds = Counter(record["model"].partition(":")[0] for record in records)
     return [
-        f"- {len(good)} of {len(records)} models convert to 2:4 and 4:16 with their keys, order and class, and copy; "
+        f"- {len(good)} of {len(records)} models ({', '.join(f'{n} {kind}' for kind, n in kinds.items())}) convert to 2:4 and 4:16 with their keys, order and class, and copy; "
         f"{len(records) - len(good)} fail{why};",
         f"- {followed} were followed through a forward pass of the converted model: every weight of the scheme is read masked "
         f"({unfollowed});",

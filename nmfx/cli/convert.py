@@ -32,7 +32,7 @@ def convert(name: str, path: Path, args: Namespace) -> work.Work:
     """Build `name` and write its work directory, showing what was found."""
     out, size = output(), work.parse_size(args.input_size)
     with working(f"building {name}"):
-        built = build_model(name, weights=args.weights)
+        built = build_model(name, weights=args.weights, kwargs={"num_classes": args.classes} if args.classes else None)
     model = built.model
     if built.weights == "file":
         out.print(built.note)

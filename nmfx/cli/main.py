@@ -65,6 +65,7 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
     chosen.add_argument("--scheme", metavar="FILE", help="a scheme file, YAML or the published one-line format")
     _add_policy(parser)
     parser.add_argument("--input-size", metavar="CxHxW", help="input without the batch, as in 3x224x224")
+    parser.add_argument("--classes", type=int, metavar="N", help="classes of the classifier, where not the model's own number")
     parser.add_argument("--graph", action="store_true", help="print the fx graph of the converted model")
     _add_output(parser, "work directory (default: NAME.nmfx)")
 

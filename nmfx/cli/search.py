@@ -198,7 +198,7 @@ def _work(args: Namespace) -> work.Work:
         if there.model != wanted:
             raise NmfxError(f"{path} holds {there.model}, not {wanted}; use `nmfx convert {wanted} --out OTHER.nmfx`")
         return there
-    defaults = Namespace(weights="auto", pattern=None, scheme=None, input_size=None, graph=False, force=False)
+    defaults = Namespace(weights="auto", pattern=None, scheme=None, input_size=None, classes=None, graph=False, force=False)
     return convert.convert(name, path, defaults)
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +26,18 @@ class Built:
     note: str = ""
 
 
-def build_model(name: str, *, weights: str = "auto", seed: int = 0) -> Built:
+def build_model(name: str, *, weights: str = "auto", seed: int = 0, kwargs: Mapping[str, Any] | None = None) -> Built:
     """Build a model of torchvision, timm or the demo by name, in eval mode.
 
     Args:
         weights: ``auto`` takes pretrained weights and goes on with random ones (saying why) when they cannot be had;
             ``pretrained`` makes that an error; ``none`` takes random ones; anything else is a safetensors or .pth file.
+        kwargs: arguments of its builder, such as ``{"num_classes": 10}``.
 
     Raises:
         ModelError: unknown name, weights that cannot be had, or a file that does not fit.
     """
-    source, note = find_source(name), ""
+    source, note = replace(find_source(name), kwargs=dict(kwargs or {})), ""
     if weights in ("auto", "pretrained"):
         try:
             return Built(source.build(pretrained=True), source, "pretrained")
