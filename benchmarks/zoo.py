@@ -297,7 +297,7 @@ def structure_summary(records: list[dict[str, Any]], good: list[dict[str, Any]])
     kinds = Counter(record["model"].partition(":")[0] for record in records)
     libraries = ", ".join(f"{n} {kind}" for kind, n in kinds.items())
     return [
-        f"- {len(good)} of {len(records)} models ({libraries}) convert to 2:4 and 4:16 with their keys, order and class, and copy; "
+        f"- {len(good)} of {len(records)} models ({libraries}) convert to 2:4 and 4:16 with keys, order and class, and copy; "
         f"{len(records) - len(good)} fail{why};",
         f"- {followed} were followed through a forward pass of the converted model: every weight of the scheme is read masked "
         f"({unfollowed});",
