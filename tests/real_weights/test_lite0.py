@@ -36,7 +36,7 @@ def sites(dense: nn.Module) -> Sites:
 
 @pytest.fixture(scope="module")
 def found(dense: nn.Module, sites: Sites) -> dict[str, SearchResult]:
-    return {method: find_scheme(dense, target=1 - DENSITY, method=method, sites=sites) for method in METHODS}
+    return {method: find_scheme(dense, target=1 - DENSITY, method=method, sites=sites) for method in METHODS if method != "spdy"}
 
 
 def top1(model: nn.Module) -> float:
