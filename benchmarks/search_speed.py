@@ -61,12 +61,12 @@ def step(pairs: int = 21) -> None:
     print(f"a round of votes takes {vote:.3f} s, once in 100 steps: {vote / 100 / both[1]:.3%} of a plain step")
 
 
-def gradient(pictures: int = 256, size: int = 16) -> None:
+def gradient(pictures: int = 256, size: int = 16, repeats: int = 2) -> None:
     """ResNet-50: forward and backward with and without the table."""
     model, batches = torchvision.models.resnet50().eval(), _batch(size, pictures // size)
     problem = pose(nmfx.find_sites(model), target=0.875)
     rounds = []
-    for _ in range(3):
+    for _ in range(repeats):
         start = time.perf_counter()
         for x, y in batches:
             torch.autograd.grad(nn.functional.cross_entropy(model(x), y), list(model.parameters()))
