@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from nmfx.search.finder import find_scheme as find_scheme
     from nmfx.sparsity.pattern import Pattern as Pattern
     from nmfx.training.evaluation import evaluate as evaluate
-    from nmfx.training.finetune import finetune as finetune
     from nmfx.training.settings import Settings as Settings
+    from nmfx.training.trainer import finetune as finetune
 
 __version__ = "0.1.0"
 
@@ -56,7 +56,7 @@ _HOMES = {
     "Pattern": "nmfx.sparsity.pattern",
     "recalibrate_bn": "nmfx.passes.calibration",
     "evaluate": "nmfx.training.evaluation",
-    "finetune": "nmfx.training.finetune",
+    "finetune": "nmfx.training.trainer",
     "Settings": "nmfx.training.settings",
 }
 __all__ = [*_HOMES]

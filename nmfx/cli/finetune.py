@@ -24,11 +24,11 @@ from nmfx.passes.baking import verify
 from nmfx.passes.transform import scheme_of, transform
 from nmfx.scheme import INFO, Scheme
 from nmfx.training.evaluation import evaluate
-from nmfx.training.finetune import BEST, LAST, LOG, finetune
 from nmfx.training.masks import set_training
 from nmfx.training.record import Finetuned, Progress
 from nmfx.training.settings import Settings
 from nmfx.training.state import fingerprint
+from nmfx.training.trainer import BEST, LAST, LOG, finetune
 from nmfx.zoo.building import build_random
 
 MODEL = "model.safetensors"

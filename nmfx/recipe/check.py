@@ -22,8 +22,8 @@ from nmfx.recipe.pipeline import build, choose, describe
 from nmfx.recipe.schema import FOLDER, FinetuneSection, ModelSection, Recipe, SearchSection
 from nmfx.scheme import Scheme
 from nmfx.search.domino_loop import Loop
-from nmfx.training.finetune import finetune
 from nmfx.training.loss import logits_of
+from nmfx.training.trainer import finetune
 from nmfx.zoo.building import Built
 
 PICTURES = 2  # of one update

@@ -38,10 +38,10 @@ from nmfx.search.finder import SearchResult, conclude, find_scheme
 from nmfx.search.run import run_domino
 from nmfx.search.tables import Tables
 from nmfx.training.evaluation import Evaluation, evaluate
-from nmfx.training.finetune import BEST, LAST, LOG, finetune
 from nmfx.training.record import Progress
 from nmfx.training.settings import FREE
 from nmfx.training.state import fingerprint
+from nmfx.training.trainer import BEST, LAST, LOG, finetune
 from nmfx.zoo.building import Built, build_random, load_weights
 from nmfx.zoo.source import SOURCE, find_source
 

@@ -30,12 +30,12 @@ from nmfx.passes.baking import bake, verify
 from nmfx.passes.transform import transform
 from nmfx.training import state
 from nmfx.training.evaluation import evaluate
-from nmfx.training.finetune import BEST, LAST, LOG, finetune, load_best
 from nmfx.training.loss import distilled, task_loss
 from nmfx.training.masks import set_training
 from nmfx.training.record import Progress
 from nmfx.training.settings import Settings
 from nmfx.training.state import load_state, save_state
+from nmfx.training.trainer import BEST, LAST, LOG, finetune, load_best
 
 QUICK = Settings(epochs=2, batch_size=64, lr=0.02, save_seconds=0)
 EXAMPLE = torch.zeros(1, 1, 8, 8)
