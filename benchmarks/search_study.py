@@ -295,7 +295,7 @@ def tasks() -> list[tuple[Any, ...]]:
 def main() -> None:
     """Run what is missing."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", default="study.jsonl")
+    parser.add_argument("--out", default="benchmarks/search_study.jsonl")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--only", default="*", help="a glob over network-seed")
     parser.add_argument("--write", type=Path, help="only write the tables into this file, between its two markers")
