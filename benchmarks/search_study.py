@@ -340,7 +340,7 @@ def draw(records: list[dict[str, Any]], network: str, path: Path) -> None:
     points = [Point(m, kept, statistics.mean(v), statistics.stdev(v) if len(v) > 2 else 0.0) for (m, kept), v in found.items()]
     reference = [r["tuned"] for r in records if (r["network"], r["method"]) == (network, "dense") and "tuned" in r] or [0.0]
     if points:
-        title = f"{network} on Fashion-MNIST: accuracy after equal fine-tuning, by budget of parameters"
+        title = f"{network}: fine-tuned accuracy by budget of parameters"
         save_figure(draw_accuracy(points, title=title, dense=statistics.mean(reference)), path, force=True)
 
 
