@@ -12,13 +12,14 @@ from torch import nn
 
 from nmfx.cli import work
 from nmfx.cli.console import output, warn, working
-from nmfx.cli.processes import processes, size_of_group
+from nmfx.cli.processes import processes
 from nmfx.data.config import PictureConfig, check_classes, picture_config
 from nmfx.data.loader import validation_loader
 from nmfx.data.source import Data, open_data
 from nmfx.errors import CheckpointError, NmfxError
 from nmfx.export.checkpoint import load_checkpoint
 from nmfx.passes.transform import transform
+from nmfx.processes import world
 from nmfx.scheme import Scheme
 from nmfx.training.evaluation import Evaluation, evaluate
 from nmfx.zoo.building import build_model
@@ -36,7 +37,7 @@ def _run(args: Namespace, device: str) -> None:
     rows: list[tuple[str, Evaluation]] = []
     for label, model, size in _models(args):
         data, config = pictures(args, model, size, data)
-        batch = max(1, args.batch_size // size_of_group())
+        batch = max(1, args.batch_size // world())
         with working(f"evaluating {label} on {data.name}"):
             batches = validation_loader(data, config, batch_size=batch, workers=args.workers)
             rows.append((label, evaluate(model.to(device), batches, reference=reference)))

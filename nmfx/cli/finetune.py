@@ -12,7 +12,7 @@ from torch import nn
 from nmfx.cli import evaluate as evaluating
 from nmfx.cli import work
 from nmfx.cli.console import advancing, output, working
-from nmfx.cli.processes import is_first, processes, size_of_group
+from nmfx.cli.processes import processes
 from nmfx.data.augment import Augment
 from nmfx.data.config import PictureConfig
 from nmfx.data.loader import validation_loader
@@ -22,6 +22,7 @@ from nmfx.export.checkpoint import load_checkpoint, save_checkpoint
 from nmfx.graph.census import find_sites
 from nmfx.passes.baking import verify
 from nmfx.passes.transform import scheme_of, transform
+from nmfx.processes import rank, world
 from nmfx.scheme import INFO, Scheme
 from nmfx.training.evaluation import evaluate
 from nmfx.training.masks import set_training
@@ -54,10 +55,10 @@ def _run(args: Namespace, device: str) -> None:
     about = {"weights before": fingerprint(model)}
     teacher = _teacher(args, found)
     data, config = evaluating.pictures(args, model, found.input_size if found else None)
-    if args.force and is_first():
+    if args.force and rank() == 0:
         for stale in (LAST, BEST, LOG, MODEL):
             (folder / stale).unlink(missing_ok=True)
-    if size_of_group() > 1:
+    if world() > 1:
         dist.barrier()  # nobody looks for a run to resume before it is gone
     if (folder / LAST).exists():
         output().print(f"going on with {folder / LAST}; --force starts anew")
@@ -73,7 +74,7 @@ def _run(args: Namespace, device: str) -> None:
         result = finetune(
             model, data, settings=settings, folder=folder, config=config, teacher=teacher, about=about, progress=progress
         )
-    if is_first():
+    if rank() == 0:
         save_checkpoint(model, folder / MODEL, info=info)
     _check(folder / MODEL, result, data, config, settings, device)
     _show(model, result, folder)
@@ -146,9 +147,9 @@ def _teacher(args: Namespace, found: work.Work | None) -> nn.Module | None:
 
 def _check(path: Path, result: Finetuned, data: Data, config: PictureConfig, settings: Settings, device: str) -> None:
     """What is on disk scores as what was trained, digit for digit."""
-    if size_of_group() > 1:
+    if world() > 1:
         dist.barrier()  # it has been written
-    size = settings.pictures_a_pass(size_of_group())
+    size = settings.pictures_a_pass(world())
     with working(f"evaluating {path}"):
         loaded = load_checkpoint(path).to(device)
         found = evaluate(loaded, validation_loader(data, config, batch_size=size, workers=settings.workers))

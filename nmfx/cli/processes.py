@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from nmfx.cli.console import silence
 from nmfx.errors import NmfxError
+from nmfx.processes import rank, world
 
 
 @contextlib.contextmanager
@@ -22,42 +23,32 @@ def processes(device: str = "auto") -> Iterator[str]:
     Raises:
         NmfxError: an unknown device.
     """
-    world, local = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
+    wanted, local = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
     gpus = torch.cuda.device_count()
     chosen = device if device != "auto" else f"cuda:{local % gpus}" if gpus else "cpu"
     try:
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError) as error:
         raise NmfxError(f"--device {device}: {str(error).splitlines()[0]}") from error
-    if world == 1:
+    if wanted == 1:
         yield chosen
         return
     dist.init_process_group("nccl" if chosen.startswith("cuda") else "gloo")
     try:
-        if dist.get_rank():
+        if rank():
             silence()
         yield chosen
     finally:
         dist.destroy_process_group()
 
 
-def size_of_group() -> int:
-    """Number of processes that work together."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def is_first() -> bool:
-    """Whether this is the process that writes."""
-    return size_of_group() == 1 or dist.get_rank() == 0
-
-
 @contextlib.contextmanager
 def first_alone() -> Iterator[None]:
     """Let the first process through the block before the others: what it writes there, they find."""
-    if not is_first():
+    if rank():
         dist.barrier()
     yield
-    if is_first() and size_of_group() > 1:
+    if not rank() and world() > 1:
         dist.barrier()
 
 

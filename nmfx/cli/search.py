@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from nmfx.cli import convert, report, tables, work
 from nmfx.cli.console import advancing, heading, output, working
-from nmfx.cli.processes import asked_to_stop, first_alone, is_first, processes, size_of_group
+from nmfx.cli.processes import asked_to_stop, first_alone, processes
 from nmfx.errors import NmfxError, SearchError
 from nmfx.graph.site import Sites
+from nmfx.processes import rank, world
 from nmfx.scheme import Scheme
 from nmfx.search.budget import UNITS
 from nmfx.search.finder import SearchResult, conclude, find_scheme
@@ -53,7 +54,7 @@ def _run(args: Namespace, device: str) -> None:
     scheme = replace(result.scheme, info={**result.scheme.info, "model": found.model, "weights": found.weights})
     _show(result, scheme, events=args.events)
     found.warn()
-    if not is_first():
+    if rank() != 0:
         return
     written = work.save_scheme(scheme, path, result.sites, force=args.force)
     written += report.write(result, scheme, args.figure, args.html, force=args.force)
@@ -94,10 +95,10 @@ def _loop(args: Namespace, found: work.Work, model: nn.Module, sites: Sites, pat
 
     data = open_data(args.data, root=args.data_root)
     check_classes(data, model)
-    share = args.batch_size // size_of_group()
+    share = args.batch_size // world()
     loader = train_loader(data, picture_config(model, data), batch_size=share, workers=args.workers, seed=args.seed)
     checkpoint, start = _checkpoint(path), time.perf_counter()
-    if args.force and is_first():
+    if args.force and rank() == 0:
         checkpoint.unlink(missing_ok=True)
     if checkpoint.exists():
         output().print(f"going on with {checkpoint}; --force starts anew")

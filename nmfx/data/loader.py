@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from timm.data import Mixup, create_loader
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, Sampler, default_collate
 
+from nmfx import processes
 from nmfx.data.augment import ArrayTransform, Augment, make_mixup, train_transform
 from nmfx.data.config import PictureConfig
 from nmfx.data.pictures import ArrayPictures, FilePictures
@@ -183,7 +183,7 @@ def train_loader(
     Raises:
         DataError: too few pictures for one step, options that do not go together.
     """
-    augment, (rank, world) = augment or Augment(), share or _own_share()
+    augment, (rank, world) = augment or Augment(), share or (processes.rank(), processes.world())
     _check_counts(data, batch_size, workers, rank, world)
     mixup = make_mixup(augment, data.classes, batch_size)
     if isinstance(data.train, IterableDataset):
@@ -212,7 +212,7 @@ def validation_loader(
     data: Data, config: PictureConfig, *, batch_size: int = 256, workers: int = 0, share: tuple[int, int] | None = None
 ) -> PictureLoader:
     """The validation pictures in their own order; each process sees every W-th, none twice, and the last batch may be short."""
-    rank, world = share or _own_share()
+    rank, world = share or (processes.rank(), processes.world())
     _check_counts(data, batch_size, workers, rank, world)
     return eval_loader(data.validation, config, batch_size=batch_size, workers=workers, part=(rank, world))
 
@@ -284,12 +284,6 @@ def _timm_loader(
 
 def _collate(samples: Any) -> Any:
     return default_collate(samples) if isinstance(samples, list) else samples  # a whole batch already, or a DataError
-
-
-def _own_share() -> tuple[int, int]:
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
 
 
 def _check_counts(data: Data, batch_size: int, workers: int, rank: int, world: int) -> None:

@@ -25,10 +25,10 @@ from nmfx.export.checkpoint import load_checkpoint, save_checkpoint
 from nmfx.export.plain import save_baked, save_onnx
 from nmfx.files import all_or_nothing, write_atomic
 from nmfx.graph.census import find_sites
-from nmfx.graph.parallel import rank, world
 from nmfx.graph.site import Sites
 from nmfx.passes.baking import bake, verify
 from nmfx.passes.transform import conversion_difference, transform
+from nmfx.processes import rank, world
 from nmfx.recipe.job import SCHEME, WEIGHTS, WORK, Dense, Job, example_of
 from nmfx.recipe.schema import INLINE, FinetuneSection, ModelSection, Recipe, SearchSection
 from nmfx.recipe.stamp import Stamp, digest_of, digests, read_stamp, stamp, write_stamp

@@ -18,6 +18,7 @@ from nmfx.graph.masked import mask_attribute, masked_sites, unmask
 from nmfx.graph.reading import MaskSpec, mask_name
 from nmfx.graph.site import Sites
 from nmfx.passes.scoring import SUFFIXES, attach_scores, detach_scores, scores_of, weight_of
+from nmfx.processes import world
 from nmfx.scheme import Scheme
 from nmfx.search.baselines import erk_sparsities
 from nmfx.search.budget import BudgetKind
@@ -238,7 +239,7 @@ class DominoSearch:
             threshold, count = scores_of(self.model, self.sites.sites[i])
             count.copy_(_above(weight, threshold, self._groupings[i]))
             shares[place] = (count < self._working[i]).double().mean()
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        if world() > 1:
             device = next(self.model.parameters()).device
             shares = shares.to(device)
             dist.broadcast(shares, src=0)

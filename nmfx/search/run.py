@@ -19,8 +19,9 @@ from nmfx.data.seeding import seed_of
 from nmfx.errors import SearchError
 from nmfx.files import write_atomic
 from nmfx.graph.masked import masked_sites
-from nmfx.graph.parallel import rank, world, wrap
+from nmfx.graph.parallel import wrap
 from nmfx.passes.scoring import SUFFIXES
+from nmfx.processes import rank, world
 from nmfx.search.domino_loop import DominoSearch
 
 SAVE_SECONDS = 180.0

@@ -25,7 +25,8 @@ from nmfx.data.source import Data
 from nmfx.errors import CheckpointError, NmfxError
 from nmfx.graph.masked import masked_sites, renew
 from nmfx.graph.modes import keep_modes
-from nmfx.graph.parallel import rank, summed, world, wrap
+from nmfx.graph.parallel import wrap
+from nmfx.processes import rank, summed, world
 from nmfx.training.evaluation import evaluate
 from nmfx.training.loss import distilled, logits_of, task_loss
 from nmfx.training.masks import describe, frozen_masks, shared_decay

@@ -6,7 +6,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from nmfx.cli import console, export, work
+from nmfx.cli import export, work
 from nmfx.cli.main import main
 from nmfx.demo.digits import load_demo
 from nmfx.errors import CheckpointError
@@ -34,19 +34,6 @@ from nmfx.zoo.source import Source
 
 ROOT = Path(__file__).parents[2]
 DIGITS = Path("digits.nmfx")
-
-
-@pytest.fixture(autouse=True)
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A new current folder, and consoles that write to what pytest captures."""
-    monkeypatch.chdir(tmp_path)
-    for name in ("COLUMNS", "FORCE_COLOR", "NO_COLOR"):
-        monkeypatch.delenv(name, raising=False)
-    for function in (console.output, console.errors):
-        function.cache_clear()
-    yield tmp_path
-    for function in (console.output, console.errors):
-        function.cache_clear()
 
 
 Run = Callable[..., tuple[str, str]]

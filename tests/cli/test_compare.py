@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import torchvision
 
-from nmfx.cli import console
 from nmfx.cli import report as report_io
 from nmfx.cli.main import main
 from nmfx.demo.digits import load_demo
@@ -22,19 +21,6 @@ from nmfx.scheme import Scheme
 from nmfx.search.finder import find_scheme
 
 MODEL = "torchvision:resnet18"
-
-
-@pytest.fixture(autouse=True)
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A new current folder, and consoles that write to what pytest captures."""
-    monkeypatch.chdir(tmp_path)
-    for name in ("COLUMNS", "FORCE_COLOR", "NO_COLOR"):
-        monkeypatch.delenv(name, raising=False)
-    for function in (console.output, console.errors):
-        function.cache_clear()
-    yield tmp_path
-    for function in (console.output, console.errors):
-        function.cache_clear()
 
 
 @pytest.fixture(scope="module")

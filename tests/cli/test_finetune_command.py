@@ -8,13 +8,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
-from nmfx.cli import console
 from nmfx.cli.main import main
 from nmfx.export.checkpoint import load_checkpoint, read_checkpoint
 from nmfx.export.plain import save_baked
@@ -26,30 +25,6 @@ DIGITS = ("--data", "digits", "--batch-size", "64")
 QUICK = (*DIGITS, "--epochs", "1", "--lr", "0.02")
 MODEL = Path("digits.nmfx/finetune/model.safetensors")
 Run = Callable[..., str]
-
-
-@pytest.fixture(autouse=True)
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A new current folder, and consoles that write to what pytest captures."""
-    monkeypatch.chdir(tmp_path)
-    for name in ("COLUMNS", "FORCE_COLOR", "NO_COLOR"):
-        monkeypatch.delenv(name, raising=False)
-    for function in (console.output, console.errors):
-        function.cache_clear()
-    yield tmp_path
-    for function in (console.output, console.errors):
-        function.cache_clear()
-
-
-@pytest.fixture
-def nmfx(capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run a command that works; its output."""
-
-    def run(*argv: str) -> str:
-        assert main(argv) == 0, capsys.readouterr().err
-        return capsys.readouterr().out
-
-    return run
 
 
 @pytest.fixture
