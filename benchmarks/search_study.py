@@ -97,11 +97,15 @@ def vit() -> nn.Module:
     return timm.models.VisionTransformer(**options, embed_dim=64, depth=4, num_heads=4)
 
 
+def cut(part: Any, count: int) -> ArrayPictures:
+    """The first pictures of Fashion-MNIST."""
+    return ArrayPictures(part.pictures[:count], part.labels[:count], part.top, 2, part.hflip)
+
+
 @cache
 def pictures() -> Data:
     """Part of Fashion-MNIST."""
     data = open_data("fashion-mnist")
-    cut = lambda p, n: ArrayPictures(p.pictures[:n], p.labels[:n], p.top, 2, p.hflip)  # noqa: E731
     return Data("fashion-mnist", 10, (), cut(data.train, TRAIN), cut(data.validation, TEST), data.shape)
 
 
