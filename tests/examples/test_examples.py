@@ -1,11 +1,8 @@
-"""The examples run as a reader would run them, warnings being errors."""
+"""Laws of examples/digits.py, which `make demo` runs."""
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,19 +10,14 @@ import pytest
 from nmfx import load_checkpoint, scheme_of
 from nmfx.demo.digits import DigitsNet
 
-ROOT = Path(__file__).parents[2]
 ROWS = ["dense", "uniform 2:16", "Domino", "knapsack"]
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory) -> tuple[str, Path]:
-    """What a short run of examples/digits.py prints, and the folder of its checkpoints."""
+def demo(example, tmp_path_factory) -> tuple[str, Path]:
+    """What a short run prints, and the folder of its checkpoints."""
     out = tmp_path_factory.mktemp("digits")
-    command = [sys.executable, "-W", "error", "examples/digits.py", "--epochs", "6", "--tune-epochs", "2", "--out", str(out)]
-    environment = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "FORCE_COLOR")} | {"PYTHONPATH": str(ROOT)}
-    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
-    assert run.returncode == 0, run.stderr
-    return run.stdout, out
+    return example("digits.py", "--epochs", 6, "--tune-epochs", 2, "--out", out), out
 
 
 def rows_of(printed: str) -> dict[str, list[float]]:
