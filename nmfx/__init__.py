@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from nmfx.passes.calibration import recalibrate_bn as recalibrate_bn
     from nmfx.passes.transform import scheme_of as scheme_of
     from nmfx.passes.transform import transform as transform
+    from nmfx.runtime.compiled import compile as compile
     from nmfx.scheme import Scheme as Scheme
     from nmfx.search.domino_loop import DominoSearch as DominoSearch
     from nmfx.search.finder import find_scheme as find_scheme
@@ -50,6 +51,7 @@ _HOMES = {
     "verify": "nmfx.passes.baking",
     "scheme_of": "nmfx.passes.transform",
     "transform": "nmfx.passes.transform",
+    "compile": "nmfx.runtime.compiled",
     "Scheme": "nmfx.scheme",
     "DominoSearch": "nmfx.search.domino_loop",
     "find_scheme": "nmfx.search.finder",

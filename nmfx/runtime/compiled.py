@@ -1,0 +1,198 @@
+"""compile(model, example): the same outputs, each site computed the fastest way this machine knows."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from nmfx.errors import ModelError, NmfxError
+from nmfx.graph.modes import keep_modes
+from nmfx.passes.baking import bake
+from nmfx.runtime.building import load_kernel
+from nmfx.runtime.layers import Fused, dense_layers, sparse_layer
+from nmfx.runtime.lowering import export, lower
+from nmfx.runtime.packed import TILES
+from nmfx.runtime.timing import Times, measure
+
+SPARSE_BELOW = 0.75  # density from which packed weights are not tried
+Advance = Callable[[float, str], None]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How a site is computed, and why.
+
+    Attributes:
+        name: the weight's.
+        shape: of the weight.
+        kept: weights that are not zero.
+        macs: multiply-adds of a dense weight, for one sample.
+        dense, sparse: seconds of the fastest dense and sparse way for one pass; `sparse` is None where it was not tried.
+        chosen: ``dense``, ``dense, channels last``, or ``sparse CHUNKxVECTORS``.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    kept: int
+    macs: int
+    dense: float
+    sparse: float | None
+    chosen: str
+
+    @property
+    def seconds(self) -> float:
+        """Of what was chosen."""
+        return self.sparse if self.sparse is not None and self.chosen.startswith("sparse") else self.dense
+
+
+class CompiledModel(nn.Module):
+    """A model in eval mode, lowered: pictures in, the original's outputs out, without gradients.
+
+    Attributes:
+        graph: the lowered graph; its ``site0, site1, ...`` are the layers of `nmfx.runtime.layers`.
+        choices: how each site is computed.
+        batch: samples of a pass; larger batches go through in several, so that activations stay in the cache.
+        kernel: why the kernel is missing; empty when it is there.
+    """
+
+    def __init__(self, graph: fx.GraphModule, choices: tuple[Choice, ...], batch: int, free: bool, kernel: str) -> None:
+        super().__init__()
+        self.graph, self.choices, self.batch, self.free, self.kernel = graph, choices, batch, free, kernel
+        self.eval()
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Any:
+        """As the original's; any batch size where torch.export could keep it free.
+
+        Raises:
+            NmfxError: another batch size than that of a model whose batch size is fixed.
+        """
+        if len(x) <= self.batch and (self.free or len(x) == self.batch):
+            return self.graph(x)
+        if not self.free and len(x) % self.batch:
+            raise NmfxError(f"compiled for batches of {self.batch}, got one of {len(x)}: torch.export fixed the batch size")
+        parts = [self.graph(part) for part in x.split(self.batch)]
+        return _joined(parts)
+
+    def train(self, mode: bool = True) -> CompiledModel:
+        """It stays in eval mode."""
+        return super().train(False)
+
+
+def _joined(parts: list[Any]) -> Any:
+    first = parts[0]
+    if isinstance(first, Tensor):
+        return torch.cat(parts)
+    if isinstance(first, dict):
+        return type(first)((key, _joined([part[key] for part in parts])) for key in first)
+    return type(first)(_joined(list(column)) for column in zip(*parts, strict=True))
+
+
+def compile(
+    model: nn.Module, example_input: Tensor, *, batch: int | None = None, progress: Advance | None = None
+) -> CompiledModel:
+    """Lower a converted, baked or plain model for this machine.
+
+    Every convolution and linear layer is fused with its batch norm, residual and clamp, and computed by PyTorch's dense
+    operator or by the sparse kernel, whichever is faster here for this shape; what was measured is kept on disk.
+
+    Args:
+        example_input: a batch of the size and shape to be fast for.
+        batch: samples of a pass; None measures 1, 2, 4, ... up to the example's.
+        progress: called with the share done and the site.
+
+    Raises:
+        ModelError: torch.export cannot follow the model.
+    """
+    if not isinstance(example_input, Tensor) or not len(example_input):
+        raise ModelError(f"compile: expected a batch of pictures as a tensor, got {type(example_input).__name__}")
+    example = example_input.detach().cpu()
+    plain = bake(model).cpu()
+    kernel = load_kernel()
+    with keep_modes(plain):
+        graph, free = export(plain.eval(), example)
+    sites = lower(graph)
+    sizes = [2**i for i in range(len(example).bit_length()) if 2**i <= len(example)] if batch is None else [batch]
+    if not free:
+        sizes = [len(example)]
+    found = []
+    times = Times()
+    for number, size in enumerate(sizes):
+        report = None if progress is None else _part(progress, number, len(sizes))
+        mine = graph if number + 1 == len(sizes) else _twin(graph)
+        choices = choose(mine, sites, example[:size], times, sparse=not kernel, progress=report)
+        found.append(CompiledModel(mine, choices, size, free, kernel))
+    times.save()
+    if len(found) == 1:
+        return found[0]
+    took = measure({str(index): partial(one, example) for index, one in enumerate(found)})
+    return found[min(range(len(found)), key=lambda index: took[str(index)])]
+
+
+def _part(progress: Advance, number: int, parts: int) -> Advance:
+    return lambda share, name: progress((number + share) / parts, name)
+
+
+def _twin(graph: fx.GraphModule) -> fx.GraphModule:
+    """The same graph over the same tensors, with sites of its own."""
+    return copy.copy(fx.GraphModule(graph, copy.deepcopy(graph.graph)))
+
+
+def choose(
+    graph: fx.GraphModule,
+    sites: list[tuple[fx.Node, Fused]],
+    example: Tensor,
+    times: Times,
+    *,
+    sparse: bool = True,
+    progress: Advance | None = None,
+) -> tuple[Choice, ...]:
+    """Put a layer into every site of a lowered graph: the fastest for the example."""
+    seen: dict[str, tuple[Tensor, ...]] = {}
+    for node, fused in sites:
+        graph.add_submodule(str(node.target), dense := next(iter(dense_layers(fused).values())))
+        dense.register_forward_pre_hook(lambda module, args, name=str(node.target): seen.update({name: args}))
+    with torch.no_grad():
+        graph(example)
+    choices = []
+    for index, (node, fused) in enumerate(sites):
+        if progress is not None:
+            progress(index / len(sites), fused.name)
+        layer, choice = _fastest(fused, seen[str(node.target)], times, len(example), sparse=sparse)
+        graph.add_submodule(str(node.target), layer)
+        choices.append(choice)
+    graph.recompile()
+    return tuple(choices)
+
+
+@torch.no_grad()
+def _fastest(fused: Fused, inputs: tuple[Tensor, ...], times: Times, samples: int, *, sparse: bool) -> tuple[nn.Module, Choice]:
+    kept = fused.kept
+    dense = dense_layers(fused)
+    outputs = next(iter(dense.values()))(*inputs)
+    positions = outputs.numel() // fused.weight.shape[0]
+    macs = positions * fused.weight.numel() // samples
+    tiles = [tile for tile in TILES if tile[0] < 2 * fused.weight[0].numel() or tile == TILES[0]]
+    if not sparse or kept >= SPARSE_BELOW * fused.weight.numel():
+        tiles = []
+    ways = {f"sparse {chunk}x{vectors}": (chunk, vectors) for chunk, vectors in tiles}
+    geometry = (fused.geometry, fused.groups, fused.residual, fused.low, fused.high, fused.bias is not None)
+    seen = [(tuple(one.shape), one.stride()) for one in inputs]
+    what = ("site", tuple(fused.weight.shape), kept, geometry, seen, [*dense, *ways])
+
+    def candidates() -> dict[str, Callable[[], Tensor]]:
+        layers = dense | {name: sparse_layer(fused, *tile) for name, tile in ways.items()}
+        return {name: partial(layer, *inputs) for name, layer in layers.items()}
+
+    took = times.get(what, candidates)
+    best = min(took, key=lambda name: took[name])
+    packed = [took[name] for name in ways]
+    fastest = min(took[name] for name in dense)
+    choice = Choice(fused.name, tuple(fused.weight.shape), kept, macs, fastest, min(packed) if packed else None, best)
+    return dense[best] if best in dense else sparse_layer(fused, *ways[best]), choice

@@ -1,0 +1,144 @@
+"""What a site becomes: a convolution or linear layer with all that follows it fused, dense or sparse."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import nmfx.runtime.operators  # noqa: F401 - defines torch.ops.nmfx
+from nmfx.runtime.packed import Packed, pack
+
+INF = math.inf
+
+
+@dataclass(frozen=True, eq=False)
+class Fused:
+    """``clamp(conv(x, weight) + bias + residual, low, high)``, batch norm folded in; or the same of a linear layer.
+
+    Attributes:
+        name: of the weight in the model.
+        weight: ``(out, in / groups, kernel height, kernel width)`` or ``(out, in)``, with zeros.
+        geometry: stride, padding and dilation, two numbers each; empty for a linear layer.
+    """
+
+    name: str
+    weight: Tensor
+    bias: Tensor | None
+    geometry: tuple[tuple[int, int], ...] = ()
+    groups: int = 1
+    residual: bool = False
+    low: float = -INF
+    high: float = INF
+
+    @property
+    def is_conv(self) -> bool:
+        """A convolution over pictures, or a linear layer over tokens."""
+        return bool(self.geometry)
+
+    @property
+    def kept(self) -> int:
+        """Weights that are not zero."""
+        return int(self.weight.count_nonzero())
+
+
+class SparseConv2d(nn.Module):
+    """Kept weights only; `residual` is added before the clamp."""
+
+    def __init__(self, fused: Fused, packed: Packed) -> None:
+        super().__init__()
+        for name in ("values", "columns", "pointers"):
+            self.register_buffer(name, getattr(packed, name))
+        self.register_buffer("bias", fused.bias)
+        kernel = list(fused.weight.shape[2:])
+        self.options = (packed.shape[0], kernel, *map(list, fused.geometry), fused.groups, fused.low, fused.high)
+        self.tile = (packed.chunk, packed.vectors)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """``(batch, in, height, width)`` to ``(batch, out, height, width)``."""
+        packed = (self.values, self.columns, self.pointers, self.bias)
+        return torch.ops.nmfx.sparse_conv2d(x, *packed, residual, *self.options, *self.tile)  # type: ignore[no-any-return]
+
+
+class SparseLinear(nn.Module):
+    """Kept weights only."""
+
+    def __init__(self, fused: Fused, packed: Packed) -> None:
+        super().__init__()
+        for name in ("values", "columns", "pointers"):
+            self.register_buffer(name, getattr(packed, name))
+        self.register_buffer("bias", fused.bias)
+        self.options = (packed.shape[0], fused.low, fused.high, packed.chunk, packed.vectors)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(..., in)`` to ``(..., out)``."""
+        return torch.ops.nmfx.sparse_linear(x, self.values, self.columns, self.pointers, self.bias, *self.options)  # type: ignore[no-any-return]
+
+
+class DenseConv2d(nn.Module):
+    """PyTorch's own convolution, by oneDNN with its weight packed at the first call where it takes the clamp."""
+
+    def __init__(self, fused: Fused, *, channels_last: bool = False) -> None:
+        super().__init__()
+        self.register_buffer("weight", fused.weight)
+        self.register_buffer("bias", fused.bias)
+        self.geometry, self.groups, self.channels_last = fused.geometry, fused.groups, channels_last
+        self.limits, unlimited = (fused.low, fused.high), (-INF, INF)
+        self.after: tuple[Any, ...] = ("relu" if self.limits == (0.0, INF) else "none", [], "")
+        if INF not in map(abs, self.limits):
+            self.after = ("hardtanh", list(self.limits), "")
+        self.packable = torch.backends.mkldnn.is_available() and (self.after[0] != "none" or self.limits == unlimited)
+        self.packed: Tensor | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "packed": None}  # oneDNN's format cannot be copied; the weight is packed again
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """``(batch, in, height, width)`` to ``(batch, out, height, width)``."""
+        stride, padding, dilation = map(list, self.geometry)
+        if not self.packable:
+            y = F.conv2d(x, self.weight, self.bias, stride, padding, dilation, self.groups)  # type: ignore[arg-type]
+            return (y if residual is None else y + residual).clamp(*self.limits)
+        if self.packed is None:
+            reorder, shape = torch.ops.mkldnn._reorder_convolution_weight, list(x.shape)
+            self.packed = reorder(self.weight.contiguous(), padding, stride, dilation, self.groups, shape)  # type: ignore[operator]
+        if self.channels_last:
+            x = x.contiguous(memory_format=torch.channels_last)
+        after = self.after if residual is None else ("none", [], "")
+        rest = (self.bias, padding, stride, dilation, self.groups, *after)
+        y = torch.ops.mkldnn._convolution_pointwise(x, self.packed, *rest)
+        if residual is not None:
+            y = y.add_(residual).clamp_(*self.limits)
+        return y.contiguous()  # type: ignore[no-any-return]
+
+
+class DenseLinear(nn.Module):
+    """PyTorch's own product."""
+
+    def __init__(self, fused: Fused) -> None:
+        super().__init__()
+        self.register_buffer("weight", fused.weight)
+        self.register_buffer("bias", fused.bias)
+        self.limits = (fused.low, fused.high)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(..., in)`` to ``(..., out)``."""
+        y = F.linear(x, self.weight, self.bias)  # type: ignore[arg-type]
+        return y if self.limits == (-INF, INF) else y.clamp_(*self.limits)
+
+
+def dense_layers(fused: Fused) -> dict[str, nn.Module]:
+    """The dense ways to compute a site, by name."""
+    if not fused.is_conv:
+        return {"dense": DenseLinear(fused)}
+    return {"dense": DenseConv2d(fused), "dense, channels last": DenseConv2d(fused, channels_last=True)}
+
+
+def sparse_layer(fused: Fused, chunk: int, vectors: int) -> nn.Module:
+    """The sparse way, with a chunk of columns and a tile of pixels."""
+    packed = pack(fused.weight, fused.groups, chunk=chunk, vectors=vectors)
+    return SparseConv2d(fused, packed) if fused.is_conv else SparseLinear(fused, packed)

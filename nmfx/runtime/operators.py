@@ -1,0 +1,82 @@
+"""The sparse operators as torch sees them: schemas, shapes for torch.compile, and plain PyTorch where there is no kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from nmfx.runtime.packed import unpack
+
+_PACKED = "Tensor values, Tensor columns, Tensor pointers, Tensor? bias"
+_LIBRARY = torch.library.Library("nmfx", "DEF")
+_LIBRARY.define(
+    f"sparse_conv2d(Tensor input, {_PACKED}, Tensor? residual, int out_channels, int[2] kernel, int[2] stride, int[2] padding, "
+    "int[2] dilation, int groups, float low, float high, int chunk, int vectors) -> Tensor"
+)
+_LIBRARY.define(
+    f"sparse_linear(Tensor input, {_PACKED}, int out_features, float low, float high, int chunk, int vectors) -> Tensor"
+)
+
+
+def _conv2d(
+    input: Tensor,
+    values: Tensor,
+    columns: Tensor,
+    pointers: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    out_channels: int,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    low: float,
+    high: float,
+    chunk: int,
+    vectors: int,
+) -> Tensor:
+    """Without the kernel: the weight unpacked, and a dense convolution."""
+    shape = (out_channels, input.shape[1] // groups, *kernel)
+    weight = unpack(values, columns, pointers, shape, groups, chunk)
+    y = F.conv2d(input, weight, bias, tuple(stride), tuple(padding), tuple(dilation), groups)
+    return (y if residual is None else y + residual).clamp(low, high)
+
+
+def _linear(
+    input: Tensor,
+    values: Tensor,
+    columns: Tensor,
+    pointers: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    low: float,
+    high: float,
+    chunk: int,
+    vectors: int,
+) -> Tensor:
+    """Without the kernel: the weight unpacked, and a dense product."""
+    weight = unpack(values, columns, pointers, (out_features, input.shape[-1]), 1, chunk)
+    return F.linear(input, weight, bias).clamp(low, high)
+
+
+for _name, _plain in (("sparse_conv2d", _conv2d), ("sparse_linear", _linear)):
+    _LIBRARY.impl(_name, _plain, "CompositeExplicitAutograd")  # the kernel's, for CPU, goes before it
+
+
+@torch.library.register_fake("nmfx::sparse_conv2d")  # type: ignore[untyped-decorator]
+def _conv2d_shape(input: Tensor, *args: object) -> Tensor:
+    out_channels, kernel, stride, padding, dilation = args[5:10]
+    size = [
+        (n + 2 * p - d * (k - 1) - 1) // s + 1
+        for n, k, s, p, d in zip(input.shape[2:], kernel, stride, padding, dilation, strict=True)  # type: ignore[call-overload]
+    ]
+    return input.new_empty((input.shape[0], out_channels, *size))  # type: ignore[arg-type]
+
+
+@torch.library.register_fake("nmfx::sparse_linear")  # type: ignore[untyped-decorator]
+def _linear_shape(input: Tensor, *args: object) -> Tensor:
+    return input.new_empty((*input.shape[:-1], args[4]))  # type: ignore[arg-type]

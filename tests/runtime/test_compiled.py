@@ -1,0 +1,235 @@
+"""nmfx.compile: the same outputs as the model, whatever it is built of."""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import torchvision
+from pictures import labelled, lite0
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import nmfx
+from nmfx.errors import ModelError, NmfxError
+from nmfx.runtime.compiled import CompiledModel, choose
+from nmfx.runtime.layers import SparseConv2d, SparseLinear, sparse_layer
+from nmfx.runtime.lowering import export, lower
+from nmfx.runtime.timing import Times
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Times of this run; the kernel is where it was."""
+    from nmfx.runtime import timing
+
+    folder = tmp_path_factory.getbasetemp() / "times"
+    monkeypatch.setattr(timing, "cache_folder", lambda: folder)
+    monkeypatch.setattr(timing, "ROUNDS", 1)
+    monkeypatch.setattr(timing, "LEAST_SECONDS", 0.0)
+
+
+def settled(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Random weights, and batch norms that have seen something."""
+    make = torch.Generator().manual_seed(seed)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.1, generator=make)
+            module.running_var.uniform_(0.5, 2.0, generator=make)
+    return model.eval()
+
+
+def all_sparse(model: nn.Module, x: Tensor) -> CompiledModel:
+    """Every site by the kernel, whatever is faster: what is tested must not hang on a clock."""
+    graph, free = export(nmfx.bake(model).eval(), x)
+    sites = lower(graph)
+    for node, fused in sites:
+        graph.add_submodule(str(node.target), sparse_layer(fused, 64, 8))
+    graph.recompile()
+    return CompiledModel(graph, (), len(x), free, "")
+
+
+def close(found: Tensor, wanted: Tensor) -> None:
+    """Within fp32 of sums in another order."""
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max()))
+
+
+MODELS = {
+    "torchvision resnet18": lambda: torchvision.models.resnet18(weights=None),
+    "torchvision mobilenet_v3_small": lambda: torchvision.models.mobilenet_v3_small(weights=None),
+    "torchvision googlenet": lambda: torchvision.models.googlenet(weights=None, init_weights=False),
+    "torchvision regnet_x_400mf": lambda: torchvision.models.regnet_x_400mf(weights=None),
+    "torchvision densenet121": lambda: torchvision.models.densenet121(weights=None),
+    "timm efficientnet_lite0": lambda: timm.create_model("efficientnet_lite0"),
+    "timm vit_tiny": lambda: timm.create_model("vit_tiny_patch16_224", img_size=64),
+    "timm convnext_atto": lambda: timm.create_model("convnext_atto"),
+    "timm resnetv2_50x1 (standardised weights)": lambda: timm.create_model("resnetv2_50x1_bit", num_classes=10),
+    "timm tf_efficientnet_lite0 (same padding)": lambda: timm.create_model("tf_efficientnet_lite0"),
+    "timm swin_s3_tiny": lambda: timm.create_model("swin_tiny_patch4_window7_224", depths=(1, 1, 1, 1)),
+    "timm mixer": lambda: timm.create_model("mixer_s32_224"),
+}
+
+
+SLOW = ("torchvision densenet121", "timm resnetv2_50x1 (standardised weights)", "torchvision googlenet", "timm swin_s3_tiny")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in MODELS])
+def test_outputs_are_the_models(name: str) -> None:
+    torch.manual_seed(0)
+    model = settled(MODELS[name]())
+    size = 224 if any(word in name for word in ("swin", "mixer")) else 64
+    x = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1))
+    scheme = nmfx.find_scheme(model, target=0.6, m=8, method="uniform", remainder="smaller", example_input=x).scheme
+    converted = nmfx.transform(model, scheme, example_input=x)
+    with torch.no_grad():
+        wanted = converted(x)
+        compiled = all_sparse(converted, x)
+        close(compiled(x), wanted)
+    assert any(isinstance(module, SparseConv2d | SparseLinear) for module in compiled.modules())
+
+
+def test_batch_norm_residual_and_clamp_are_fused() -> None:
+    model = settled(torchvision.models.resnet50(weights=None))
+    graph, free = export(model, torch.zeros(2, 3, 64, 64))
+    sites = lower(graph)
+    kinds = [node.target for node in graph.graph.nodes if node.op == "call_function"]
+    assert free
+    assert len(sites) == 54
+    assert [fused.residual for _, fused in sites].count(True) == 16
+    assert [fused.low for _, fused in sites].count(0.0) == 49
+    assert len(kinds) == 3 + kinds.count(torch.ops.aten.sym_size.int)  # both poolings and a view
+    names = dict(model.named_parameters())
+    assert [fused.name for _, fused in sites] == [name for name in names if name.endswith("weight") and names[name].dim() > 1]
+
+
+def test_compile_on_real_weights_and_pictures() -> None:
+    model, x = lite0(), labelled()[0][:8]
+    converted = nmfx.transform(model, nmfx.find_scheme(model, target=0.3, method="knapsack", example_input=x).scheme)
+    compiled = nmfx.compile(converted, x, batch=4)
+    with torch.no_grad():
+        wanted = converted(x)
+        close(compiled(x), wanted)
+        close(compiled(x[:3]), wanted[:3])
+        close(compiled(torch.cat([x, x[:1]])), torch.cat([wanted, wanted[:1]]))
+    assert torch.equal(compiled(x).argmax(1), wanted.argmax(1))
+    sparse = {name for name, parameter in nmfx.bake(converted).named_parameters() if (parameter == 0).float().mean() > 0.3}
+    assert sparse <= {choice.name for choice in compiled.choices if choice.sparse is not None}
+
+
+class Odd(nn.Module):
+    """Shared weights, two outputs, a convolution whose result is used twice, dilation, groups and odd strides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 24, (5, 3), (2, 1), (1, 2), bias=True)
+        self.norm = nn.BatchNorm2d(24)
+        self.second = nn.Conv2d(24, 24, 3, 1, 2, dilation=2, groups=2)
+        self.third = nn.Conv2d(24, 24, 1)
+        self.head = nn.Linear(24, 5)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        x = self.norm(self.first(x))
+        y = self.second(x) + x  # x is used twice: its batch norm still folds, its clamp does not exist
+        z = F.relu6(self.third(y) + self.third(y.flip(3)))
+        y = self.third(z)
+        return {"logits": self.head(z.mean((2, 3))), "again": self.head((y - y.relu()).mean((2, 3)))}
+
+
+def test_awkward_modules() -> None:
+    torch.manual_seed(0)
+    model, x = settled(Odd()), torch.randn(3, 3, 17, 23)
+    converted = nmfx.transform(model, {"second.weight": "1:4", "third.weight": "2:8", "head.weight": "1:4"}, example_input=x)
+    with torch.no_grad():
+        wanted, found = converted(x), all_sparse(converted, x)(x)
+    assert found.keys() == wanted.keys()
+    for key in wanted:
+        close(found[key], wanted[key])
+
+
+def test_the_model_is_left_alone_and_its_later_changes_are_its_own() -> None:
+    torch.manual_seed(0)
+    model, x = settled(Odd()).train(), torch.randn(3, 3, 17, 23)
+    converted = nmfx.transform(model, {"third.weight": "2:8"}, example_input=x)
+    before = {key: value.clone() for key, value in converted.state_dict().items()}
+    compiled = nmfx.compile(converted, x)
+    assert converted.training
+    assert all(torch.equal(value, before[key]) for key, value in converted.state_dict().items())
+    first = compiled(x)
+    with torch.no_grad():
+        for parameter in converted.parameters():
+            parameter.zero_()
+    assert all(torch.equal(value, first[key]) for key, value in compiled(x).items())
+    assert not compiled.train().training
+
+
+def test_torch_compile_sees_the_operators() -> None:
+    torch.manual_seed(0)
+    model, x = settled(Odd()), torch.randn(3, 3, 17, 23)
+    compiled = all_sparse(nmfx.transform(model, {"third.weight": "2:8"}, example_input=x), x)
+    again = torch.compile(compiled.graph, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        close(again(x)["logits"], compiled(x)["logits"])
+
+
+def test_times_are_measured_once(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    graph, _ = export(settled(Odd()), x := torch.randn(3, 3, 17, 23))
+    sites, times = lower(graph), Times()
+    first = choose(graph, sites, x, times)
+    times.save()
+    again = choose(graph, sites, x, Times())
+    assert first == again
+    Times().path.write_text("{")
+    assert Times().known == {}
+
+
+def test_without_a_compiler_it_is_right_and_says_so(tmp_path: Path) -> None:
+    code = (
+        "import torch, torchvision, nmfx\n"
+        "model = torchvision.models.resnet18(weights=None, num_classes=8).eval()\n"
+        "x = torch.randn(1, 3, 64, 64)\n"
+        "model = nmfx.transform(model, nmfx.find_scheme(model, target=0.5, example_input=x).scheme)\n"
+        "compiled = nmfx.compile(model, x)\n"
+        "assert torch.allclose(compiled(x), model(x), atol=1e-4)\n"
+        "assert not any(choice.sparse for choice in compiled.choices)\n"
+        "print(compiled.kernel)\n"
+    )
+    environment = os.environ | {"CXX": "/nowhere/c++", "NMFX_CACHE": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=200)
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert run.stdout.strip()
+
+
+def test_what_cannot_be_compiled() -> None:
+    with pytest.raises(ModelError, match="expected a batch of pictures as a tensor, got dict"):
+        nmfx.compile(Odd(), {})  # type: ignore[arg-type]
+
+    class Branching(Odd):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.first(x) if x.sum() > 0 else self.first(-x)
+
+    with pytest.raises(ModelError, match="Branching cannot be compiled: torch"):
+        nmfx.compile(Branching(), torch.randn(2, 3, 9, 9))
+
+
+def test_a_fixed_batch_size_is_said() -> None:
+    class Fixed(Odd):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.third(self.norm(self.first(x))) + torch.ones(int(x.shape[0]), 1, 1, 1)
+
+    model, x = settled(Fixed()), torch.randn(2, 3, 9, 9)
+    compiled = nmfx.compile(model, x)
+    with torch.no_grad():
+        close(compiled(torch.cat([x, x])), model(torch.cat([x, x])))
+    assert copy.deepcopy(compiled)(x).shape == compiled(x).shape
+    if not compiled.free:
+        with pytest.raises(NmfxError, match="compiled for batches of 2, got one of 3"):
+            compiled(torch.randn(3, 3, 9, 9))

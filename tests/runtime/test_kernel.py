@@ -1,0 +1,202 @@
+"""The sparse operators against float64, on random shapes and patterns, with the kernel and without."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import nmfx.runtime.operators as operators
+from nmfx.runtime.building import load_kernel
+from nmfx.runtime.packed import pack, unpack
+
+INF = float("inf")
+PATTERNS = ["1:16", "2:16", "8:16", "1:32", "3:7", "2:4", "5:12", "1:2", "32:32"]
+ROOT = Path(__file__).parents[2]
+
+
+def masked(weight: torch.Tensor, pattern: str) -> torch.Tensor:
+    """Short last groups where rows do not divide."""
+    n, m = map(int, pattern.split(":"))
+    if n == m:
+        return weight
+    rows = weight.movedim(1, -1) if weight.dim() == 4 else weight
+    lines = F.pad(rows.reshape(-1, rows.shape[-1]), (0, -rows.shape[-1] % m))
+    groups = lines.reshape(-1, m)
+    kept = torch.zeros_like(groups).scatter_(1, groups.abs().topk(n, 1).indices, 1.0)
+    lines = (groups * kept).reshape(lines.shape)[:, : rows.shape[-1]].reshape(rows.shape)
+    return (lines.movedim(-1, 1) if weight.dim() == 4 else lines).contiguous()
+
+
+def conv_case(seed: int) -> None:
+    """One random convolution, with all that can be fused, against float64."""
+    pick, make = random.Random(seed), torch.Generator().manual_seed(seed)
+    groups = pick.choice([1, 1, 1, 2, 3])
+    width, out = pick.randint(1, 40) * groups, pick.randint(1, 70) * groups
+    kernel = (pick.randint(1, 5), pick.randint(1, 5)) if pick.random() < 0.6 else (1, 1)
+    stride, dilation = (pick.randint(1, 3), pick.randint(1, 3)), (pick.randint(1, 2), pick.randint(1, 2))
+    padding = (pick.randint(0, 3), pick.randint(0, 3))
+    least = [max(1, d * (k - 1) + 1 - 2 * p) for k, d, p in zip(kernel, dilation, padding, strict=True)]
+    size = [low + pick.randint(0, 40) for low in least]
+    draw = lambda *shape: torch.randn(*shape, generator=make)  # noqa: E731
+    x, weight = draw(pick.randint(1, 5), width, *size), masked(draw(out, width // groups, *kernel), pick.choice(PATTERNS))
+    bias = draw(out) if pick.random() < 0.7 else None
+    low, high = pick.choice([(-INF, INF), (0.0, INF), (0.0, 6.0), (-1.0, 1.0)])
+    wanted = F.conv2d(x.double(), weight.double(), None if bias is None else bias.double(), stride, padding, dilation, groups)
+    residual = draw(*wanted.shape) if pick.random() < 0.5 else None
+    wanted = (wanted if residual is None else wanted + residual).clamp(low, high)
+    packed = pack(weight, groups, chunk=pick.choice([1, 7, 16, 64, 100, 4096]), vectors=pick.randint(1, 8))
+    arguments = (packed.values, packed.columns, packed.pointers, bias, residual, out, kernel, stride, padding, dilation, groups)
+    found = torch.ops.nmfx.sparse_conv2d(x, *arguments, low, high, packed.chunk, packed.vectors)
+    assert found.shape == wanted.shape
+    torch.testing.assert_close(found.double(), wanted, rtol=2e-5, atol=2e-5)
+
+
+def linear_case(seed: int) -> None:
+    """One random linear layer against float64."""
+    pick, make = random.Random(seed), torch.Generator().manual_seed(seed)
+    width, out = pick.randint(1, 300), pick.randint(1, 200)
+    draw = lambda *shape: torch.randn(*shape, generator=make)  # noqa: E731
+    x = draw(*[pick.randint(1, 30) for _ in range(pick.randint(0, 3))], width)
+    weight, bias = masked(draw(out, width), pick.choice(PATTERNS)), draw(out) if pick.random() < 0.7 else None
+    low, high = pick.choice([(-INF, INF), (0.0, INF), (0.0, 6.0)])
+    wanted = F.linear(x.double(), weight.double(), None if bias is None else bias.double()).clamp(low, high)
+    packed = pack(weight, chunk=pick.choice([1, 7, 16, 64, 100, 4096]), vectors=pick.randint(1, 8))
+    arguments = (packed.values, packed.columns, packed.pointers, bias, out, low, high, packed.chunk, packed.vectors)
+    found = torch.ops.nmfx.sparse_linear(x, *arguments)
+    torch.testing.assert_close(found.double(), wanted, rtol=2e-5, atol=2e-5)
+
+
+def many(count: int) -> None:
+    """What other builds of the kernel run, in a process of their own."""
+    if load_kernel():
+        raise SystemExit(load_kernel())
+    for seed in range(count):
+        conv_case(seed)
+        linear_case(seed)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def kernel() -> None:
+    """These tests are of the kernel: a machine of ours without a compiler fails them."""
+    assert load_kernel() == ""
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_convolutions_follow_float64(seed: int) -> None:
+    conv_case(seed)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_linear_layers_follow_float64(seed: int) -> None:
+    linear_case(seed)
+
+
+@pytest.mark.parametrize("flags", ["", "-march=x86-64-v3"])
+def test_other_instruction_sets_follow_float64(flags: str, tmp_path: Path) -> None:
+    if flags and os.uname().machine != "x86_64":
+        pytest.skip("an instruction set of x86")
+    environment = os.environ | {
+        "NMFX_CXXFLAGS": flags,
+        "NMFX_CACHE": str(tmp_path),
+        "PYTHONPATH": f"{ROOT}:{ROOT}/tests/runtime",
+    }
+    command = [sys.executable, "-c", "import test_kernel; test_kernel.many(60)"]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
+    assert run.returncode == 0, run.stderr[-2000:]
+
+
+def test_two_threads_give_what_one_gives() -> None:
+    make, before = torch.Generator().manual_seed(0), torch.get_num_threads()
+    x = torch.randn(2, 32, 14, 14, generator=make)
+    packed = pack(masked(torch.randn(64, 32, 3, 3, generator=make), "2:16"))
+    arguments = (packed.values, packed.columns, packed.pointers, None, None, 64, (3, 3), (1, 1), (1, 1), (1, 1), 1, -INF, INF)
+    found = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        found.append(torch.ops.nmfx.sparse_conv2d(x, *arguments, 64, 8))
+    torch.set_num_threads(before)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+@pytest.mark.parametrize(("shape", "groups"), [((7, 5), 1), ((6, 3, 3, 3), 3), ((4, 300), 2)])
+@pytest.mark.parametrize("chunk", [1, 4, 64, 65536])
+def test_unpacked_is_what_was_packed(shape: tuple[int, ...], groups: int, chunk: int) -> None:
+    weight = masked(torch.randn(shape, generator=torch.Generator().manual_seed(0)), "1:2")
+    packed = pack(weight, groups, chunk=chunk)
+    assert len(packed.values) == weight.count_nonzero()
+    assert torch.equal(unpack(packed.values, packed.columns, packed.pointers, shape, groups, chunk), weight)
+
+
+def test_columns_beyond_15_bits() -> None:
+    make = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(3, 60_000, generator=make), masked(torch.randn(2, 60_000, generator=make), "1:32")
+    packed = pack(weight, chunk=65536, vectors=1)
+    found = torch.ops.nmfx.sparse_linear(x, packed.values, packed.columns, packed.pointers, None, 2, -INF, INF, 65536, 1)
+    torch.testing.assert_close(found.double(), F.linear(x.double(), weight.double()), rtol=1e-4, atol=1e-3)
+    assert torch.equal(unpack(packed.values, packed.columns, packed.pointers, (2, 60_000), 1, 65536), weight)
+
+
+def test_plain_pytorch_says_the_same() -> None:
+    make = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(2, 12, 9, 9, generator=make), masked(torch.randn(8, 6, 3, 3, generator=make), "2:4")
+    packed, bias = pack(weight, 2, chunk=16), torch.randn(8, generator=make)
+    arguments = (
+        packed.values,
+        packed.columns,
+        packed.pointers,
+        bias,
+        None,
+        8,
+        (3, 3),
+        (2, 2),
+        (1, 1),
+        (1, 1),
+        2,
+        0.0,
+        6.0,
+        16,
+        4,
+    )
+    torch.testing.assert_close(operators._conv2d(x, *arguments), torch.ops.nmfx.sparse_conv2d(x, *arguments))
+    flat = pack(weight[:, :, 0, 0].contiguous(), chunk=4)
+    tokens, rest = torch.randn(3, 5, 6, generator=make), (flat.values, flat.columns, flat.pointers, bias, 8, 0.0, INF, 4, 4)
+    torch.testing.assert_close(operators._linear(tokens, *rest), torch.ops.nmfx.sparse_linear(tokens, *rest))
+
+
+def test_torch_sees_the_shapes() -> None:
+    make = torch.Generator().manual_seed(0)
+    for kernel, stride in itertools.product([(1, 1), (3, 2)], [(1, 1), (2, 3)]):
+        weight = masked(torch.randn(8, 6, *kernel, generator=make), "2:4")
+        packed = pack(weight)
+        arguments = (packed.values, packed.columns, packed.pointers, None, None, 8, kernel, stride, (1, 0), (1, 1), 1, 0.0, INF)
+        torch.library.opcheck(
+            torch.ops.nmfx.sparse_conv2d,
+            (torch.randn(2, 6, 9, 11, generator=make), *arguments, 64, 8),
+            test_utils=("test_schema", "test_faketensor"),
+        )
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"input": torch.zeros(3, 4, dtype=torch.float64)}, "float32 tokens"),
+        ({"pointers": torch.zeros(3, dtype=torch.int32)}, "packed weights of this shape"),
+        ({"vectors": 9}, "1 to 8 vectors"),
+        ({"bias": torch.zeros(2)}, "a contiguous float32 bias"),
+    ],
+)
+def test_what_does_not_fit_is_refused(change: dict, expected: str) -> None:
+    packed = pack(torch.ones(6, 4))
+    whole = {"input": torch.zeros(3, 4), "values": packed.values, "columns": packed.columns, "pointers": packed.pointers}
+    whole |= {"bias": None, "out_features": 6, "low": -INF, "high": INF, "chunk": 64, "vectors": 8}
+    with pytest.raises(RuntimeError, match=expected):
+        torch.ops.nmfx.sparse_linear(*(whole | change).values())
