@@ -82,6 +82,11 @@ def dense(seed: int) -> nn.Module:
     return model
 
 
+def train_dense(seed: int) -> None:
+    """Leave the dense network on disk; tensors do not outlive the process that would send them."""
+    dense(seed)
+
+
 @cache
 def scheme_for(seed: int, name: str, kind: str, target: float) -> nmfx.Scheme:
     """Never above the budget."""
@@ -117,8 +122,8 @@ def run(seed: int, kind: str, target: float, name: str) -> dict[str, Any]:
     if through := how.pop("through", None):
         model = train(seed, scheme_for(seed, "layer-wise", kind, through), **how)
         sparse = nmfx.bake(model)  # continue: the search starts at the sparse weights
-        found = nmfx.find_scheme(sparse, target=target, budget=kind, example_input=torch.zeros(1, 1, 28, 28))
-        scheme = found.scheme
+        example = torch.zeros(1, 1, 28, 28)
+        scheme = nmfx.find_scheme(sparse, target=target, budget=kind, method="domino", example_input=example).scheme
         model = nmfx.transform(sparse, scheme, example_input=torch.zeros(1, 1, 28, 28), decay=DECAY)
         nmfx.finetune(model, pictures(), settings=settings(seed, **how), config=SIZE)
     else:
@@ -164,7 +169,7 @@ def main() -> None:
     missing = [[row for row in tasks(seed) if row not in records] for seed in SEEDS]
     pieces = [rows[i::3] for rows in missing for i in range(3) if rows[i::3]]  # small enough to even out
     with multiprocessing.get_context("spawn").Pool(args.jobs, maxtasksperchild=1) as pool:
-        pool.map(dense, SEEDS, chunksize=1)  # once, before the pieces ask for them together
+        pool.map(train_dense, SEEDS, chunksize=1)  # once, before the pieces ask for them together
         pool.starmap(work, [(rows, args.out) for rows in pieces], chunksize=1)
 
 

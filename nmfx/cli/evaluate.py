@@ -81,7 +81,7 @@ def _load(what: str, model: str | None) -> nn.Module:
     if path.is_dir():
         return work.open_work(path).load()
     if path.is_file() or path.suffix in (".safetensors", ".pth", ".pt", ".bin"):
-        if _is_compressed(path):
+        if is_compressed(path):
             return load_checkpoint(path)
         if model is None:
             raise NmfxError(f"{what}: plain weights; give --model NAME, the network they are for")
@@ -92,7 +92,8 @@ def _load(what: str, model: str | None) -> nn.Module:
     return built.model
 
 
-def _is_compressed(path: Path) -> bool:
+def is_compressed(path: Path) -> bool:
+    """A compressed checkpoint of ours, not plain weights."""
     if path.suffix != ".safetensors":
         return False
     try:

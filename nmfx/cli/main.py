@@ -21,6 +21,7 @@ a first tour:
   nmfx finetune --data DIR --epochs 10 train the network under its scheme; the same command resumes
   nmfx evaluate DIR --data DIR         accuracy of the dense, masked and fine-tuned network
   nmfx export --baked --onnx           scheme, compressed checkpoint, plain weights, ONNX
+  nmfx bench resnet50.nmfx             its speed here: dense engines and the sparse runtime, in one run
   nmfx run digits                      all of these from one recipe; stages that are done are skipped
   nmfx inspect resnet50.nmfx           what is in a work directory, checkpoint, scheme or model
   nmfx models "timm:vit_*"             what is known of the models that can be converted by name
@@ -42,6 +43,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_finetune(commands.add_parser("finetune", help="train the masked model on pictures; stopped runs go on"))
     _add_evaluate(commands.add_parser("evaluate", help="measure the accuracy of a checkpoint, work directory or model"))
     _add_export(commands.add_parser("export", help="write scheme files and the compressed checkpoint"))
+    _add_bench(
+        commands.add_parser("bench", help="time the network on this machine's CPU: dense engines and the sparse runtime")
+    )
     _add_run(commands.add_parser("run", help="build, search, fine-tune, export and evaluate as a recipe says"))
     inspect = commands.add_parser("inspect", help="show a checkpoint, scheme, work directory or model")
     inspect.add_argument("what", metavar="FILE|DIR|MODEL")
@@ -228,6 +232,25 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--baked", action="store_true", help="also a plain state dict with real zeros")
     parser.add_argument("--onnx", action="store_true", help="also an ONNX file with real zeros (needs nmfx[onnx])")
     _add_output(parser, "folder to write to (default: DIR/export)")
+
+
+def _add_bench(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Time a network in one run, engine after engine in turns: dense by PyTorch, torch.compile with frozen weights and ONNX "
+        "Runtime, and converted by nmfx.compile. Of a work directory (its fine-tuned model, or its scheme), a compressed "
+        "checkpoint, or a model by name under a scheme found at --target."
+    )
+    parser.add_argument("what", metavar="DIR|FILE|MODEL")
+    parser.add_argument("--scheme", metavar="FILE", help="another scheme than the work directory's")
+    parser.add_argument("--target", default="0.875", help="for a model by name: sparsity of parameters (default: 0.875)")
+    parser.add_argument("--m", type=int, default=16, help="for a model by name: group size M (default: 16)")
+    parser.add_argument("--input-size", metavar="CxHxW", help="input without the batch, as in 3x224x224")
+    parser.add_argument("--batch", default="1,8", metavar="B,B,...", help="batch sizes (default: 1,8)")
+    parser.add_argument("--threads", metavar="T,T,...", help="numbers of threads (default: 1 and all)")
+    parser.add_argument("--turns", type=int, default=15, help="turns of every engine (default: 15)")
+    parser.add_argument("--sites", action="store_true", help="also list how each site is computed, and what was measured")
+    parser.add_argument("--figure", metavar="FILE", help="draw the result: .png, .svg or .pdf (needs nmfx[figures])")
+    parser.add_argument("--force", action="store_true", help="overwrite what is there")
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:

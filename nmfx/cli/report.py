@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from nmfx import __version__
 from nmfx.cli import work
 from nmfx.report.canvas import check_path, save_figure, style
-from nmfx.report.figures import draw_comparison, draw_search
+from nmfx.report.figures import draw_comparison, draw_search, draw_speed
 from nmfx.report.page import check_page, comparison_page, save_page, search_page
-from nmfx.report.record import Limit, Report
+from nmfx.report.record import Limit, Report, Speed
 from nmfx.scheme import Scheme
 from nmfx.search.budget import UNITS
 from nmfx.search.finder import SearchResult
@@ -31,6 +33,11 @@ def check(figure: str | None, html: str | None, *, force: bool) -> None:
         work.check_free([Path(path) for path in (figure, html) if path], force=force)
         with style():
             pass
+
+
+def write_speed(speeds: Sequence[Speed], label: str, figure: str, *, force: bool) -> None:
+    """Write the figure of a bench."""
+    save_figure(draw_speed(speeds, title=f"{label} on {torch.get_num_threads()} threads at most"), figure, force=force)
 
 
 def write(result: SearchResult, scheme: Scheme, figure: str | None, html: str | None, *, force: bool) -> list[Path]:

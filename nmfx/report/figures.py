@@ -22,7 +22,7 @@ from nmfx.report.canvas import (
     set_density_axis,
     styled,
 )
-from nmfx.report.record import Point, Report, short_names, stages_of
+from nmfx.report.record import Point, Report, Speed, short_names, stages_of
 from nmfx.sparsity.pattern import Pattern
 
 if TYPE_CHECKING:
@@ -350,6 +350,39 @@ def _total_bars(axes: Axes, report: Report) -> None:
     axes.set_xticks([0, 50, 100])
     axes.set_ylim(1.6, -0.6)
     axes.tick_params(axis="y", length=0)
+
+
+@styled
+def draw_speed(speeds: Sequence[Speed], *, title: str = "") -> Figure:
+    """How fast each engine is against the best dense one, a group of bars for each batch size and number of threads."""
+    groups, engines = (list(dict.fromkeys(values)) for values in ([s.group for s in speeds], [s.engine for s in speeds]))
+    figure = new_figure(0.7 + 0.16 * len(speeds) + 0.3 * len(groups), title)
+    axes = only(figure)
+    labels, row = [], 0.0
+    for group in groups:
+        axes.annotate(group, (0, row), (2, 0), textcoords="offset points", va="center", weight="bold")
+        row += 1
+        for engine in engines:
+            one = next((s for s in speeds if (s.group, s.engine) == (group, engine)), None)
+            if one is None:
+                continue
+            index = engines.index(engine)
+            ours = index == len(engines) - 1
+            error = [[one.median - one.low], [one.high - one.median]]
+            axes.barh(row, one.median, xerr=error, height=0.74, color=OKABE_ITO[0] if ours else GREY, ecolor=INK)
+            axes.annotate(
+                f"{one.median:.2f}x", (max(one.high, one.median), row), (3, 0), textcoords="offset points", va="center"
+            )
+            labels.append((row, engine))
+            row += 1
+        row += 0.5
+    axes.axvline(1, color=INK, linewidth=0.7, linestyle=(0, (4, 3)))
+    axes.set_yticks([at for at, _ in labels], [name for _, name in labels])
+    axes.tick_params(axis="y", length=0)
+    axes.set_ylim(row - 0.5, -0.8)
+    axes.set_xlim(0, 1.12 * max(max(s.high, s.median) for s in speeds))
+    axes.set_xlabel("times as fast as the best dense engine (median; lines: slowest and fastest turn)")
+    return figure
 
 
 def _centres(edges: Sequence[float]) -> list[float]:

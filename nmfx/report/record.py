@@ -100,6 +100,17 @@ class Point:
     spread: float = 0.0
 
 
+@dataclass(frozen=True)
+class Speed:
+    """How many times as fast as the best dense engine one engine is, within a `group` of the same batch and threads."""
+
+    engine: str
+    group: str
+    median: float
+    low: float
+    high: float
+
+
 def stages_of(names: Iterable[str]) -> list[str]:
     """The stage of each weight: the shortest prefixes of module names that make 5 to 14 stages.
 

@@ -20,6 +20,7 @@ from nmfx.runtime.lowering import export, lower
 from nmfx.runtime.packed import TILES
 from nmfx.runtime.timing import Times, measure
 
+SPARSE = "sparse"
 SPARSE_BELOW = 0.75  # density from which packed weights are not tried
 Advance = Callable[[float, str], None]
 
@@ -48,7 +49,7 @@ class Choice:
     @property
     def seconds(self) -> float:
         """Of what was chosen."""
-        return self.sparse if self.sparse is not None and self.chosen.startswith("sparse") else self.dense
+        return self.sparse if self.sparse is not None and self.chosen.startswith(SPARSE) else self.dense
 
 
 class CompiledModel(nn.Module):
@@ -154,34 +155,37 @@ def choose(
     progress: Advance | None = None,
 ) -> tuple[Choice, ...]:
     """Put a layer into every site of a lowered graph: the fastest for the example."""
+    seen, choices = inputs_of(graph, sites, example), []
+    for index, (node, fused) in enumerate(sites):
+        if progress is not None:
+            progress(index / len(sites), fused.name)
+        choice = time_site(fused, seen[str(node.target)], times, sparse=sparse)
+        graph.add_submodule(str(node.target), layer_for(fused, choice.chosen))
+        choices.append(choice)
+    graph.recompile()
+    return tuple(choices)
+
+
+def inputs_of(graph: fx.GraphModule, sites: list[tuple[fx.Node, Fused]], example: Tensor) -> dict[str, tuple[Tensor, ...]]:
+    """What every site of a lowered graph is given for an example, by the name of its module; dense layers are put in."""
     seen: dict[str, tuple[Tensor, ...]] = {}
     for node, fused in sites:
         graph.add_submodule(str(node.target), dense := next(iter(dense_layers(fused).values())))
         dense.register_forward_pre_hook(lambda module, args, name=str(node.target): seen.update({name: args}))
     with torch.no_grad():
         graph(example)
-    choices = []
-    for index, (node, fused) in enumerate(sites):
-        if progress is not None:
-            progress(index / len(sites), fused.name)
-        layer, choice = _fastest(fused, seen[str(node.target)], times, len(example), sparse=sparse)
-        graph.add_submodule(str(node.target), layer)
-        choices.append(choice)
-    graph.recompile()
-    return tuple(choices)
+    return seen
 
 
 @torch.no_grad()
-def _fastest(fused: Fused, inputs: tuple[Tensor, ...], times: Times, samples: int, *, sparse: bool) -> tuple[nn.Module, Choice]:
-    kept = fused.kept
-    dense = dense_layers(fused)
-    outputs = next(iter(dense.values()))(*inputs)
-    positions = outputs.numel() // fused.weight.shape[0]
-    macs = positions * fused.weight.numel() // samples
+def time_site(fused: Fused, inputs: tuple[Tensor, ...], times: Times, *, sparse: bool = True) -> Choice:
+    """Time the ways to compute a site on these inputs, and choose."""
+    kept, dense = fused.kept, dense_layers(fused)
+    positions = next(iter(dense.values()))(*inputs).numel() // fused.weight.shape[0]
     tiles = [tile for tile in TILES if tile[0] < 2 * fused.weight[0].numel() or tile == TILES[0]]
     if not sparse or kept >= SPARSE_BELOW * fused.weight.numel():
         tiles = []
-    ways = {f"sparse {chunk}x{vectors}": (chunk, vectors) for chunk, vectors in tiles}
+    ways = {f"{SPARSE} {chunk}x{vectors}": (chunk, vectors) for chunk, vectors in tiles}
     geometry = (fused.geometry, fused.groups, fused.residual, fused.low, fused.high, fused.bias is not None)
     seen = [(tuple(one.shape), one.stride()) for one in inputs]
     what = ("site", tuple(fused.weight.shape), kept, geometry, seen, [*dense, *ways])
@@ -191,8 +195,21 @@ def _fastest(fused: Fused, inputs: tuple[Tensor, ...], times: Times, samples: in
         return {name: partial(layer, *inputs) for name, layer in layers.items()}
 
     took = times.get(what, candidates)
-    best = min(took, key=lambda name: took[name])
-    packed = [took[name] for name in ways]
-    fastest = min(took[name] for name in dense)
-    choice = Choice(fused.name, tuple(fused.weight.shape), kept, macs, fastest, min(packed) if packed else None, best)
-    return dense[best] if best in dense else sparse_layer(fused, *ways[best]), choice
+    return Choice(
+        name=fused.name,
+        shape=tuple(fused.weight.shape),
+        kept=kept,
+        macs=positions * fused.weight.numel() // len(inputs[0]),
+        dense=min(took[name] for name in dense),
+        sparse=min((took[name] for name in ways), default=None),
+        chosen=min(took, key=lambda name: took[name]),
+    )
+
+
+def layer_for(fused: Fused, chosen: str) -> nn.Module:
+    """The layer of a choice."""
+    dense = dense_layers(fused)
+    if chosen in dense:
+        return dense[chosen]
+    chunk, vectors = map(int, chosen.removeprefix(SPARSE).split("x"))
+    return sparse_layer(fused, chunk, vectors)

@@ -1,4 +1,4 @@
-"""Budgets: at most this share of the dense network's parameters, MACs, or bytes on disk."""
+"""Budgets: at most this share of the dense network's parameters, MACs, bytes on disk, or measured time."""
 
 from __future__ import annotations
 
@@ -12,15 +12,17 @@ from typing import Literal, cast, get_args
 from nmfx import text
 from nmfx.errors import SearchError
 from nmfx.graph.site import Site, Sites
+from nmfx.sparsity.pattern import Pattern
 
-BudgetKind = Literal["params", "macs", "bytes"]
+BudgetKind = Literal["params", "macs", "bytes", "latency"]
+Prices = Mapping[str, Mapping[Pattern, int]]
 KINDS: tuple[str, ...] = get_args(BudgetKind)
-UNITS = {"params": "weights", "macs": "MACs", "bytes": "bytes"}
+UNITS = {"params": "weights", "macs": "MACs", "bytes": "bytes", "latency": "ns"}
 
 
 @dataclass(frozen=True)
 class Budget:
-    """At most `limit` kept parameters, MACs per sample, or bytes of the packed weights, of `dense`.
+    """At most `limit` kept parameters, MACs per sample, bytes of the packed weights, or nanoseconds of the sites, of `dense`.
 
     Bytes are those of the sites: biases, norms and the header of a file come on top, and no scheme changes them.
     """
@@ -36,8 +38,10 @@ class Budget:
         return math.floor((1 - target) * self.dense)
 
 
-def amount(site: Site, kind: BudgetKind) -> int:
+def amount(site: Site, kind: BudgetKind, latency: Prices | None = None) -> int:
     """What a dense site costs."""
+    if kind == "latency":
+        return (latency or {}).get(site.name, {}).get(Pattern.DENSE, 0)
     return {"params": site.weights, "macs": site.macs, "bytes": site.bytes}[kind]
 
 
@@ -79,7 +83,11 @@ def parse_limit(share: float | str) -> float | Fraction:
 
 
 def make_budgets(
-    sites: Sites, target: float | str, kind: BudgetKind, limits: Mapping[str, float | str] | None
+    sites: Sites,
+    target: float | str,
+    kind: BudgetKind,
+    limits: Mapping[str, float | str] | None,
+    latency: Prices | None = None,
 ) -> tuple[Budget, ...]:
     """The budgets of a search, the one that leads first: of `limits` if there are any, else of `target` and `kind`.
 
@@ -89,10 +97,12 @@ def make_budgets(
     budgets = []
     for name in limits or (kind,):
         if name not in KINDS:
-            raise SearchError(f"budget {name!r}{text.nearest(str(name), KINDS)}; expected params, macs or bytes")
+            raise SearchError(f"budget {name!r}{text.nearest(str(name), KINDS)}; expected params, macs, bytes or latency")
+        if name == "latency" and latency is None:
+            raise SearchError("budget latency: give latency=, the measured times of nmfx.runtime.latency.measure_latency")
         value = parse_limit(limits[name]) if limits else parse_target(target)
         checked = cast(BudgetKind, name)
-        dense = sum(amount(site, checked) for site in sites)
+        dense = sum(amount(site, checked, latency) for site in sites)
         if not dense:
             raise SearchError(f"{sites.model or 'the model'} has no {name} to save: no sites")
         budgets.append(Budget(checked, value, dense))

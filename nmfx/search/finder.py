@@ -17,7 +17,7 @@ from nmfx.graph.census import find_sites
 from nmfx.graph.site import Sites
 from nmfx.scheme import Scheme, Totals
 from nmfx.search.baselines import erk, moves, uniform
-from nmfx.search.budget import Budget, BudgetKind
+from nmfx.search.budget import Budget, BudgetKind, Prices
 from nmfx.search.domino import domino
 from nmfx.search.events import Event, Outcome, trim
 from nmfx.search.evidence import Evidence
@@ -86,6 +86,7 @@ def find_scheme(
     method: str = "domino",
     budget: BudgetKind = "params",
     limits: Mapping[str, float | str] | None = None,
+    latency: Prices | None = None,
     sensitivity: str = "weight",
     data: Iterable[Any] | None = None,
     example_input: Any = None,
@@ -99,9 +100,10 @@ def find_scheme(
         target: sparsity over all sites, those that stay dense included; ``"8x"`` is eight times fewer.
         method: ``domino`` (data-free DominoSearch; with data inside a training loop it is `DominoSearch`), ``knapsack``
             (least summed sensitivity, exact), ``spdy`` (whole schemes tried on pictures), ``erk``, ``uniform``.
-        budget: what the target counts: ``params``, ``macs`` (per sample), or ``bytes`` of the compressed weights.
+        budget: what the target counts: ``params``, ``macs`` (per sample), ``bytes`` of the compressed weights, or ``latency``.
         limits: budgets by name instead of `target` and `budget`, one or two at once: the share to keep, or times fewer, as in
             ``{"params": 0.125, "macs": "4x"}``; the first leads.
+        latency: nanoseconds of each pattern of each site, as ``nmfx.runtime.latency.measure_latency(...).prices``.
         sensitivity: what the knapsack sums up: ``weight`` (squared weight error, data-free), ``activation`` (weighted by
             activation second moments), ``gradient`` (squared directional gradients), ``measured`` (each single choice tried).
         data: batches ``(input, label)`` for all but ``weight``: a few hundred training pictures, in several batches.
@@ -122,7 +124,7 @@ def find_scheme(
     if sensitivity not in known:
         raise SearchError(f"unknown sensitivity {sensitivity!r}{text.nearest(sensitivity, known)}; known: {', '.join(known)}")
     sites = sites if sites is not None else find_sites(model, example_input)
-    problem = pose(sites, target=target, budget=budget, limits=limits, mixed=method in MIXED, **choices)
+    problem = pose(sites, target=target, budget=budget, limits=limits, latency=latency, mixed=method in MIXED, **choices)
     evidence = Evidence.of(data) if data is not None else None
     tables, start = Tables(problem, model, sensitivity, evidence), time.perf_counter()
     try:

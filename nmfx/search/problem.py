@@ -15,7 +15,7 @@ from nmfx import text
 from nmfx.errors import SearchError
 from nmfx.graph.site import Site, Sites
 from nmfx.scheme import Remainder, Scheme, fit, shapes_of
-from nmfx.search.budget import Budget, BudgetKind, amount, make_budgets
+from nmfx.search.budget import Budget, BudgetKind, Prices, amount, make_budgets
 from nmfx.sparsity.layout import Grouping, Layout, group
 from nmfx.sparsity.packing import packed_sizes
 from nmfx.sparsity.pattern import MAX_M, Pattern
@@ -162,6 +162,7 @@ def pose(
     target: float | str = 0.875,
     budget: BudgetKind = "params",
     limits: Mapping[str, float | str] | None = None,
+    latency: Prices | None = None,
     mixed: bool = False,
     **options: Any,
 ) -> Problem:
@@ -169,6 +170,7 @@ def pose(
 
     Args:
         target, budget, limits: see `make_budgets`.
+        latency: nanoseconds of each pattern of each site, for a budget of latency; sites it does not know cost nothing.
         mixed: offer the patterns of every M to a site, not only those of the largest M that fits it.
 
     Raises:
@@ -178,7 +180,7 @@ def pose(
         known = tuple(Choices.__dataclass_fields__)
         raise SearchError(f"unknown option {unknown!r}{text.nearest(unknown, known)}; known: {', '.join(known)}")
     choices = Choices(**options)
-    budgets, wanted = make_budgets(sites, target, budget, limits), choices.wanted
+    budgets, wanted = make_budgets(sites, target, budget, limits, latency), choices.wanted
     choices.check(sites)
     if not any(wanted.values()):
         largest = max(wanted, default=1)
@@ -188,7 +190,7 @@ def pose(
     densities = sorted({Fraction(n, m) for m, numbers in wanted.items() for n in numbers} | {Fraction(1)})
     levels = tuple(tuple(_level(choice, density) for density in densities) for choice in offered)
     prices = tuple(
-        tuple(tuple(_cost(s, p, b.kind, choices) for p in choice) for s, choice in zip(sites, offered, strict=True))
+        tuple(tuple(_cost(s, p, b.kind, choices, latency) for p in choice) for s, choice in zip(sites, offered, strict=True))
         for b in budgets
     )
     problem = Problem(sites, offered, prices, levels, budgets, choices.layout, choices.remainder, reasons)
@@ -229,9 +231,12 @@ def _level(choice: Sequence[Pattern], density: Fraction) -> int:
     return next(i for i, pattern in enumerate(choice) if Fraction(pattern.n, pattern.m) >= density)
 
 
-def _cost(site: Site, pattern: Pattern, budget: BudgetKind, choices: Choices) -> int:
+def _cost(site: Site, pattern: Pattern, budget: BudgetKind, choices: Choices, latency: Prices | None) -> int:
     if pattern.is_dense:
-        return amount(site, budget)
+        return amount(site, budget, latency)
+    if budget == "latency":
+        prices = (latency or {}).get(site.name, {})
+        return prices.get(pattern, prices.get(Pattern.DENSE, 0))
     grouping = group(site.name, site.rows, pattern, choices.layout, short=choices.remainder == "short")
     kept, positions = packed_sizes(pattern.n, grouping)
     if budget == "bytes":

@@ -1,0 +1,161 @@
+"""nmfx bench: the network on every engine of this machine, dense and sparse, in one run."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from rich.table import Table
+from torch import Tensor, nn
+
+from nmfx.cli import report, work
+from nmfx.cli.console import advancing, output, warn, working
+from nmfx.cli.evaluate import is_compressed
+from nmfx.errors import NmfxError
+from nmfx.export.checkpoint import load_checkpoint
+from nmfx.export.plain import save_onnx
+from nmfx.graph.census import find_sites
+from nmfx.passes.baking import bake
+from nmfx.passes.transform import transform
+from nmfx.report.record import Speed
+from nmfx.runtime.bench import NMFX, Bench, Timing, bench
+from nmfx.scheme import Scheme
+from nmfx.search.finder import find_scheme
+from nmfx.zoo.building import build_model
+from nmfx.zoo.example import Example
+
+
+def run(args: Namespace) -> None:
+    """Load, time, show."""
+    report.check(args.figure, None, force=args.force)
+    dense, converted, pictures, label = _models(args)
+    with _onnx(dense, pictures) as path, advancing(f"timing {label}") as advance:
+        found = bench(
+            dense,
+            converted,
+            pictures,
+            batches=_numbers(args.batch, "--batch"),
+            threads=_numbers(args.threads, "--threads") if args.threads else (),
+            turns=args.turns,
+            onnx=path,
+            progress=advance,
+        )
+    _show(found, label, args)
+    if args.figure:
+        report.write_speed([_speed(one, found) for one in found.timings], label, args.figure, force=args.force)
+        output().print(f"wrote {args.figure}", soft_wrap=True)
+
+
+def _models(args: Namespace) -> tuple[nn.Module, nn.Module, Tensor, str]:
+    """The dense model, the converted one, an input, and what to call them."""
+    path, size = Path(args.what), work.parse_size(args.input_size)
+    if path.is_dir():
+        found = work.open_work(path)
+        dense, tuned = found.load(), path / "finetune" / "model.safetensors"
+        example = work.example_of(dense, size or found.input_size)
+        if tuned.is_file() and not args.scheme:
+            return dense, load_checkpoint(tuned), _pictures(example), str(tuned)
+        scheme_path = Path(args.scheme) if args.scheme else found.scheme_path
+        if not scheme_path.is_file():
+            raise NmfxError(f"{path} has no scheme yet; run `nmfx search {path}` first")
+        sites = found.sites(dense)
+        return dense, transform(dense, Scheme.load(scheme_path, sites), sites=sites), _pictures(example), f"{path}"
+    if path.is_file() or path.suffix == ".safetensors":
+        if not is_compressed(path):
+            raise NmfxError(f"{path}: plain weights; bench takes a compressed checkpoint, a work directory or a model's name")
+        converted = load_checkpoint(path)
+        return bake(converted), converted, _pictures(work.example_of(converted, size)), str(path)
+    built = build_model(args.what)
+    dense, example = built.model, work.example_of(built.model, size)
+    sites = find_sites(dense, example)
+    if args.scheme:
+        scheme = Scheme.load(args.scheme, sites)
+    else:
+        with working(f"searching {args.what}"):
+            scheme = find_scheme(dense, sites=sites, target=args.target, m=args.m, method="knapsack").scheme
+    if built.weights == "random":
+        warn(f"{args.what} has random weights: times are right, outputs mean nothing")
+    return dense, transform(dense, scheme, sites=sites), _pictures(example), args.what
+
+
+def _pictures(example: Example) -> Tensor:
+    if len(example.args) != 1 or not isinstance(example.args[0], Tensor) or example.kwargs:
+        raise NmfxError("bench takes models of one input, a batch of pictures")
+    return example.args[0]
+
+
+@contextlib.contextmanager
+def _onnx(dense: nn.Module, pictures: Tensor) -> Iterator[Path | None]:
+    """The dense model as ONNX in a temporary folder; None where it cannot be had, which the table then says."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "dense.onnx"
+        try:
+            with working("exporting the dense model to ONNX"):
+                save_onnx(bake(dense), path, Example((pictures,)))
+        except NmfxError as error:
+            warn(f"no ONNX Runtime in the table: {error}")
+            yield None
+            return
+        yield path
+
+
+def _numbers(text: str, option: str) -> tuple[int, ...]:
+    parts = text.split(",")
+    if not all(part.isascii() and part.isdigit() and int(part) for part in parts):
+        raise NmfxError(f"{option} {text}: expected whole numbers with commas, as in 1,8")
+    return tuple(dict.fromkeys(map(int, parts)))
+
+
+def _show(found: Bench, label: str, args: Namespace) -> None:
+    out = output()
+    combinations = list(found.choices)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("median ms (fastest-slowest)")
+    for batch, threads in combinations:
+        table.add_column(f"batch {batch}, {threads} thread{'s' * (threads > 1)}", justify="right")
+    for engine in dict.fromkeys(one.engine for one in found.timings):
+        cells = []
+        for batch, threads in combinations:
+            one = found.of(engine, batch, threads)
+            cells.append("-" if one is None else f"{_ms(one.median)} ({_ms(one.spread[0])}-{_ms(one.spread[1])})")
+        table.add_row(engine, *cells, style="bold green" if engine == NMFX else "")
+    table.add_row("nmfx against the best dense", *(f"{found.speedup(*one):.2f}x" for one in combinations))
+    out.print(table)
+    for engine, reason in found.missing.items():
+        out.print(f"no {engine}: {reason}", soft_wrap=True)
+    out.print(f"\n{label}: outputs differ from the masked model's by {found.difference:.1e} of the largest at most")
+    batch, threads = combinations[-1] if not args.sites else min(combinations, key=lambda one: (one[0], -one[1]))
+    choices = found.choices[batch, threads]
+    sparse = sum(one.chosen.startswith("sparse") for one in choices)
+    out.print(f"{sparse} of {len(choices)} sites are computed sparse, the rest dense (--sites lists them)")
+    if args.sites:
+        out.print(f"\nsites, batch {batch}, {threads} threads:")
+        out.print(_sites(found, batch, threads))
+
+
+def _sites(found: Bench, batch: int, threads: int) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("site", overflow="fold", ratio=1)
+    for column in ("shape", "kept", "dense ms", "sparse ms", "chosen"):
+        table.add_column(column, justify="left" if column in ("shape", "chosen") else "right", no_wrap=True)
+    for one in found.choices[batch, threads]:
+        weights = torch.Size(one.shape).numel()
+        sparse = "-" if one.sparse is None else f"{one.sparse * 1e3:.3f}"
+        shape = "x".join(map(str, one.shape))
+        table.add_row(one.name, shape, f"{one.kept / weights:.1%}", f"{one.dense * 1e3:.3f}", sparse, one.chosen)
+    return table
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.3g}" if seconds < 0.1 else f"{seconds * 1e3:.0f}"
+
+
+def _speed(one: Timing, found: Bench) -> Speed:
+    best = found.best_dense(one.batch, one.threads)
+    low, high = one.spread
+    group = f"batch {one.batch}, {one.threads} thread{'s' * (one.threads > 1)}"
+    return Speed(one.engine, group, best.median / one.median, best.median / high, best.median / low)

@@ -1,0 +1,189 @@
+"""One network on every engine of this machine, in one run, in turns: what nmfx bench shows."""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from nmfx.errors import NmfxError
+from nmfx.passes.baking import bake
+from nmfx.runtime.compiled import Choice, compile
+from nmfx.runtime.latency import freeze
+
+Run = Callable[[], object]
+Advance = Callable[[float, str], None]
+NMFX, MASKED = "nmfx", "masked, eager"
+TURN = 0.1  # seconds of one engine in one turn, at least; thread pools of others have gone to sleep by then
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one batch on one engine, a number a turn."""
+
+    engine: str
+    batch: int
+    threads: int
+    seconds: tuple[float, ...] = field(repr=False)
+
+    @property
+    def median(self) -> float:
+        """Of all turns."""
+        return statistics.median(self.seconds)
+
+    @property
+    def spread(self) -> tuple[float, float]:
+        """The fastest and the slowest turn."""
+        return min(self.seconds), max(self.seconds)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What was measured.
+
+    Attributes:
+        timings: of every engine, batch size and number of threads.
+        choices: how nmfx computes each site, by (batch, threads).
+        missing: engines that could not run, and why.
+        difference: the largest difference between nmfx's outputs and the masked model's, as a share of the largest output.
+    """
+
+    timings: tuple[Timing, ...]
+    choices: Mapping[tuple[int, int], tuple[Choice, ...]]
+    missing: Mapping[str, str]
+    difference: float
+
+    def of(self, engine: str, batch: int, threads: int) -> Timing | None:
+        """One timing, if there is one."""
+        wanted = (engine, batch, threads)
+        return next((one for one in self.timings if (one.engine, one.batch, one.threads) == wanted), None)
+
+    def best_dense(self, batch: int, threads: int) -> Timing:
+        """The fastest dense engine, by medians."""
+        found = [one for one in self.timings if (one.batch, one.threads) == (batch, threads)]
+        return min((one for one in found if one.engine not in (NMFX, MASKED)), key=lambda one: one.median)
+
+    def speedup(self, batch: int, threads: int) -> float:
+        """Of nmfx over the fastest dense engine."""
+        ours = self.of(NMFX, batch, threads)
+        assert ours is not None
+        return self.best_dense(batch, threads).median / ours.median
+
+
+def bench(
+    dense: nn.Module,
+    converted: nn.Module,
+    example: Tensor,
+    *,
+    batches: tuple[int, ...] = (1, 8),
+    threads: tuple[int, ...] = (),
+    turns: int = 15,
+    onnx: Path | None = None,
+    progress: Advance | None = None,
+) -> Bench:
+    """Time a dense model and its converted counterpart on `example` repeated to each batch size.
+
+    Args:
+        threads: of torch and of ONNX Runtime; 1 and all when empty.
+        onnx: the dense model as ONNX with a free batch size, for ONNX Runtime.
+    """
+    threads = threads or tuple(dict.fromkeys((1, torch.get_num_threads())))
+    timings, choices, missing = list[Timing](), dict[tuple[int, int], tuple[Choice, ...]](), dict[str, str]()
+    difference, before = 0.0, torch.get_num_threads()
+    combinations = [(batch, count) for count in threads for batch in batches]
+    try:
+        for number, (batch, count) in enumerate(combinations):
+            torch.set_num_threads(count)
+            x = example[:1].expand(batch, *example.shape[1:]).contiguous()
+            say = _part(progress, number, len(combinations))
+            with torch.no_grad():
+                engines = _dense_engines(dense, x, missing, say)
+                if onnx is not None:
+                    with _absent(missing, "ONNX Runtime"):
+                        engines["ONNX Runtime"] = _onnx_engine(onnx, x, count)
+                engines[MASKED] = partial(converted, x)
+                say(0.5, "compiling with nmfx")
+                ours = compile(converted.eval(), x)
+                engines[NMFX] = partial(ours, x)
+                choices[batch, count] = ours.choices
+                difference = max(difference, _difference(ours(x), converted(x)))
+                found = in_turns(engines, turns, say)
+                timings += [Timing(name, batch, count, seconds) for name, seconds in found.items()]
+    finally:
+        torch.set_num_threads(before)
+    return Bench(tuple(timings), choices, missing, difference)
+
+
+def in_turns(runs: Mapping[str, Run], turns: int, progress: Advance) -> dict[str, tuple[float, ...]]:
+    """Seconds a call of each, a number a turn; all take turns, so that what else the machine does meets all of them."""
+    found: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(turns):
+        for name, run in runs.items():
+            run()  # wakes its threads
+            calls, start = 0, time.perf_counter()
+            while (now := time.perf_counter()) - start < TURN or not calls:
+                run()
+                calls += 1
+            found[name].append((now - start) / calls)
+        progress(0.6 + 0.4 * (turn + 1) / turns, "measuring")
+    return {name: tuple(seconds) for name, seconds in found.items()}
+
+
+def _dense_engines(dense: nn.Module, x: Tensor, missing: dict[str, str], say: Advance) -> dict[str, Run]:
+    plain = bake(dense).eval()
+    engines: dict[str, Run] = {"PyTorch": lambda: plain(x)}
+    if x.dim() == 4:
+        last = bake(dense).eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        turned = x.contiguous(memory_format=torch.channels_last)
+        engines["PyTorch, channels last"] = lambda: last(turned)
+    say(0.0, "compiling with torch.compile")
+    frozen = freeze(dense, x)
+    if frozen is None:
+        missing["torch.compile"] = "it cannot compile this model"
+    else:
+        engines["torch.compile, frozen"] = lambda: frozen(x)
+    return engines
+
+
+def _onnx_engine(path: Path, x: Tensor, threads: int) -> Run:
+    try:
+        import onnxruntime
+    except ImportError:
+        raise NmfxError("pip install 'nmfx[onnx]'") from None
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    feed = {session.get_inputs()[0].name: x.numpy()}
+    return lambda: session.run(None, feed)
+
+
+def _difference(found: object, wanted: object) -> float:
+    if isinstance(found, Tensor) and isinstance(wanted, Tensor):
+        return float((found - wanted).abs().max() / wanted.abs().max().clamp_min(1e-30))
+    if isinstance(found, Mapping) and isinstance(wanted, Mapping):
+        return max(_difference(found[key], wanted[key]) for key in found)
+    assert isinstance(found, tuple | list)
+    assert isinstance(wanted, tuple | list)
+    return max(_difference(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+@contextlib.contextmanager
+def _absent(missing: dict[str, str], name: str) -> Iterator[None]:
+    try:
+        yield
+    except (NmfxError, RuntimeError, ValueError) as error:
+        missing[name] = " ".join(str(error).split())[:200]
+
+
+def _part(progress: Advance | None, number: int, parts: int) -> Advance:
+    if progress is None:
+        return lambda share, text: None
+    return lambda share, text: progress((number + share) / parts, text)
