@@ -71,8 +71,8 @@ def _models(args: Namespace) -> Iterator[tuple[str, nn.Module, tuple[int, ...] |
     if found.scheme_path.is_file():
         sites = found.sites(dense)
         yield "masked, untrained", transform(dense, Scheme.load(found.scheme_path, sites), sites=sites), size
-    if (tuned := path / "finetune" / "model.safetensors").is_file():
-        yield "fine-tuned", load_checkpoint(tuned), size
+    if found.tuned_path.is_file():
+        yield "fine-tuned", load_checkpoint(found.tuned_path), size
 
 
 def _load(what: str, model: str | None) -> nn.Module:

@@ -225,7 +225,10 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_export(parser: argparse.ArgumentParser) -> None:
-    parser.description = "Write the scheme files and the compressed checkpoint of a work directory to DIR/export/."
+    parser.description = (
+        "Write the scheme files and the compressed checkpoint of a work directory to DIR/export/: the fine-tuned weights if "
+        "they were trained under this scheme, else those it was made with."
+    )
     parser.add_argument("work", nargs="?", metavar="DIR", help="work directory made by nmfx convert")
     parser.add_argument("--scheme", metavar="FILE", help="another scheme than the work directory's")
     parser.add_argument("--baked", action="store_true", help="also a plain state dict with real zeros")

@@ -62,6 +62,11 @@ class Work:
         """Where the scheme of a compressed checkpoint to start from is, if there is one."""
         return self.path / "start.yaml"
 
+    @property
+    def tuned_path(self) -> Path:
+        """Where the fine-tuned network is or will be."""
+        return self.path / "finetune" / "model.safetensors"
+
     def start(self, sites: Sites) -> Scheme | None:
         """The scheme that the weights are under already; None for dense ones."""
         return Scheme.load(self.start_path, sites) if self.start_path.is_file() else None

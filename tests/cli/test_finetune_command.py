@@ -97,6 +97,23 @@ def test_it_starts_from_a_checkpoint_from_random_weights_and_without_a_scheme(wo
     assert not read_checkpoint("dense/model.safetensors")[0].sites
 
 
+def test_export_takes_the_fine_tuned_weights_of_its_scheme(work: Path, nmfx: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint = work / "export" / "digits.safetensors"
+    assert "weights: pretrained" in nmfx("export")
+    nmfx("finetune", *QUICK)
+    assert "weights: fine-tuned from pretrained" in nmfx("export", "--baked", "--force")
+    for name, value in load_file(MODEL).items():
+        assert value.equal(load_file(checkpoint)[name]), name
+    assert read_checkpoint(checkpoint)[0].info["weights"] == "fine-tuned from pretrained"
+    baked = bake(load_checkpoint(MODEL)).state_dict()
+    assert all(value.equal(baked[name]) for name, value in load_file(work / "export" / "digits.baked.safetensors").items())
+    nmfx("search", str(work), "--force")
+    assert main(["export", "--force"]) == 0
+    out, err = capsys.readouterr()
+    assert "weights: pretrained" in out
+    assert "was trained under another scheme: what is exported is not fine-tuned" in err
+
+
 def test_the_same_command_goes_on_after_kill_9(work: Path, nmfx: Run, fails: Run) -> None:
     argv = (str(work), *DIGITS, "--epochs", "8", "--lr", "0.02", "--save-seconds", "0")
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
