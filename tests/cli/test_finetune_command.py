@@ -140,6 +140,26 @@ def test_the_same_command_goes_on_after_kill_9(work: Path, nmfx: Run, fails: Run
     assert "going on" not in nmfx("finetune", *QUICK, "--force")
 
 
+def test_two_processes_end_where_one_does(work: Path, nmfx: Run) -> None:
+    """Batch statistics are each process's own, so the scores agree to 2 points, as in tests/training/test_trainer.py."""
+    argv = ("finetune", str(work), *DIGITS, "--epochs", "12", "--lr", "0.02")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "nmfx", *argv]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(torchrun, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("evaluates the same to the last digit") == 1  # the first process speaks for both
+    nmfx(*argv, "-o", "one")
+    pairs = zip(log(MODEL.parent), log(Path("one")), strict=True)
+    for two, one in pairs:
+        assert (two["epoch"], two["lr"]) == (one["epoch"], one["lr"])
+    assert float(two["top1"]) == pytest.approx(float(one["top1"]), abs=0.02)
+    assert float(two["top1"]) > 0.95
+    tuned = scores(nmfx("evaluate", str(work), *DIGITS), "fine-tuned")
+    nmfx("export", str(work))
+    checkpoint = str(work / "export" / "digits.safetensors")
+    assert scores(nmfx("evaluate", checkpoint, *DIGITS), checkpoint) == tuned[:3]
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
