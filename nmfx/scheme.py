@@ -256,7 +256,7 @@ class Scheme(Mapping[str, Pattern]):
             raise SchemeError(f"{origin}: layout {layout!r} or short {short!r}: expected strict or flat, true or false")
         if "patterns" not in tree or ("sites" in tree and tree.get("shapes", {}).keys() != tree["patterns"].keys()):
             raise SchemeError(f"{origin}: patterns or shapes are missing: the file is truncated; make it anew")
-        if not str(tree.get("m", "1")).isdigit():
+        if not all(size.isdigit() for size in str(tree.get("m", "1")).split(", ")):
             raise SchemeError(f"{origin}: m: {tree['m']!r} is not a group size")
         patterns, shapes = tree.get("patterns", {}), tree.get("shapes", {})
         if not isinstance(patterns, dict) or not isinstance(shapes, dict):
@@ -279,7 +279,8 @@ class Scheme(Mapping[str, Pattern]):
             raise SchemeError(f"{lost}: the published format knows convolutions and linears only; save as .yaml")
         if self.short:
             raise SchemeError("the published format has no short groups; save as .yaml")
-        default = int(self.info.get("m", max((p.m for p in self.values()), default=16)))
+        said = str(self.info.get("m", max((p.m for p in self.values()), default=16)))
+        default = max(map(int, said.split(", ")))  # of sites that are dense
         entries = {keys[s.name]: self.get(s.name, Pattern(default, default)) for s in sites if s.name in keys}
         return str({key: [pattern.n, pattern.m] for key, pattern in entries.items()}) + "\n"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
 from torch import nn
@@ -11,6 +12,7 @@ from torch import nn
 from nmfx.cli import tables, work
 from nmfx.cli.console import heading, output, working
 from nmfx.errors import TraceError
+from nmfx.export.start import build_start, is_compressed, take_start
 from nmfx.graph.census import find_sites
 from nmfx.graph.site import Sites
 from nmfx.graph.tracer import to_graph, trace
@@ -18,7 +20,8 @@ from nmfx.passes.baking import verify
 from nmfx.passes.transform import conversion_difference, resolve_scheme, transform
 from nmfx.scheme import Scheme, fit
 from nmfx.sparsity.pattern import Pattern
-from nmfx.zoo.building import build_model
+from nmfx.zoo.building import Built, build_model
+from nmfx.zoo.source import find_source
 
 
 def run(args: Namespace) -> None:
@@ -32,13 +35,14 @@ def convert(name: str, path: Path, args: Namespace) -> work.Work:
     """Build `name` and write its work directory, showing what was found."""
     out, size = output(), work.parse_size(args.input_size)
     with working(f"building {name}"):
-        built = build_model(name, weights=args.weights, kwargs={"num_classes": args.classes} if args.classes else None)
+        built = _build(name, args)
     model = built.model
     if built.weights == "file":
-        out.print(built.note)
+        out.print(built.note, soft_wrap=True)
     example = work.example_of(model, size)
     with working("finding the sites"):
         sites = find_sites(model, example)
+    start = take_start(model, sites)
     scheme, reasons = _scheme(args, sites)
     with working("verifying"):
         difference = conversion_difference(model, sites, example)
@@ -59,10 +63,20 @@ def convert(name: str, path: Path, args: Namespace) -> work.Work:
         out.print(f"verified: {checked.groups:,} groups of {checked.sites} sites hold at most N ({counts})")
     if args.graph:
         out.print(str(to_graph(model).graph), soft_wrap=True)
-    result = work.create(path, built, size, scheme if len(scheme) else None, sites, force=args.force)
+    result = work.create(path, built, size, scheme if len(scheme) else None, sites, start=start, force=args.force)
     result.warn()
-    out.print(f"wrote {path}/; next: nmfx search {shlex.quote(str(path))} --target 0.875", soft_wrap=True)
+    if start is not None:
+        out.print(f"compressed weights: {tables.start_line(start, sites)}")
+    target = "0.875" if start is None else "HIGHER"
+    out.print(f"wrote {path}/; next: nmfx search {shlex.quote(str(path))} --target {target}", soft_wrap=True)
     return result
+
+
+def _build(name: str, args: Namespace) -> Built:
+    kwargs = {"num_classes": args.classes} if args.classes else {}
+    if is_compressed(args.weights):
+        return build_start(Path(args.weights), replace(find_source(name), kwargs=kwargs))
+    return build_model(name, weights=args.weights, kwargs=kwargs)
 
 
 def _scheme(args: Namespace, sites: Sites) -> tuple[Scheme, dict[str, str]]:

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from rich.table import Table
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from nmfx.cli import work
@@ -16,8 +15,9 @@ from nmfx.cli.processes import processes
 from nmfx.data.config import PictureConfig, check_classes, picture_config
 from nmfx.data.loader import validation_loader
 from nmfx.data.source import Data, open_data
-from nmfx.errors import CheckpointError, NmfxError
+from nmfx.errors import NmfxError
 from nmfx.export.checkpoint import load_checkpoint
+from nmfx.export.start import is_compressed
 from nmfx.passes.transform import transform
 from nmfx.processes import world
 from nmfx.scheme import Scheme
@@ -41,7 +41,7 @@ def _run(args: Namespace, device: str) -> None:
         with working(f"evaluating {label} on {data.name}"):
             batches = validation_loader(data, config, batch_size=batch, workers=args.workers)
             rows.append((label, evaluate(model.to(device), batches, reference=reference)))
-        if reference is None and label == "dense":
+        if reference is None and label in ("dense", "start"):
             reference = model
     output().print(_table(rows))
     output().print(f"{rows[0][1].samples:,} validation pictures of {data}", soft_wrap=True)
@@ -58,7 +58,7 @@ def pictures(
 
 
 def _models(args: Namespace) -> Iterator[tuple[str, nn.Module, tuple[int, ...] | None]]:
-    """What is asked for, with a label; a work directory has its dense model, the masked one and the fine-tuned one."""
+    """What is asked for, with a label; a work directory has its dense model (or sparse start), the masked and the tuned one."""
     size, path = work.parse_size(args.input_size), Path(args.what)
     if not path.is_dir():
         yield args.what, _load(args.what, args.model), size
@@ -67,12 +67,12 @@ def _models(args: Namespace) -> Iterator[tuple[str, nn.Module, tuple[int, ...] |
     found.warn()
     size = size or found.input_size
     dense = found.load()
-    yield "dense", dense, size
+    yield "start" if found.start_path.is_file() else "dense", dense, size
     if found.scheme_path.is_file():
         sites = found.sites(dense)
         yield "masked, untrained", transform(dense, Scheme.load(found.scheme_path, sites), sites=sites), size
-    if (tuned := path / "finetune" / "model.safetensors").is_file():
-        yield "fine-tuned", load_checkpoint(tuned), size
+    if found.tuned_path.is_file():
+        yield "fine-tuned", load_checkpoint(found.tuned_path), size
 
 
 def _load(what: str, model: str | None) -> nn.Module:
@@ -92,24 +92,12 @@ def _load(what: str, model: str | None) -> nn.Module:
     return built.model
 
 
-def is_compressed(path: Path) -> bool:
-    """A compressed checkpoint of ours, not plain weights."""
-    if path.suffix != ".safetensors":
-        return False
-    try:
-        with safe_open(path, "pt") as file:
-            return "nmfx" in (file.metadata() or {})
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file") from None
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: truncated, or not a safetensors file ({error})") from error
-
-
 def _table(rows: list[tuple[str, Evaluation]]) -> Table:
     agreed = any(found.agreement is not None for _, found in rows)
     table = Table(box=None, pad_edge=False)
     table.add_column("")
-    for name in ("top-1", "top-5", "loss", *(["agreement with dense"] if agreed else [])):
+    first = "start" if rows[0][0] == "start" else "dense"
+    for name in ("top-1", "top-5", "loss", *([f"agreement with {first}"] if agreed else [])):
         table.add_column(name, justify="right")
     for label, found in rows:
         agreement = "" if found.agreement is None else f"{found.agreement:.2%}"

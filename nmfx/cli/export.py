@@ -6,12 +6,15 @@ from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
 
+from torch import nn
+
 from nmfx.cli import tables, work
-from nmfx.cli.console import output, working
+from nmfx.cli.console import heading, output, warn, working
 from nmfx.errors import NmfxError
-from nmfx.export.checkpoint import save_checkpoint
+from nmfx.export.checkpoint import load_checkpoint, read_checkpoint, save_checkpoint
 from nmfx.export.plain import save_baked, save_onnx
 from nmfx.files import all_or_nothing
+from nmfx.graph.site import Sites
 from nmfx.passes.baking import bake, verify
 from nmfx.passes.transform import transform
 from nmfx.scheme import Scheme
@@ -44,16 +47,17 @@ def _write(found: work.Work, scheme_path: Path, paths: Mapping[str, Path]) -> No
         sites, example = found.sites(model), found.example(model)
         scheme = Scheme.load(scheme_path, sites)
         dense = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
-        transform(model, scheme, sites=sites, inplace=True)
+        weights = _convert(model, scheme, sites, found)
         checked = verify(model) if len(scheme) else None
         with all_or_nothing(folder) as draft:
             written = work.save_scheme(scheme, draft / paths["scheme"].name, sites)
-            save_checkpoint(model, draft / paths["checkpoint"].name, info={**scheme.info, "weights": found.weights})
+            save_checkpoint(model, draft / paths["checkpoint"].name, info={**scheme.info, "weights": weights})
             baked = bake(model, inplace=True)
             if "baked" in paths:
                 save_baked(baked, draft / paths["baked"].name)
             if "onnx" in paths:
                 save_onnx(baked, draft / paths["onnx"].name, example)
+    out.print(heading("weights: ", weights))
     out.print(tables.totals_table(scheme.totals(sites)))
     out.print(f"\npatterns: {tables.pattern_counts(scheme, sites)}")
     if checked is not None:
@@ -64,3 +68,15 @@ def _write(found: work.Work, scheme_path: Path, paths: Mapping[str, Path]) -> No
         share = f", {path.stat().st_size / dense:.1%} of the dense weights" if kind == "checkpoint" else ""
         out.print(f"wrote {path} ({tables.size(path.stat().st_size)}{share})", soft_wrap=True)
     found.warn()
+
+
+def _convert(model: nn.Module, scheme: Scheme, sites: Sites, found: work.Work) -> str:
+    """Mask the work directory's model, with its fine-tuned weights where they were trained under this scheme; says which."""
+    if found.tuned_path.is_file():
+        header, _ = read_checkpoint(found.tuned_path)
+        if header.scheme.patterns == scheme.patterns:
+            load_checkpoint(found.tuned_path, model)
+            return header.info.get("weights", "fine-tuned")
+        warn(f"{found.tuned_path} was trained under another scheme: what is exported is not fine-tuned")
+    transform(model, scheme, sites=sites, inplace=True)
+    return found.weights

@@ -36,6 +36,8 @@ def _show_work(path: Path) -> None:
     with working("finding the sites"):
         model = find_source(found.model).build_meta()
         sites = found.sites(model)
+    if start := found.start(sites):
+        out.print(heading("starts from a compressed checkpoint: ", tables.start_line(start, sites)), soft_wrap=True)
     scheme = Scheme.load(found.scheme_path, sites) if found.scheme_path.is_file() else None
     if scheme is None:
         out.print(tables.site_table(sites, Scheme({}), {}))

@@ -62,7 +62,8 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
         "--weights",
         default="auto",
         metavar="auto|pretrained|none|FILE",
-        help="auto: pretrained, or random where they cannot be had (default); none: random; FILE: safetensors or .pth",
+        help="auto: pretrained, or random where they cannot be had (default); none: random; FILE: safetensors or .pth, or a "
+        "compressed checkpoint of nmfx, to search a sparser scheme from",
     )
     chosen = parser.add_mutually_exclusive_group()
     chosen.add_argument("--pattern", metavar="N:M", help="this pattern on every site that can take it")
@@ -77,7 +78,8 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
 def _add_search(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Choose a pattern for every site. Works on the work directory in the current folder, the one named, or --model; with "
-        "none of these, on the embedded demo network."
+        "none of these, on the embedded demo network. One that was converted from a compressed checkpoint gets sparser: no "
+        "site takes more than it has."
     )
     parser.add_argument("work", nargs="?", metavar="DIR", help="work directory made by nmfx convert")
     parser.add_argument("--model", metavar="NAME", help="convert this model first, if NAME.nmfx is not there yet")
@@ -109,7 +111,8 @@ def _add_choices(parser: argparse._ArgumentGroup) -> None:
     parser.add_argument(
         "--m",
         metavar="M,M,...",
-        help="group size M (default: 16), or several: knapsack and spdy mix them, the others take the largest that fits a site",
+        help="group size M (default: 16, or that of a compressed start), or several: knapsack and spdy mix them, the others "
+        "take the largest that fits a site",
     )
     parser.add_argument("--candidates", metavar="N,N,...", help="the N's to choose from (default: powers of two up to M)")
     parser.add_argument("--patterns", metavar="N:M,...", help="only these patterns, as 2:4 for hardware")
@@ -226,7 +229,10 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_export(parser: argparse.ArgumentParser) -> None:
-    parser.description = "Write the scheme files and the compressed checkpoint of a work directory to DIR/export/."
+    parser.description = (
+        "Write the scheme files and the compressed checkpoint of a work directory to DIR/export/: the fine-tuned weights if "
+        "they were trained under this scheme, else those it was made with."
+    )
     parser.add_argument("work", nargs="?", metavar="DIR", help="work directory made by nmfx convert")
     parser.add_argument("--scheme", metavar="FILE", help="another scheme than the work directory's")
     parser.add_argument("--baked", action="store_true", help="also a plain state dict with real zeros")

@@ -47,6 +47,8 @@ def _run(args: Namespace, device: str) -> None:
     _check_use(args, method)
     model = found.load()
     sites = found.sites(model)
+    if start := found.start(sites):
+        out.print(heading(f"starts from {found.start_path}: ", tables.start_line(start, sites)), soft_wrap=True)
     if method == "domino" and args.data:
         result = _loop(args, found, model, sites, path, device)
     else:
@@ -82,7 +84,13 @@ def _find(args: Namespace, found: work.Work, model: nn.Module, sites: Sites, met
     options = {"seconds": args.seconds, "seed": args.seed} if method == "spdy" else {}
     with working(f"searching {found.model}: {method}, {_wanted(args)}"):
         return find_scheme(
-            model.to(device), sites=sites, method=method, sensitivity=sensitivity, data=data, options=options, **_question(args)
+            model.to(device),
+            sites=sites,
+            method=method,
+            sensitivity=sensitivity,
+            data=data,
+            options=options,
+            **_question(args, found.start(sites)),
         )
 
 
@@ -112,7 +120,7 @@ def _loop(args: Namespace, found: work.Work, model: nn.Module, sites: Sites, pat
 
         loop = {"lr": args.lr, "seed": args.seed, "device": device, "most": args.most, "checkpoint": checkpoint}
         loop |= {"decay": args.decay, "eta": not args.no_eta, "vote_every": args.vote_every}
-        search = run_domino(model, loader, sites=sites, progress=progress, **loop, **_question(args))
+        search = run_domino(model, loader, sites=sites, progress=progress, **loop, **_question(args, found.start(sites)))
     tables_of = Tables(search.problem, model)
     return conclude(tables_of, search.outcome, method=search.method, seconds=time.perf_counter() - start)
 
@@ -133,8 +141,8 @@ def _calibration(args: Namespace, model: nn.Module) -> list[tuple[Tensor, Tensor
         return calibration(data, config, count=args.pictures, batch_size=size, seed=args.seed, workers=args.workers)
 
 
-def _question(args: Namespace) -> dict[str, Any]:
-    """What is asked of a search, whatever the method."""
+def _question(args: Namespace, start: Scheme | None) -> dict[str, Any]:
+    """What is asked of a search, whatever the method; one that starts from a sparse network keeps its M unless told."""
     pairs = [_pair(text, "--limit") for text in args.limit]
     if len(dict(pairs)) < len(pairs):
         raise SearchError(f"--limit {' --limit '.join(args.limit)}: one limit of a kind")
@@ -147,7 +155,7 @@ def _question(args: Namespace) -> dict[str, Any]:
         rules = [_pair(text if "=" in text else f"*={text}", "--min-density") for text in args.min_density]
         rules.sort(key=lambda rule: rule[0] == "*")  # the first match counts: what is said of all sites comes last
         least = {glob: _number(share, "--min-density") for glob, share in rules}
-    sizes = _numbers(args.m or "16", "--m")
+    sizes = _numbers(args.m or str(max((pattern.m for pattern in (start or {}).values()), default=16)), "--m")
     return {
         "target": args.target or "0.875",
         "budget": args.budget or "params",
@@ -159,6 +167,7 @@ def _question(args: Namespace) -> dict[str, Any]:
         "min_density": least,
         "layout": args.layout,
         "remainder": args.remainder,
+        "within": start,
     }
 
 

@@ -88,6 +88,12 @@ def totals_table(totals: Totals) -> Table:
     return table
 
 
+def start_line(start: Scheme, sites: Sites) -> str:
+    """What a network keeps that was compressed before, and what that means for a search."""
+    totals, counts = start.totals(sites), pattern_counts(start, sites)
+    return f"{counts}, sparsity {totals.sparsity:.4f} ({totals.mac_sparsity:.4f} of MACs); no search makes a site denser"
+
+
 def pattern_counts(scheme: Scheme, sites: Sites | None = None) -> str:
     """How many sites have each pattern: ``2:16 x 20, 4:16 x 31, dense x 3``."""
     counts: dict[Pattern, int] = {}

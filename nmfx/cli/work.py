@@ -1,7 +1,8 @@
 """The work directory NAME.nmfx/: what `nmfx convert` found, and every later stage works on.
 
 It holds work.yaml (model, input, where the weights came from), weights.safetensors (the dense weights; none for random ones,
-which their seed gives again), and scheme.yaml + scheme.txt once there is a scheme.
+which their seed gives again), start.yaml if they came from a compressed checkpoint (the scheme they are under: no search
+goes above its densities), and scheme.yaml + scheme.txt once there is a scheme.
 """
 
 from __future__ import annotations
@@ -56,6 +57,20 @@ class Work:
         """Where the scheme is or will be."""
         return self.path / "scheme.yaml"
 
+    @property
+    def start_path(self) -> Path:
+        """Where the scheme of a compressed checkpoint to start from is, if there is one."""
+        return self.path / "start.yaml"
+
+    @property
+    def tuned_path(self) -> Path:
+        """Where the fine-tuned network is or will be."""
+        return self.path / "finetune" / "model.safetensors"
+
+    def start(self, sites: Sites) -> Scheme | None:
+        """The scheme that the weights are under already; None for dense ones."""
+        return Scheme.load(self.start_path, sites) if self.start_path.is_file() else None
+
     def warn(self) -> None:
         """Repeat what every stage must repeat."""
         if self.weights == "random":
@@ -107,9 +122,16 @@ def directory_for(model: str) -> Path:
 
 
 def create(
-    path: Path, built: Built, input_size: tuple[int, ...] | None, scheme: Scheme | None, sites: Sites, *, force: bool
+    path: Path,
+    built: Built,
+    input_size: tuple[int, ...] | None,
+    scheme: Scheme | None,
+    sites: Sites,
+    *,
+    start: Scheme | None = None,
+    force: bool,
 ) -> Work:
-    """Write a work directory whole: into a temporary one beside it, then renamed.
+    """Write a work directory whole: into a temporary one beside it, then renamed; `start`: what the weights are under.
 
     Raises:
         NmfxError: it exists and `force` is false, or is no work directory of ours.
@@ -126,6 +148,8 @@ def create(
         (folder / "work.yaml").write_text(yaml.safe_dump(head, sort_keys=False), encoding="utf-8")
         if work.weights != "random":
             save_baked(built.model, folder / "weights.safetensors")
+        if start is not None:
+            start.save(folder / work.start_path.name, sites)
         if scheme is not None:
             save_scheme(scheme, folder / "scheme.yaml", sites)
 

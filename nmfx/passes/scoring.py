@@ -31,12 +31,34 @@ def sorted_magnitudes(weight: Tensor, grouping: Grouping) -> Tensor:
     return torch.cat([nn.functional.pad(part, (0, 0, 0, grouping.m - len(part))) for part in parts], dim=1)
 
 
+def thresholds(ordered: Tensor, n: int) -> Tensor:
+    """``T_g`` of groups ``(m, groups)`` in descending order: the mean of the lower half of the `n` largest magnitudes.
+
+    A dense group has ``n = M`` (domino.md, 3). Where that half is all zeros, as in a group that was pruned or is short, no
+    weight would ever shrink below its mean: the lower half of the non-zero ones counts instead. A group of zeros has nothing
+    to lose: infinity.
+    """
+    threshold = ordered[n - max(1, n // 2) : n].mean(dim=0)
+    if not ordered.is_meta and bool((zero := threshold == 0).any()):
+        part = ordered[:, zero]
+        kept = (part > 0).sum(dim=0)
+        half, rank = (kept // 2).clamp_min(1), torch.arange(len(part), device=part.device).unsqueeze(1)
+        lower = (rank < kept) & (rank >= kept - half)
+        threshold[zero] = (torch.where(lower, part, 0.0).sum(dim=0) / half).masked_fill(kept == 0, torch.inf)
+    return threshold
+
+
 @torch.no_grad()
-def attach_scores(model: nn.Module, sites: Sites, groupings: Mapping[str, Grouping]) -> None:
+def attach_scores(
+    model: nn.Module, sites: Sites, groupings: Mapping[str, Grouping], first: Mapping[str, int] | None = None
+) -> None:
     """Register two non-persistent buffers beside each weight: they move with the model and never reach a state dict.
 
     - ``weight_threshold`` ``(groups,)``: ``T_g``, the mean of the M/2 smallest magnitudes of each group (domino.md, 3);
     - ``weight_count`` ``(groups,)``, uint8: how many weights of the group exceed ``T_g`` now.
+
+    Args:
+        first: the N that a site starts from, where that is not M (see `thresholds`).
 
     Raises:
         NmfxError: a module already has something under one of the names; nothing is attached then.
@@ -49,7 +71,7 @@ def attach_scores(model: nn.Module, sites: Sites, groupings: Mapping[str, Groupi
                 )
     for name, grouping in groupings.items():
         ordered = sorted_magnitudes(weight_of(model, sites[name]), grouping)
-        threshold = ordered[grouping.m - grouping.m // 2 :].mean(dim=0) if grouping.m > 1 else ordered[0]
+        threshold = thresholds(ordered, (first or {}).get(name, grouping.m))
         count = (ordered > threshold).sum(dim=0, dtype=torch.uint8)
         for (owner, buffer), value in zip(_places(model, sites[name]), (threshold, count), strict=True):
             owner.register_buffer(buffer, value, persistent=False)
@@ -76,9 +98,11 @@ def scores_of(model: nn.Module, site: Site) -> tuple[Tensor, Tensor]:
 
 
 @contextlib.contextmanager
-def scored(model: nn.Module, sites: Sites, groupings: Mapping[str, Grouping]) -> Iterator[None]:
+def scored(
+    model: nn.Module, sites: Sites, groupings: Mapping[str, Grouping], first: Mapping[str, int] | None = None
+) -> Iterator[None]:
     """Score buffers for the time of a search; gone afterwards, whatever happens."""
-    attach_scores(model, sites, groupings)
+    attach_scores(model, sites, groupings, first)
     try:
         yield
     finally:

@@ -13,6 +13,7 @@ from nmfx.data.augment import Augment, train_transform
 from nmfx.data.config import PictureConfig, picture_config
 from nmfx.data.pictures import ArrayPictures
 from nmfx.data.source import Data
+from nmfx.export.start import take_start
 from nmfx.graph.census import find_sites
 from nmfx.graph.site import Sites
 from nmfx.passes.baking import verify
@@ -41,13 +42,14 @@ def check_recipe(recipe: Recipe, *, device: str = "cpu") -> list[str]:
     built, lines = _built(recipe.model)
     model = built.model
     sites = find_sites(model, example_of(model, recipe.model))
+    start = take_start(model, sites)
     lines.append(
         f"build: {built.source} ({built.weights} weights): {len(sites)} sites, {sites.weights:,} weights, {sites.macs:,} MACs"
     )
     section = data_free(recipe.search)
     if section != recipe.search:
         lines.append(f"search: {section.method} without data stands in for the search on pictures")
-    scheme, _ = choose(section, model, sites)
+    scheme, _ = choose(section, model, sites, start=start)
     lines.append(f"search: {describe(scheme.totals(sites))}")
     if recipe.finetune is not None:
         lines.append(f"finetune: {_update(recipe, recipe.finetune, model.to(device), scheme, sites)}")

@@ -22,7 +22,7 @@ from nmfx.zoo.building import build_random, load_weights
 from nmfx.zoo.example import Example, example_for
 from nmfx.zoo.source import Source, find_source
 
-WORK, WEIGHTS, SCHEME = "work.yaml", "weights.safetensors", "scheme.yaml"
+WORK, WEIGHTS, START, SCHEME = "work.yaml", "weights.safetensors", "start.yaml", "scheme.yaml"
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,10 @@ class Job:
     def sites(self, model: nn.Module) -> Sites:
         """The model's sites."""
         return find_sites(model, example_of(model, self.recipe.model))
+
+    def start(self, sites: Sites) -> Scheme | None:
+        """The scheme that the model's weights are under already, if they came from a compressed checkpoint."""
+        return Scheme.load(self.folder / START, sites) if (self.folder / START).is_file() else None
 
     def scheme(self, sites: Sites) -> Scheme:
         """What the search stage wrote."""

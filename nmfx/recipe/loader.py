@@ -29,7 +29,7 @@ T = TypeVar("T")
 def packaged_recipes() -> dict[str, Path]:
     """The recipes that come with nmfx, by name."""
     folder = next((folder for folder in PACKAGED if folder.is_dir()), PACKAGED[0])
-    return {path.name.removesuffix(".yaml"): path for path in sorted(folder.glob("*.yaml"))}
+    return dict(sorted((path.name.removesuffix(".yaml"), path) for path in folder.glob("*.yaml")))
 
 
 def find_recipe(name: str | Path, *, beside: Path | None = None) -> Path:

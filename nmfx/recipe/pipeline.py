@@ -23,13 +23,14 @@ from nmfx.data.sample import calibration
 from nmfx.errors import CheckpointError, ModelError, NmfxError, SchemeError
 from nmfx.export.checkpoint import load_checkpoint, save_checkpoint
 from nmfx.export.plain import save_baked, save_onnx
+from nmfx.export.start import build_start, is_compressed, take_start
 from nmfx.files import all_or_nothing, write_atomic
 from nmfx.graph.census import find_sites
 from nmfx.graph.site import Sites
 from nmfx.passes.baking import bake, verify
 from nmfx.passes.transform import conversion_difference, transform
 from nmfx.processes import rank, world
-from nmfx.recipe.job import SCHEME, WEIGHTS, WORK, Dense, Job, example_of
+from nmfx.recipe.job import SCHEME, START, WEIGHTS, WORK, Dense, Job, example_of
 from nmfx.recipe.schema import INLINE, FinetuneSection, ModelSection, Recipe, SearchSection
 from nmfx.recipe.stamp import Stamp, digest_of, digests, read_stamp, stamp, write_stamp
 from nmfx.scheme import Scheme, Totals, shapes_of
@@ -61,7 +62,7 @@ class Done:
 
 
 def build(section: ModelSection) -> Built:
-    """The dense model that a recipe names, with its weights.
+    """The model that a recipe names, with its weights: dense, or converted where they are a compressed checkpoint.
 
     Raises:
         ModelError: an unknown name, arguments its builder does not take, weights that cannot be had or do not fit.
@@ -74,6 +75,8 @@ def build(section: ModelSection) -> Built:
             note = f"pretrained weights of {source} cannot be had: {' '.join(str(error).split())[:200]}"
             if section.weights == "pretrained":
                 raise ModelError(f"{note}. Say weights: FILE, or weights: none for the structure only") from error
+    if is_compressed(section.weights):
+        return build_start(Path(section.weights), source)
     model = build_random(source)
     if section.weights in ("auto", "none"):
         return Built(model, source, "random", note)
@@ -87,13 +90,20 @@ def _build(job: Job, advance: Advance) -> Done:
     model, source = built.model, getattr(built.model, SOURCE, built.source)
     example = example_of(model, section)
     sites = find_sites(model, example)
+    start = take_start(model, sites)
     difference = conversion_difference(model, sites, example)
     head = {"nmfx": "work", "version": 1, "model": str(source), "kwargs": json.dumps(dict(source.kwargs))}
     head |= {"weights": built.weights, "note": built.note, "input_size": section.input_size}
     content = yaml.safe_dump(head, sort_keys=False)
-    (folder / WEIGHTS).unlink(missing_ok=True)  # random weights have none: their seed gives them again
-    if built.weights != "random":
+    for name in (WEIGHTS, START):
+        (folder / name).unlink(missing_ok=True)
+    written = [WORK]
+    if built.weights != "random":  # their seed gives those again
         save_baked(model, folder / WEIGHTS)
+        written.append(WEIGHTS)
+    if start is not None:
+        start.save(folder / START, sites)
+        written.append(START)
     write_atomic(folder / WORK, lambda draft: _write(draft, content))
     lines = [
         f"{source} ({type(model).__name__}, {built.weights} weights): {len(sites)} sites, {sites.weights:,} weights, "
@@ -101,22 +111,30 @@ def _build(job: Job, advance: Advance) -> Done:
         f"{len(sites.skipped)} parameters are no sites: {', '.join(s.name for s in sites.skipped)}" if sites.skipped else "",
         f"read through all-ones masks, the largest difference is {difference:g}",
         built.note,
+        f"compressed weights: {describe(start.totals(sites))}; no site gets denser" if start is not None else "",
     ]
-    return Done((WORK, *([WEIGHTS] if built.weights != "random" else [])), tuple(line for line in lines if line))
+    return Done(tuple(written), tuple(line for line in lines if line))
 
 
 # --- search
 
 
 def choose(
-    section: SearchSection, model: nn.Module, sites: Sites, *, job: Job | None = None, advance: Advance | None = None
+    section: SearchSection,
+    model: nn.Module,
+    sites: Sites,
+    *,
+    start: Scheme | None = None,
+    job: Job | None = None,
+    advance: Advance | None = None,
 ) -> tuple[Scheme, SearchResult | None]:
     """The scheme that a recipe asks for, and the result of the search if there is one.
 
     Args:
+        start: the scheme that the weights are under already, which bounds a search.
         job: where the pictures are, for a search that looks at them.
     """
-    choices = {item.name: getattr(section.choices, item.name) for item in fields(section.choices)}
+    choices = {item.name: getattr(section.choices, item.name) for item in fields(section.choices)} | {"within": start}
     if section.scheme:
         return Scheme.load(section.scheme, sites), None
     if section.pattern is not None:
@@ -166,7 +184,7 @@ def _loop(
 def _search(job: Job, advance: Advance) -> Done:
     model, dense = job.model().to(job.device), job.dense()
     sites = job.sites(model)
-    scheme, result = choose(job.recipe.search, model, sites, job=job, advance=advance)
+    scheme, result = choose(job.recipe.search, model, sites, start=job.start(sites), job=job, advance=advance)
     scheme = replace(scheme, info={**scheme.info, "model": str(dense.source), "weights": dense.weights})
     written: list[str] = []
     if rank() == 0:
@@ -292,7 +310,8 @@ def _evaluate(job: Job, advance: Advance) -> Done:
     model = load_checkpoint(exported(job), job.model()).to(job.device)
     data, config = job.pictures(model)
     batches = validation_loader(data, config, batch_size=size, workers=job.workers)
-    scores = {} if job.dense().weights == "random" else {"dense": evaluate(dense, batches)}
+    first = "start" if (job.folder / START).is_file() else "dense"
+    scores = {} if job.dense().weights == "random" else {first: evaluate(dense, batches)}
     scores["exported"] = evaluate(model, batches, reference=dense if scores else None)
     content = json.dumps({name: asdict(one) for name, one in scores.items()}, indent=1)
     if rank() == 0:
@@ -301,7 +320,8 @@ def _evaluate(job: Job, advance: Advance) -> Done:
 
 
 def read_scores(folder: Path) -> dict[str, Evaluation]:
-    """What the evaluate stage measured: of the dense model (if its weights are any), and of the exported checkpoint.
+    """What the evaluate stage measured: of the model before (if its weights are any), dense or a sparse start, and of the
+    exported checkpoint.
 
     Raises:
         CheckpointError: it has not run.
@@ -328,11 +348,11 @@ class Stage:
 
 def _flat(section: Any, *without: str) -> dict[str, Any]:
     """The fields of a section by their keys in the recipe; those of inline classes beside its own."""
-    inline = {item.name for item in fields(section) if INLINE in item.metadata}
+    inline = {item.name: item.metadata[INLINE] for item in fields(section) if INLINE in item.metadata}
     flat = {item.name: getattr(section, item.name) for item in fields(section) if item.name not in inline}
-    for name in inline:
+    for name, hidden in inline.items():
         inner = getattr(section, name)
-        flat |= {item.name: getattr(inner, item.name) for item in fields(inner)}
+        flat |= {item.name: getattr(inner, item.name) for item in fields(inner) if item.name not in hidden}
     return {name: value for name, value in flat.items() if name not in without}
 
 

@@ -29,7 +29,8 @@ class ModelSection:
 
     Attributes:
         name: of torchvision, timm or the demos, as in ``nmfx convert NAME``.
-        weights: ``auto``, ``pretrained``, ``none`` (random) or a file.
+        weights: ``auto``, ``pretrained``, ``none`` (random) or a file; from a compressed checkpoint the search goes on to a
+            sparser scheme, and gives no site a denser pattern than it has there.
         kwargs: what its builder takes, such as ``num_classes`` and ``in_chans``.
         input_size: without the batch, as ``3x224x224``; the model's own when empty.
     """
@@ -100,7 +101,7 @@ class SearchSection:
     batch_size: int = 64
     most: int = 100_000
     seed: int = 0
-    choices: Choices = field(default=Choices(), metadata={INLINE: ()})
+    choices: Choices = field(default=Choices(), metadata={INLINE: ("within",)})  # it comes with the weights
     loop: Loop = field(default=Loop(), metadata={INLINE: ()})
 
     def __post_init__(self) -> None:

@@ -41,18 +41,19 @@ def erk_sparsities(problem: Problem) -> dict[int, float]:
     """ERK sparsity of every site with a choice, for the overall target (Evci et al., 2020; domino.md, section 4).
 
     Density proportional to ``sum(shape) / prod(shape)``, scaled so that the total matches; sites that would exceed density 1
-    are fixed dense and the rest is scaled anew. Sites without a choice count as dense.
+    (or that of a sparse start) are fixed there and the rest is scaled anew. Sites without a choice count as they are.
     """
     sites, free = problem.sites.sites, set(problem.free)
     raw = {i: sum(sites[i].shape) / math.prod(sites[i].shape) for i in free}
+    most = [options[-1] for options in problem.options]
     while free:
-        dense = sum(site.weights for i, site in enumerate(sites) if i not in free)
-        scale = ((1 - problem.budget.target) * problem.sites.weights - dense) / sum(raw[i] * sites[i].weights for i in free)
-        over = {i for i in free if scale * raw[i] > 1}
+        fixed = sum(site.weights * most[i].n // most[i].m for i, site in enumerate(sites) if i not in free)
+        scale = ((1 - problem.budget.target) * problem.sites.weights - fixed) / sum(raw[i] * sites[i].weights for i in free)
+        over = {i for i in free if scale * raw[i] > most[i].density}
         if not over:
-            return {i: 1 - max(0.0, scale) * raw[i] if i in free else 0.0 for i in problem.free}
+            return {i: 1 - max(0.0, scale) * raw[i] if i in free else most[i].sparsity for i in problem.free}
         free -= over
-    return dict.fromkeys(problem.free, 0.0)
+    return {i: most[i].sparsity for i in problem.free}
 
 
 def moves(problem: Problem, choice: list[int], reason: str) -> tuple[Event, ...]:

@@ -39,11 +39,13 @@ def penalties(
 
 def domino(problem: Problem, tables: Tables) -> Outcome:
     """Sites shrink at rate eta, step when 75 % of their groups agree, and tip the next by what their commits change."""
-    with scored(tables.model, problem.sites, {problem.sites.sites[i].name: problem.grouping(i) for i in problem.free}):
+    names = {i: problem.sites.sites[i].name for i in problem.free}
+    groupings = {name: problem.grouping(i) for i, name in names.items()}
+    with scored(tables.model, problem.sites, groupings, {name: problem.first(i) for i, name in names.items()}):
         points = tables.tipping_points
     choice = [len(options) - 1 for options in problem.options]
     erk, events, time = erk_sparsities(problem), [], 0.0
-    working = {i: problem.options[i][0].m for i in problem.free}  # n, the intermediate N
+    working = {i: problem.first(i) for i in problem.free}  # n, the intermediate N
     shrinkage = dict.fromkeys(problem.free, 0.0)  # S
     eta = penalties(problem, choice, erk)
     while not problem.fits(choice):

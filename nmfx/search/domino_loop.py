@@ -124,7 +124,7 @@ class DominoSearch:
         self._choice = [len(options) - 1 for options in self.problem.options]
         self._erk = erk_sparsities(self.problem)
         self._groupings = {i: self.problem.grouping(i) for i in self.problem.free}
-        self._working = {i: grouping.m for i, grouping in self._groupings.items()}
+        self._working = {i: self.problem.first(i) for i in self.problem.free}
         self._convert()
         self._eta = self._penalties()
         self.done = self._holds()
@@ -136,12 +136,16 @@ class DominoSearch:
             weight = weight_of(self.model, self.sites.sites[i])
             if weight.device.type == "meta" or not bool(weight.isfinite().all()):
                 raise SearchError(f"{self._name(i)}: holds no values, or infinite or NaN ones; load weights before the search")
-        attach_scores(self.model, self.sites, {self._name(i): g for i, g in self._groupings.items()})
-        for i, grouping in self._groupings.items():
-            twin, site = None, self.sites.sites[i]
+        groupings = {self._name(i): grouping for i, grouping in self._groupings.items()}
+        attach_scores(self.model, self.sites, groupings, self.intermediate)
+        for i, site in enumerate(self.sites):
+            start, twin = self.problem.options[i][-1], None
+            pattern = Pattern(self._working[i], self._groupings[i].m) if i in self._groupings else start
+            if i not in self._groupings and start.is_dense:
+                continue
             for path, attr in site.owners:
                 owner = self.model.get_submodule(path)
-                mask_attribute(owner, attr, MaskSpec(site.name, Pattern(grouping.m, grouping.m), grouping, decay=None), twin)
+                mask_attribute(owner, attr, MaskSpec(site.name, pattern, self.problem.grouping(i), decay=None), twin)
                 twin = twin or (owner, attr)
 
     def _name(self, index: int) -> str:
@@ -154,9 +158,13 @@ class DominoSearch:
 
     @property
     def committed(self) -> dict[str, int]:
-        """The committed N of each site with a choice; M while it is dense."""
-        patterns = {i: self.problem.options[i][self._choice[i]] for i in self.problem.free}
-        return {self._name(i): self._groupings[i].m if p.is_dense else p.n for i, p in patterns.items()}
+        """The committed N of each site with a choice; M while it is dense, what it came with while that is a sparse start."""
+
+        def at(i: int) -> int:
+            stepped = self._choice[i] < len(self.problem.options[i]) - 1
+            return self.problem.options[i][self._choice[i]].n if stepped else self.problem.first(i)
+
+        return {self._name(i): at(i) for i in self.problem.free}
 
     @property
     def eta(self) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from nmfx import text
-from nmfx.errors import SearchError
+from nmfx.errors import SchemeError, SearchError
 from nmfx.graph.site import Site, Sites
 from nmfx.scheme import Remainder, Scheme, fit, shapes_of
 from nmfx.search.budget import Budget, BudgetKind, Prices, amount, make_budgets
@@ -35,6 +36,7 @@ class Choices:
         keep_dense: globs of site names that stay dense.
         min_density: the least density of every site, or a mapping from globs to densities (the first match counts).
         layout, remainder: what becomes of rows that M does not divide (see `nmfx.scheme.fit`).
+        within: the scheme that the weights are under already: a site keeps its pattern there, or takes one of lower density.
     """
 
     m: int | Sequence[int] = 16
@@ -44,6 +46,7 @@ class Choices:
     min_density: float | Mapping[str, float] = 0.0
     layout: Layout = "strict"
     remainder: Remainder = "dense"
+    within: Scheme | None = None
 
     def __post_init__(self) -> None:
         for name in ("candidates", "patterns", "keep_dense"):  # iterators would be used up by the first look
@@ -89,11 +92,27 @@ class Choices:
         for least in rules.values() if rules else [self.min_density]:
             if not (isinstance(least, int | float) and 0 <= least <= 1):
                 raise SearchError(f"min-density {least}: expected a density in 0..1, such as 0.25")
+        if self.within is not None:
+            self.within.check(sites)
+
+    def start(self, site: Site) -> Pattern:
+        """The pattern that a site is under already; dense without `within`.
+
+        Raises:
+            SearchError: it has groups that this layout does not have.
+        """
+        if self.within is None or (pattern := self.within.get(site.name, Pattern.DENSE)).is_dense:
+            return Pattern.DENSE
+        with contextlib.suppress(SchemeError):
+            if group(site.name, site.rows, pattern, self.layout, short=self.remainder == "short") == self.within.grouping(site):
+                return pattern
+        how = "layout='flat' (--layout flat)" if self.within.layout == "flat" else "remainder='short' (--remainder short)"
+        raise SearchError(f"{site.name}: the scheme to start from cuts it into other groups of {pattern.m}; give {how}")
 
 
 @dataclass(frozen=True)
 class Problem:
-    """The choice to make: one of ``options[i]`` for site i, ascending in density, dense last.
+    """The choice to make: one of ``options[i]`` for site i, ascending in density; last what it is now, as a rule dense.
 
     ``prices[b][i]`` are the costs of the options of site i in the unit of ``budgets[b]``; the first budget leads: it is
     what methods order their steps by. ``levels[i][k]`` is the option of site i that the k-th smallest wanted density
@@ -136,8 +155,13 @@ class Problem:
         """Whether a choice is within every budget."""
         return all(self.left(choice, budget) >= 0 for budget in range(len(self.budgets)))
 
+    def first(self, index: int) -> int:
+        """The N that a site starts from, in groups of its M: M itself, or what the density of a sparse start comes to."""
+        start = self.options[index][-1]
+        return math.ceil(Fraction(start.n * self.grouping(index).m, start.m))
+
     def grouping(self, index: int, pattern: Pattern | None = None) -> Grouping:
-        """Groups of a site under one of its patterns (all have one M, but for a knapsack over several)."""
+        """Groups of a site under one of its patterns (all but a sparse start have one M, but for a knapsack over several)."""
         site = self.sites.sites[index]
         pattern = pattern or self.options[index][0]
         return group(site.name, site.rows, pattern, self.layout, short=self.remainder == "short")
@@ -203,16 +227,27 @@ def pose(
                 f"target {float(one.target):g} of {one.kind} is out of reach: with {sparsest} everywhere it can be, "
                 f"the largest target is {reach:.6f}{_out_of_reach(problem)}"
             )
+    _check_start(problem, choices)
     return problem
+
+
+def _check_start(problem: Problem, choices: Choices) -> None:
+    """Raise if a sparse start is within every budget already."""
+    start = [len(options) - 1 for options in problem.options]
+    if choices.within and problem.fits(start):
+        now = [1 - problem.cost(start, b) / one.dense for b, one in enumerate(problem.budgets)]
+        said = [f"{float(one.target):g} of {one.kind}, now {at:.4f}" for at, one in zip(now, problem.budgets, strict=True)]
+        raise SearchError(f"target {'; '.join(said)}: the scheme to start from meets it already; give a higher target")
 
 
 def _options(
     site: Site, choices: Choices, wanted: Mapping[int, Sequence[int]], reasons: dict[str, str], *, mixed: bool
 ) -> tuple[Pattern, ...]:
     """The patterns of one site; why it has none, or others than those asked for, goes to `reasons`."""
+    start = choices.start(site)
     if rule := next((glob for glob in choices.keep_dense if fnmatch.fnmatchcase(site.name, glob)), None):
-        reasons[site.name] = f"kept dense by {rule!r}"
-        return (Pattern.DENSE,)
+        reasons[site.name] = f"kept {'dense' if start.is_dense else f'at {start}'} by {rule!r}"
+        return (start,)
     fitted = {m: [fit(site, Pattern(n, m), choices.layout, choices.remainder) for n in ns] for m, ns in wanted.items() if ns}
     exact = [m for m, found in fitted.items() if not any(reason for _, reason in found)]
     usable = exact or [m for m, found in fitted.items() if not all(p.is_dense for p, _ in found)]
@@ -223,12 +258,15 @@ def _options(
     allowed = [p for p in dict.fromkeys(taken) if p.density >= least]
     if taken and not allowed:
         reasons[site.name] = f"no pattern has a density of {least:g} (min-density{f' {glob!r}' if glob != '*' else ''})"
-    return (*sorted(allowed, key=lambda p: (p.density, p.m)), Pattern.DENSE)
+    sparser = [p for p in allowed if p.density < start.density]
+    if allowed and not sparser:
+        reasons[site.name] = f"{start} already, and no pattern is sparser"
+    return (*sorted(sparser, key=lambda p: (p.density, p.m)), start)
 
 
 def _level(choice: Sequence[Pattern], density: Fraction) -> int:
-    """The sparsest option that is no sparser than `density`."""
-    return next(i for i, pattern in enumerate(choice) if Fraction(pattern.n, pattern.m) >= density)
+    """The sparsest option that is no sparser than `density`, or the last where a sparse start has none."""
+    return next((i for i, pattern in enumerate(choice) if Fraction(pattern.n, pattern.m) >= density), len(choice) - 1)
 
 
 def _cost(site: Site, pattern: Pattern, budget: BudgetKind, choices: Choices, latency: Prices | None) -> int:

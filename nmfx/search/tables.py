@@ -56,8 +56,10 @@ class Tables:
         table = [[0.0] * len(options) for options in self.problem.options]
         for index in self.problem.free:
             options, energies = self.problem.options[index], dict[int, Tensor]()
-            for pattern in options[:-1]:
-                if pattern.m not in energies:  # (m,): of the largest of each group, of the second largest, ...
+            for pattern in options:
+                if (
+                    not pattern.is_dense and pattern.m not in energies
+                ):  # (m,): of the largest of each group, of the second largest, ...
                     energies[pattern.m] = self._magnitudes(index, pattern).square_().sum(dim=1, dtype=torch.float64)
             for option, pattern in enumerate(options):
                 table[index][option] = 0.0 if pattern.is_dense else float(energies[pattern.m][pattern.n :].sum())
@@ -80,7 +82,7 @@ class Tables:
         for index in self.problem.free:
             ordered = self._magnitudes(index, self.problem.options[index][0])
             threshold, _ = scores_of(self.model, self.problem.sites.sites[index])
-            # A threshold of zero (pruned before) would never be reached: take a millionth of the site's mean magnitude.
+            # A threshold of next to nothing would hardly be reached: take a millionth of the site's mean magnitude.
             floor = max(float(ordered.mean()) * 1e-6, torch.finfo(ordered.dtype).tiny)
             ratios = ordered.div_(threshold.to(ordered.dtype).clamp_min(floor)).cpu()
             rank = max(1, math.ceil(QUANTILE * ratios.shape[1]))

@@ -97,6 +97,23 @@ def test_it_starts_from_a_checkpoint_from_random_weights_and_without_a_scheme(wo
     assert not read_checkpoint("dense/model.safetensors")[0].sites
 
 
+def test_export_takes_the_fine_tuned_weights_of_its_scheme(work: Path, nmfx: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint = work / "export" / "digits.safetensors"
+    assert "weights: pretrained" in nmfx("export")
+    nmfx("finetune", *QUICK)
+    assert "weights: fine-tuned from pretrained" in nmfx("export", "--baked", "--force")
+    for name, value in load_file(MODEL).items():
+        assert value.equal(load_file(checkpoint)[name]), name
+    assert read_checkpoint(checkpoint)[0].info["weights"] == "fine-tuned from pretrained"
+    baked = bake(load_checkpoint(MODEL)).state_dict()
+    assert all(value.equal(baked[name]) for name, value in load_file(work / "export" / "digits.baked.safetensors").items())
+    nmfx("search", str(work), "--force")
+    assert main(["export", "--force"]) == 0
+    out, err = capsys.readouterr()
+    assert "weights: pretrained" in out
+    assert "was trained under another scheme: what is exported is not fine-tuned" in err
+
+
 def test_the_same_command_goes_on_after_kill_9(work: Path, nmfx: Run, fails: Run) -> None:
     argv = (str(work), *DIGITS, "--epochs", "8", "--lr", "0.02", "--save-seconds", "0")
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -121,6 +138,26 @@ def test_the_same_command_goes_on_after_kill_9(work: Path, nmfx: Run, fails: Run
     assert MODEL.read_bytes() == Path("whole/model.safetensors").read_bytes()
     assert out.splitlines()[1:4] == nmfx("finetune", *argv).splitlines()[1:4]  # nothing left to do
     assert "going on" not in nmfx("finetune", *QUICK, "--force")
+
+
+def test_two_processes_end_where_one_does(work: Path, nmfx: Run) -> None:
+    """Batch statistics are each process's own, so the scores agree to 2 points, as in tests/training/test_trainer.py."""
+    argv = ("finetune", str(work), *DIGITS, "--epochs", "12", "--lr", "0.02")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "nmfx", *argv]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(torchrun, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("evaluates the same to the last digit") == 1  # the first process speaks for both
+    nmfx(*argv, "-o", "one")
+    pairs = zip(log(MODEL.parent), log(Path("one")), strict=True)
+    for two, one in pairs:
+        assert (two["epoch"], two["lr"]) == (one["epoch"], one["lr"])
+    assert float(two["top1"]) == pytest.approx(float(one["top1"]), abs=0.02)
+    assert float(two["top1"]) > 0.95
+    tuned = scores(nmfx("evaluate", str(work), *DIGITS), "fine-tuned")
+    nmfx("export", str(work))
+    checkpoint = str(work / "export" / "digits.safetensors")
+    assert scores(nmfx("evaluate", checkpoint, *DIGITS), checkpoint) == tuned[:3]
 
 
 @pytest.mark.parametrize(

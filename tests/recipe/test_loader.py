@@ -220,7 +220,9 @@ def test_what_is_wrong_is_named(content: str, message: str, write) -> None:
 
 
 def test_a_name_that_is_none_lists_the_packaged_ones() -> None:
-    with pytest.raises(NmfxError, match=r"'digit' \(did you mean 'digits'\?\); packaged: digits, e3, .*resnet50-0.80"):
+    with pytest.raises(
+        NmfxError, match=r"'digit' \(did you mean 'digits'\?\); packaged: digits, digits-sparser, e3, .*resnet50-0.80"
+    ):
         find_recipe("digit")
     assert find_recipe("digits") == find_recipe(ROOT / "recipes" / "digits.yaml")
     assert isinstance(load_recipe(find_recipe("digits")), Recipe)

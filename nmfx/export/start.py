@@ -1,0 +1,56 @@
+"""A compressed checkpoint as a network to go on from: its weights with real zeros, and the scheme they are under."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from nmfx.errors import CheckpointError
+from nmfx.export.checkpoint import load_checkpoint, read_checkpoint
+from nmfx.graph.site import Sites
+from nmfx.passes.baking import bake
+from nmfx.passes.transform import scheme_of
+from nmfx.scheme import Scheme, shapes_of
+from nmfx.zoo.building import Built, build_random
+from nmfx.zoo.source import Source
+
+
+def is_compressed(path: str | Path) -> bool:
+    """Whether a file holds what `save_checkpoint` wrote, rather than plain weights.
+
+    Raises:
+        CheckpointError: a safetensors file that is not there or cannot be read.
+    """
+    if Path(path).suffix != ".safetensors":
+        return False
+    try:
+        with safe_open(path, "pt") as file:
+            return "nmfx" in (file.metadata() or {})
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file") from None
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: truncated, or not a safetensors file ({error})") from error
+
+
+def build_start(path: Path, source: Source) -> Built:
+    """The converted network of a compressed checkpoint, built as the checkpoint says where that is `source` without arguments.
+
+    Raises:
+        CheckpointError: the file is truncated, altered or foreign, or of another network than `source`.
+    """
+    said = read_checkpoint(path)[0].source
+    if said is not None and str(said) == str(source) and not source.kwargs:
+        source = said
+    return Built(load_checkpoint(path, build_random(source)), source, "file", f"weights from {path}")
+
+
+def take_start(model: nn.Module, sites: Sites) -> Scheme | None:
+    """The scheme of a converted model, which is then a plain one with real zeros; None for a model that is plain already."""
+    scheme = scheme_of(model)
+    if not scheme:
+        return None
+    bake(model, inplace=True)
+    return replace(scheme, shapes=shapes_of(sites), info={"model": sites.model})
