@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from nmfx.cli import report, work
 from nmfx.cli.console import advancing, output, warn, working
-from nmfx.cli.evaluate import is_compressed
 from nmfx.errors import NmfxError
 from nmfx.export.checkpoint import load_checkpoint
 from nmfx.export.plain import save_onnx
+from nmfx.export.start import is_compressed
 from nmfx.graph.census import find_sites
 from nmfx.passes.baking import bake
 from nmfx.passes.transform import transform

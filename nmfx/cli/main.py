@@ -86,8 +86,8 @@ def _add_search(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target", help="sparsity to reach, as 0.875, or times fewer, as 8x (default: 0.875)")
     parser.add_argument(
         "--budget",
-        choices=("params", "macs", "bytes"),
-        help="what the target counts (default: params; bytes: of the packed weights)",
+        choices=("params", "macs", "bytes", "latency"),
+        help="what the target counts (default: params; bytes: of the packed weights; latency: see --target-latency)",
     )
     parser.add_argument(
         "--limit",
@@ -97,7 +97,13 @@ def _add_search(parser: argparse.ArgumentParser) -> None:
         help="instead of --target and --budget, one or two of: params, macs or bytes, and the share to keep or times fewer, as "
         "in --limit params=0.125 --limit macs=4x",
     )
-    parser.add_argument("--method", default=None, help="domino (default), knapsack, spdy, erk or uniform")
+    parser.add_argument(
+        "--target-latency",
+        metavar="2x",
+        help="times faster than the best dense run on this CPU, by nmfx.compile; every pattern of every site is timed first",
+    )
+    parser.add_argument("--latency-batch", type=int, default=1, metavar="B", help="batch size to be fast for (default: 1)")
+    parser.add_argument("--method", default=None, help="knapsack (default), domino, spdy, erk or uniform")
     _add_choices(parser.add_argument_group("what a site may be given"))
     _add_policy(parser)
     _add_data(parser.add_argument_group("searching with data"))
@@ -126,12 +132,14 @@ def _add_data(parser: argparse._ArgumentGroup) -> None:
     parser.add_argument(
         "--data",
         metavar="DIR|NAME",
-        help="an image folder, digits, fashion-mnist, or a timm data set such as torch/cifar100: domino then runs the "
-        "published loop (resumed by the same command), the others look at a few training pictures",
+        help="an image folder, digits, fashion-mnist, or a timm data set such as torch/cifar100: the "
+        "knapsack and spdy look at a few training pictures, domino runs the published loop (resumed by the same command)",
     )
     parser.add_argument("--data-root", metavar="DIR", help="where a named data set is kept")
     parser.add_argument(
-        "--sensitivity", default=None, help="what the knapsack sums up: weight (default), activation, gradient or measured"
+        "--sensitivity",
+        default=None,
+        help="what the knapsack sums up: weight (default), activation, gradient (default with --data) or measured",
     )
     parser.add_argument("--pictures", type=int, default=256, help="training pictures to look at (default: 256)")
     parser.add_argument("--seconds", type=float, default=60.0, help="time limit of spdy (default: 60)")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import shlex
 import time
 from argparse import Namespace
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +29,13 @@ if TYPE_CHECKING:
     from nmfx.search.domino_loop import DominoSearch
 
 DEMO = "demo:digits"
+LOOP = {  # options of the published loop: the argument and its default
+    "--no-eta": ("no_eta", False),
+    "--lr": ("lr", 0.01),
+    "--decay": ("decay", 0.1),
+    "--vote-every": ("vote_every", 100),
+    "--most": ("most", 100_000),
+}
 
 
 def run(args: Namespace) -> None:
@@ -43,13 +52,15 @@ def _run(args: Namespace, device: str) -> None:
         raise NmfxError(f"--out {path}: expected a name that ends in .yaml (the published format goes to .txt beside it)")
     work.check_free([path, path.with_suffix(".txt")], force=args.force)
     report.check(args.figure, args.html, force=args.force)
-    method = args.method or "domino"
+    method, timed = args.method or "knapsack", args.target_latency or args.budget == "latency"
     _check_use(args, method)
     model = found.load()
     sites = found.sites(model)
     if start := found.start(sites):
         out.print(heading(f"starts from {found.start_path}: ", tables.start_line(start, sites)), soft_wrap=True)
-    if method == "domino" and args.data:
+    if timed:
+        result = _timed(args, found, model, sites, method, device)
+    elif method == "domino" and args.data:
         result = _loop(args, found, model, sites, path, device)
     else:
         result = _find(args, found, model, sites, method, device)
@@ -72,26 +83,52 @@ def _check_use(args: Namespace, method: str) -> None:
         raise SearchError(f"--sensitivity is the knapsack's; method {method} has none: add --method knapsack")
     if args.data and method in ("erk", "uniform"):
         raise SearchError(f"method {method} looks at no pictures; leave --data out")
-    if args.data and method == "knapsack" and (args.sensitivity or "weight") == "weight":
+    if args.data and method == "knapsack" and args.sensitivity == "weight":
         raise SearchError("the knapsack looks at pictures with --sensitivity activation, gradient or measured only")
+    if not (method == "domino" and args.data):
+        for option, (name, default) in LOOP.items():
+            if getattr(args, name) != default:
+                raise SearchError(f"{option} is of the published loop: it needs --method domino with --data")
+    if args.target_latency and (args.target or args.budget or args.limit):
+        raise SearchError("--target-latency says the budget; leave --target, --budget and --limit out")
+    if (args.target_latency or args.budget == "latency") and method not in ("knapsack", "spdy"):
+        raise SearchError(f"times are the knapsack's and spdy's to budget; method {method} counts parameters, MACs or bytes")
 
 
 def _find(args: Namespace, found: work.Work, model: nn.Module, sites: Sites, method: str, device: str) -> SearchResult:
     """The methods of find_scheme."""
-    sensitivity, data = args.sensitivity or "weight", None
+    find = _finder(args, model, sites, method, device)
+    with working(f"searching {found.model}: {method}, {_wanted(args)}"):
+        return find(**_question(args, found.start(sites)))
+
+
+def _finder(args: Namespace, model: nn.Module, sites: Sites, method: str, device: str) -> Callable[..., SearchResult]:
+    """find_scheme with its method and the pictures it looks at."""
+    sensitivity, data = args.sensitivity or ("gradient" if args.data and method == "knapsack" else "weight"), None
     if args.data and (method == "spdy" or sensitivity != "weight"):
         data = _calibration(args, model)
     options = {"seconds": args.seconds, "seed": args.seed} if method == "spdy" else {}
-    with working(f"searching {found.model}: {method}, {_wanted(args)}"):
-        return find_scheme(
-            model.to(device),
-            sites=sites,
-            method=method,
-            sensitivity=sensitivity,
-            data=data,
-            options=options,
-            **_question(args, found.start(sites)),
-        )
+    model = model.to(device)
+    return partial(find_scheme, model, sites=sites, method=method, sensitivity=sensitivity, data=data, options=options)
+
+
+def _timed(args: Namespace, found: work.Work, model: nn.Module, sites: Sites, method: str, device: str) -> SearchResult:
+    """Under a budget of measured time."""
+    from nmfx.cli import latency
+
+    if device != "cpu":
+        raise NmfxError(f"--device {device}: times are measured on the CPU; say --device cpu")
+    example = found.example(model)
+    if len(example.args) != 1 or not isinstance(example.args[0], Tensor) or example.kwargs:
+        raise NmfxError("--target-latency takes models of one input, a batch of pictures")
+    pictures = example.args[0].expand(args.latency_batch, *example.args[0].shape[1:]).contiguous()
+    question = _question(args, found.start(sites))
+    for name in ("target", "budget", "limits"):
+        question.pop(name)
+    target = args.target_latency or args.target or "2x"
+    reached = latency.search(model, sites, pictures, target, question, _finder(args, model, sites, method, device))
+    latency.show(reached)
+    return reached.result
 
 
 def _loop(args: Namespace, found: work.Work, model: nn.Module, sites: Sites, path: Path, device: str) -> SearchResult:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from nmfx.passes.baking import bake
 from nmfx.runtime.building import load_kernel
-from nmfx.runtime.compiled import CompiledModel, choose, inputs_of, time_site
+from nmfx.runtime.compiled import CompiledModel, choose, compile, inputs_of, time_site
 from nmfx.runtime.layers import Fused
 from nmfx.runtime.lowering import export, lower
 from nmfx.runtime.timing import Times, measure
@@ -131,3 +131,9 @@ def _price(
     mask = make_mask(fused.weight, pattern.n, grouping)
     choice = time_site(replace(fused, weight=fused.weight * mask), inputs, times, sparse=sparse)
     return round(choice.seconds * NANO)
+
+
+def measured_seconds(model: nn.Module, example: Tensor) -> float:
+    """Seconds of a pass of a converted model, compiled for this batch."""
+    compiled = compile(model, example, batch=len(example))
+    return measure({"compiled": lambda: compiled(example)}, rounds=15)["compiled"]

@@ -83,11 +83,11 @@ def find_scheme(
     model: nn.Module,
     *,
     target: float | str = 0.875,
-    method: str = "domino",
+    method: str = "knapsack",
     budget: BudgetKind = "params",
     limits: Mapping[str, float | str] | None = None,
     latency: Prices | None = None,
-    sensitivity: str = "weight",
+    sensitivity: str | None = None,
     data: Iterable[Any] | None = None,
     example_input: Any = None,
     sites: Sites | None = None,
@@ -98,14 +98,16 @@ def find_scheme(
 
     Args:
         target: sparsity over all sites, those that stay dense included; ``"8x"`` is eight times fewer.
-        method: ``domino`` (data-free DominoSearch; with data inside a training loop it is `DominoSearch`), ``knapsack``
-            (least summed sensitivity, exact), ``spdy`` (whole schemes tried on pictures), ``erk``, ``uniform``.
+        method: ``knapsack`` (least summed sensitivity, exact; the default, by docs/search-study.md), ``domino`` (data-free
+            DominoSearch; with data inside a training loop it is `DominoSearch`), ``spdy`` (whole schemes tried on pictures),
+            ``erk``, ``uniform``.
         budget: what the target counts: ``params``, ``macs`` (per sample), ``bytes`` of the compressed weights, or ``latency``.
         limits: budgets by name instead of `target` and `budget`, one or two at once: the share to keep, or times fewer, as in
             ``{"params": 0.125, "macs": "4x"}``; the first leads.
         latency: nanoseconds of each pattern of each site, as ``nmfx.runtime.latency.measure_latency(...).prices``.
         sensitivity: what the knapsack sums up: ``weight`` (squared weight error, data-free), ``activation`` (weighted by
-            activation second moments), ``gradient`` (squared directional gradients), ``measured`` (each single choice tried).
+            activation second moments), ``gradient`` (squared directional gradients), ``measured`` (each single choice tried);
+            None is ``gradient`` with data and ``weight`` without.
         data: batches ``(input, label)`` for all but ``weight``: a few hundred training pictures, in several batches.
         options: of the method alone, such as ``{"seconds": 60, "seed": 0}`` of ``spdy``.
         choices: what a site may be given (see `Choices`): ``m``, ``candidates``, ``patterns``, ``keep_dense``,
@@ -121,6 +123,7 @@ def find_scheme(
     if method not in METHODS:
         raise SearchError(f"unknown method {method!r}{text.nearest(method, METHODS)}; known: {', '.join(METHODS)}")
     known = ("weight", *SENSITIVITIES)
+    sensitivity = sensitivity or ("gradient" if data is not None and method == "knapsack" else "weight")
     if sensitivity not in known:
         raise SearchError(f"unknown sensitivity {sensitivity!r}{text.nearest(sensitivity, known)}; known: {', '.join(known)}")
     sites = sites if sites is not None else find_sites(model, example_input)

@@ -337,7 +337,7 @@ def test_inspect_a_work_directory(digits: Path, nmfx: Run) -> None:
     search, _ = nmfx("search", "--target", "0.5")
     out, _ = nmfx("inspect", str(digits))
     assert kept(out) == kept(search)
-    assert "method: domino  budget: params  target: 0.5  m: 16" in out
+    assert "method: knapsack  budget: params  target: 0.5  m: 16" in out
 
 
 def test_inspect_what_was_written(digits: Path, nmfx: Run) -> None:

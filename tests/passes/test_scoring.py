@@ -114,7 +114,7 @@ def test_a_name_that_is_taken_is_refused_and_left_alone(suffix: str) -> None:
         pass
     assert snapshot(model) == before
     with pytest.raises(NmfxError, match="already has an attribute"):
-        find_scheme(model, target=0.5, m=4, sites=sites)
+        find_scheme(model, method="domino", target=0.5, m=4, sites=sites)
     assert snapshot(model) == before
 
 

@@ -148,7 +148,7 @@ def test_domino_is_the_text(seed: int, kind: Any, target: float, m: int, candida
         pytest.skip("out of reach")
     sums = sum(s.weights for s in fixed), sum(s.macs for s in fixed)
     expected = commits_by_the_text(layers, sums, kind, target, allowed)
-    result = find_scheme(model, target=target, budget=kind, m=m, candidates=candidates, sites=sites)
+    result = find_scheme(model, method="domino", target=target, budget=kind, m=m, candidates=candidates, sites=sites)
     found = [event for event in result.events if not event.reason.startswith("trim")]
     assert [(event.site, event.after.n) for event in found] == [(free[i].name, n) for i, n, _ in expected]
     assert [event.time for event in found] == pytest.approx([time for _, _, time in expected], rel=1e-9)
@@ -173,19 +173,19 @@ def test_scale_and_sign_of_a_site_do_not_matter() -> None:
     """q is a ratio within a group: what counts is the shape of the magnitudes, not their scale."""
     model = trained_like(0)
     sites = find_sites(model, torch.empty(1, 3, 12, 12))
-    first = find_scheme(model, target=0.6, m=8, sites=sites)
+    first = find_scheme(model, method="domino", target=0.6, m=8, sites=sites)
     with torch.no_grad():
         for index, site in enumerate(sites):
             weight = dict(model.named_parameters())[site.name]
             weight.mul_(2.0 ** (3 * index)).mul_(torch.randint(2, weight.shape) * 2 - 1)
-    assert find_scheme(model, target=0.6, m=8, sites=sites).events == first.events
+    assert find_scheme(model, method="domino", target=0.6, m=8, sites=sites).events == first.events
 
 
 def test_a_site_of_equal_weights_goes_first() -> None:
     model = nn.Sequential(nn.Linear(32, 32, bias=False), nn.Linear(32, 32, bias=False))
     with torch.no_grad():
         model[1].weight.fill_(0.5)
-    result = find_scheme(model, target=0.4, m=8, example_input=torch.empty(1, 32))
+    result = find_scheme(model, method="domino", target=0.4, m=8, example_input=torch.empty(1, 32))
     assert [(event.site, event.after.n, event.time) for event in result.events[:2]] == [("1.weight", 4, 0), ("1.weight", 2, 0)]
 
 
@@ -273,7 +273,7 @@ def test_zeros_and_ties_do_no_harm(kind: Any, draw: str) -> None:
     for points in tables.tipping_points:
         assert all(0 <= a <= b < math.inf for a, b in pairwise(points))
     assert problem.left(outcome.choice) >= 0
-    again = find_scheme(transform(model, "1:8", sites=sites), target=0.6, budget=kind, m=8, sites=sites)
+    again = find_scheme(transform(model, "1:8", sites=sites), method="domino", target=0.6, budget=kind, m=8, sites=sites)
     assert again.events == outcome.events
 
 

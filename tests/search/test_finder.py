@@ -272,7 +272,7 @@ BAD_OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
         r"unknown method 'dominoo' \(did you mean 'domino'\?\); known: domino, uniform, erk, knapsack",
     ),
     "no method": ({"method": ""}, "unknown method ''; known: domino"),
-    "budget": ({"budget": "flops"}, "expected params, macs or bytes"),
+    "budget": ({"budget": "flops"}, "expected params, macs, bytes or latency"),
     "target 1": ({"target": 1.0}, "expected a sparsity"),
     "far target": ({"target": 0.99}, "the largest target is"),
     "m 1": ({"m": 1}, r"group size in 2\.\.64"),
@@ -364,7 +364,7 @@ def test_a_name_that_is_taken_is_an_error_of_ours() -> None:
     model = Own()
     before = snapshot(model)
     with pytest.raises(NmfxError, match="weight_threshold"):
-        find_scheme(model, target=0.5, example_input=torch.empty(1, 16))
+        find_scheme(model, method="domino", target=0.5, example_input=torch.empty(1, 16))
     assert snapshot(model) == before
     assert model.fc.weight_threshold == 0.5
 

@@ -105,7 +105,7 @@ def test_a_loss_that_is_not_finite_says_so() -> None:
         run_domino(model, loader(model), 0.9, lr=1e20, **FAST)
 
 
-COMMAND = ["search", "--data", "digits", "--target", "2x", "--decay", "5", "--vote-every", "10"]
+COMMAND = ["search", "--method", "domino", "--data", "digits", "--target", "2x", "--decay", "5", "--vote-every", "10"]
 
 
 def test_a_killed_command_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
