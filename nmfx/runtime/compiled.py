@@ -21,7 +21,7 @@ from nmfx.runtime.packed import TILES
 from nmfx.runtime.timing import Times, measure
 
 SPARSE = "sparse"
-SPARSE_BELOW = 0.75  # density from which packed weights are not tried
+SPARSE_BELOW = 1.0  # density up to which the kernel is tried: it can win with all weights too, as in the stem of a ResNet
 Advance = Callable[[float, str], None]
 
 
@@ -183,7 +183,8 @@ def time_site(fused: Fused, inputs: tuple[Tensor, ...], times: Times, *, sparse:
     kept, dense = fused.kept, dense_layers(fused)
     positions = next(iter(dense.values()))(*inputs).numel() // fused.weight.shape[0]
     tiles = [tile for tile in TILES if tile[0] < 2 * fused.weight[0].numel() or tile == TILES[0]]
-    if not sparse or kept >= SPARSE_BELOW * fused.weight.numel():
+    depthwise = fused.weight.shape[0] == fused.groups  # a row a group: nothing to share
+    if not sparse or depthwise or kept > SPARSE_BELOW * fused.weight.numel():
         tiles = []
     ways = {f"{SPARSE} {chunk}x{vectors}": (chunk, vectors) for chunk, vectors in tiles}
     geometry = (fused.geometry, fused.groups, fused.residual, fused.low, fused.high, fused.bias is not None)

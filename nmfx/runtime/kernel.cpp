@@ -12,6 +12,7 @@
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
@@ -474,9 +475,71 @@ at::Tensor sparse_linear(const at::Tensor& input, const at::Tensor& values, cons
   return y;
 }
 
+// PyTorch's own takes longer on this layout than all sparse convolutions of a ResNet together.
+at::Tensor max_pool2d(const at::Tensor& input, at::IntArrayRef kernel, at::IntArrayRef stride, at::IntArrayRef padding) {
+  check(input.dim() == 4 && input.scalar_type() == at::kFloat, "float32 pictures (batch, channels, height, width)");
+  const at::Tensor x = input.contiguous();
+  const int64_t h = x.size(2), w = x.size(3), kh = kernel[0], kw = kernel[1], sh = stride[0], sw = stride[1];
+  const int64_t ph = padding[0], pw = padding[1], oh = (h + 2 * ph - kh) / sh + 1, ow = (w + 2 * pw - kw) / sw + 1;
+  check(oh > 0 && ow > 0 && 2 * ph <= kh && 2 * pw <= kw, "pictures no smaller than the kernel, padding of half of it at most");
+  at::Tensor y = at::empty({x.size(0), x.size(1), oh, ow}, x.options());
+  const float* from = x.const_data_ptr<float>();
+  float* to = y.mutable_data_ptr<float>();
+  const int64_t phase = (w + 2 * pw + sw - 1) / sw;
+  const auto larger = [](vec a, vec b) { return (b > a) | (b != b) ? b : a; };  // NaN wins, as in PyTorch
+  at::parallel_for(0, x.size(0) * x.size(1), 1, [&](int64_t begin, int64_t end) {
+    const int64_t lines = (w + VL) + phase * sw + SLACK;
+    float* highest = plane_room.get(lines);  // the largest of kh rows
+    float* split = highest + (w + VL) / VL * VL;  // the same with its padding, the columns of one phase of the stride after the other
+    std::fill(split, split + phase * sw + SLACK / 2, -INFINITY);
+    for (int64_t plane = begin; plane < end; ++plane) {
+      for (int64_t row = 0; row < oh; ++row) {
+        const int64_t top = std::max<int64_t>(row * sh - ph, 0), bottom = std::min(row * sh - ph + kh, h);
+        const float* source = from + plane * h * w;
+        int64_t i = 0;
+        for (; i + VL <= w; i += VL) {
+          vec v = load(source + top * w + i);
+          for (int64_t r = top + 1; r < bottom; ++r) v = larger(v, load(source + r * w + i));
+          store(highest + i, v);
+        }
+        for (; i < w; ++i) {
+          float v = source[top * w + i];
+          for (int64_t r = top + 1; r < bottom; ++r) {
+            const float other = source[r * w + i];
+            v = other > v || other != other ? other : v;
+          }
+          highest[i] = v;
+        }
+        if (sw == 1) {
+          copy_exact(split + pw, highest, w);
+        } else if (sw == 2) {
+          float* even = split + (pw & 1) * phase + pw / 2;
+          float* odd = split + (1 - (pw & 1)) * phase + (pw + 1) / 2;
+          for (int64_t c = 0; c < w / 2; ++c) even[c] = highest[2 * c], odd[c] = highest[2 * c + 1];
+          if (w & 1) even[w / 2] = highest[w - 1];
+        } else {
+          for (int64_t c = 0; c < w; ++c) split[(c + pw) % sw * phase + (c + pw) / sw] = highest[c];
+        }
+        float* line = to + (plane * oh + row) * ow;
+        for (int64_t c = 0; c < ow; c += VL) {
+          vec v = load(split + c);
+          for (int64_t k = 1; k < kw; ++k) v = larger(v, load(split + k % sw * phase + k / sw + c));
+          if (c + VL <= ow) {
+            store(line + c, v);
+          } else {
+            for (int64_t j = 0; c + j < ow; ++j) line[c + j] = v[j];
+          }
+        }
+      }
+    }
+  });
+  return y;
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(nmfx, CPU, m) {
   m.impl("sparse_conv2d", &sparse_conv2d);
   m.impl("sparse_linear", &sparse_linear);
+  m.impl("max_pool2d", &max_pool2d);
 }

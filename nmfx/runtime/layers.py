@@ -29,7 +29,7 @@ class Fused:
     name: str
     weight: Tensor
     bias: Tensor | None
-    geometry: tuple[tuple[int, int], ...] = ()
+    geometry: tuple[tuple[int, ...], ...] = ()
     groups: int = 1
     residual: bool = False
     low: float = -INF

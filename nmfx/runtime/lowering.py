@@ -71,10 +71,33 @@ def lower(graph: fx.GraphModule) -> list[tuple[fx.Node, Fused]]:
             last.replace_all_uses_with(call, delete_user_cb=lambda user, call=call: user is not call)  # type: ignore[misc]
             graph.add_submodule(name, nn.Identity())
             found.append((call, fused))
+    _replace_pools(graph)
     graph.graph.eliminate_dead_code()
     graph.delete_all_unused_submodules()
     graph.recompile()
     return found
+
+
+def _replace_pools(graph: fx.GraphModule) -> None:
+    """Max pooling by the kernel, where it is the plain kind."""
+    for node in list(graph.graph.nodes):
+        if node.target is not aten.max_pool2d.default:
+            continue
+        named, value = _arguments(node), node.args[0].meta.get("val")
+        kernel, stride, padding, dilation = (_pair(named[name]) for name in ("kernel_size", "stride", "padding", "dilation"))
+        plain = dilation == (1, 1) and not named["ceil_mode"] and isinstance(value, Tensor) and value.dim() == 4
+        if plain and value.dtype == torch.float32:
+            with graph.graph.inserting_after(node):
+                arguments = (node.args[0], kernel, stride or kernel, padding)
+                pooled = graph.graph.call_function(torch.ops.nmfx.max_pool2d.default, arguments)
+            pooled.meta = dict(node.meta)
+            node.replace_all_uses_with(pooled)
+
+
+def _pair(numbers: Any) -> tuple[int, ...]:
+    """One number is for both; none is none."""
+    several = list(numbers) if isinstance(numbers, list | tuple) else [numbers]
+    return tuple((several * 2)[:2])
 
 
 def _fuse(
@@ -86,10 +109,9 @@ def _fuse(
     bias = _constant(graph, arguments["bias"], known) if arguments["bias"] is not None else None
     if weight is None or weight.dtype != torch.float32 or (arguments["bias"] is not None and bias is None):
         return None
-    geometry: tuple[tuple[int, int], ...] = ()
+    geometry: tuple[tuple[int, ...], ...] = ()
     if node.target == CONV:
-        pairs = [list(arguments[name]) * 2 for name in ("stride", "padding", "dilation")]  # one number is for both
-        geometry = tuple((pair[0], pair[1]) for pair in pairs)
+        geometry = tuple(_pair(arguments[name]) for name in ("stride", "padding", "dilation"))
     last, inputs = node, [arguments["input"]]
     low, high = -math.inf, math.inf
     after = _only_user(last)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ _LIBRARY.define(
 _LIBRARY.define(
     f"sparse_linear(Tensor input, {_PACKED}, int out_features, float low, float high, int chunk, int vectors) -> Tensor"
 )
+_LIBRARY.define("max_pool2d(Tensor input, int[2] kernel, int[2] stride, int[2] padding) -> Tensor")
 
 
 def _conv2d(
@@ -63,18 +65,29 @@ def _linear(
     return F.linear(input, weight, bias).clamp(low, high)
 
 
-for _name, _plain in (("sparse_conv2d", _conv2d), ("sparse_linear", _linear)):
+def _max_pool2d(input: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> Tensor:
+    """Without the kernel: PyTorch's own."""
+    return F.max_pool2d(input, tuple(kernel), tuple(stride), tuple(padding))
+
+
+for _name, _plain in (("sparse_conv2d", _conv2d), ("sparse_linear", _linear), ("max_pool2d", _max_pool2d)):
     _LIBRARY.impl(_name, _plain, "CompositeExplicitAutograd")  # the kernel's, for CPU, goes before it
 
 
 @torch.library.register_fake("nmfx::sparse_conv2d")  # type: ignore[untyped-decorator]
 def _conv2d_shape(input: Tensor, *args: object) -> Tensor:
-    out_channels, kernel, stride, padding, dilation = args[5:10]
-    size = [
-        (n + 2 * p - d * (k - 1) - 1) // s + 1
-        for n, k, s, p, d in zip(input.shape[2:], kernel, stride, padding, dilation, strict=True)  # type: ignore[call-overload]
-    ]
-    return input.new_empty((input.shape[0], out_channels, *size))  # type: ignore[arg-type]
+    return input.new_empty((input.shape[0], args[5], *_slid(input, *args[6:10])))  # type: ignore[arg-type]
+
+
+@torch.library.register_fake("nmfx::max_pool2d")  # type: ignore[untyped-decorator]
+def _max_pool2d_shape(input: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> Tensor:
+    return input.new_empty((*input.shape[:2], *_slid(input, kernel, stride, padding, (1, 1))))
+
+
+def _slid(input: Tensor, kernel: Any, stride: Any, padding: Any, dilation: Any) -> list[int]:
+    """Height and width of what a window gives that slides over pictures."""
+    sizes = zip(input.shape[2:], kernel, stride, padding, dilation, strict=True)
+    return [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in sizes]
 
 
 @torch.library.register_fake("nmfx::sparse_linear")  # type: ignore[untyped-decorator]

@@ -74,6 +74,17 @@ def linear_case(seed: int) -> None:
     torch.testing.assert_close(found.double(), wanted, rtol=2e-5, atol=2e-5)
 
 
+def pool_case(seed: int) -> None:
+    """Max pooling, NaN and all, bit for bit."""
+    pick, make = random.Random(seed), torch.Generator().manual_seed(seed)
+    kernel, stride = (pick.randint(1, 5), pick.randint(1, 5)), (pick.randint(1, 3), pick.randint(1, 3))
+    padding = (pick.randint(0, kernel[0] // 2), pick.randint(0, kernel[1] // 2))
+    x = torch.randn(pick.randint(1, 3), pick.randint(1, 9), pick.randint(5, 40), pick.randint(5, 70), generator=make)
+    x[torch.rand(x.shape, generator=make) < 0.01] = float("nan")
+    wanted, found = F.max_pool2d(x, kernel, stride, padding), torch.ops.nmfx.max_pool2d(x, kernel, stride, padding)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0, equal_nan=True)
+
+
 def many(count: int) -> None:
     """What other builds of the kernel run, in a process of their own."""
     if load_kernel():
@@ -81,6 +92,7 @@ def many(count: int) -> None:
     for seed in range(count):
         conv_case(seed)
         linear_case(seed)
+        pool_case(seed)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -97,6 +109,11 @@ def test_convolutions_follow_float64(seed: int) -> None:
 @pytest.mark.parametrize("seed", range(40))
 def test_linear_layers_follow_float64(seed: int) -> None:
     linear_case(seed)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_max_pooling_is_pytorchs(seed: int) -> None:
+    pool_case(seed)
 
 
 @pytest.mark.parametrize("flags", ["", "-march=x86-64-v3"])
