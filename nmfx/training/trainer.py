@@ -27,21 +27,13 @@ from nmfx.graph.masked import masked_sites, renew
 from nmfx.graph.modes import keep_modes
 from nmfx.graph.parallel import wrap
 from nmfx.processes import rank, summed, world
+from nmfx.states import prefixed, under
 from nmfx.training.evaluation import evaluate
 from nmfx.training.loss import distilled, logits_of, task_loss
 from nmfx.training.masks import describe, frozen_masks, shared_decay
 from nmfx.training.record import Board, Epoch, Finetuned, Progress, write_log
 from nmfx.training.settings import Settings
-from nmfx.training.state import (
-    check_identity,
-    fill,
-    load_state,
-    optimizer_state,
-    prefixed,
-    restore_optimizer,
-    save_state,
-    under,
-)
+from nmfx.training.state import check_identity, fill, load_state, optimizer_state, restore_optimizer, save_state
 
 LAST, BEST, LOG = "last.safetensors", "best.safetensors", "log.csv"
 
