@@ -12,7 +12,7 @@ from torch import nn
 from nmfx.cli import evaluate as evaluating
 from nmfx.cli import work
 from nmfx.cli.console import advancing, output, working
-from nmfx.cli.processes import processes
+from nmfx.cli.processes import asked_to_stop, processes
 from nmfx.data.augment import Augment
 from nmfx.data.config import PictureConfig
 from nmfx.data.loader import validation_loader
@@ -64,9 +64,10 @@ def _run(args: Namespace, device: str) -> None:
         output().print(f"going on with {folder / LAST}; --force starts anew")
     name = info.get("model", type(model).__name__)
     model.to(device)
-    with advancing(f"fine-tuning {name} on {data.name}") as advance:
+    with advancing(f"fine-tuning {name} on {data.name}") as advance, asked_to_stop() as stop:
 
         def progress(now: Progress) -> None:
+            stop()
             top1 = "" if now.top1 is None else f", top-1 {now.top1:.2%}"
             line = f"epoch {now.epoch + 1}/{now.epochs}: loss {now.loss:.4f}{top1}, {now.images_per_second:,.0f} images/s"
             advance(now.share, line)

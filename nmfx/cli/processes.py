@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from types import FrameType
 
 import torch
 import torch.distributed as dist
@@ -54,7 +55,9 @@ def first_alone() -> Iterator[None]:
 
 @contextlib.contextmanager
 def asked_to_stop() -> Iterator[Callable[[], None]]:
-    """Hold Ctrl-C back until the function that is yielded is called, between two steps of something that can be resumed."""
+    """Hold Ctrl-C back until the function that is yielded is called, between two steps of something that can be resumed, or
+    the block ends; a second one interrupts at once.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield lambda: None
         return
@@ -64,8 +67,14 @@ def asked_to_stop() -> Iterator[Callable[[], None]]:
         if asked:
             raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGINT, lambda number, frame: asked.append(number))
+    def ask(number: int, frame: FrameType | None) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    before = signal.signal(signal.SIGINT, ask)
     try:
         yield stop
+        stop()
     finally:
         signal.signal(signal.SIGINT, before)

@@ -10,20 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from nmfx.data.loader import TrainLoader
 from nmfx.data.seeding import seed_of
-from nmfx.errors import SearchError
-from nmfx.files import write_atomic
+from nmfx.errors import CheckpointError, SearchError
 from nmfx.graph.masked import masked_sites
 from nmfx.graph.parallel import wrap
 from nmfx.passes.scoring import SUFFIXES
 from nmfx.processes import rank, world
 from nmfx.search.domino_loop import DominoSearch
+from nmfx.states import prefixed, read_state, under, write_state
 
+KIND = "search"
 SAVE_SECONDS = 180.0
 MOST = 100_000  # iterations; published searches take under 30,000
 
@@ -117,33 +116,22 @@ def _endless(loader: TrainLoader, t: int) -> Iterator[tuple[Tensor, Tensor]]:
 
 def _save(path: Path, search: DominoSearch, settings: Mapping[str, Any]) -> None:
     state = search.state_dict()
-    tensors = {f"model.{name}": value.contiguous() for name, value in search.model.state_dict().items()}
-    tensors |= {f"threshold.{name}": value for name, value in state.pop("thresholds").items()}
-    first: dict[int, str] = {}  # by address: safetensors refuses to write a tied weight twice
-    owners = {name: first.setdefault(value.data_ptr(), name) if value.numel() else name for name, value in tensors.items()}
-    shared = {name: owner for name, owner in owners.items() if name != owner}
-    about = {"nmfx": "search", "settings": json.dumps(settings), "state": json.dumps(state), "shared": json.dumps(shared)}
-    kept = {name: value for name, value in tensors.items() if name not in shared}
-    write_atomic(path, lambda draft: save_file(kept, draft, metadata=about), force=True)
+    tensors = prefixed("threshold", state.pop("thresholds")) | prefixed("model", search.model.state_dict())
+    write_state(path, KIND, tensors, {"settings": dict(settings), "state": state})
 
 
 def _load(path: Path, search: DominoSearch, settings: Mapping[str, Any]) -> None:
     """Raises SearchError when the file is not of this search."""
     try:
-        with safe_open(path, "pt") as file:
-            about = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        before = json.loads(about["settings"])
-        state, shared = json.loads(about["state"]), json.loads(about["shared"])
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise SearchError(f"{path}: not a search to resume ({error}); remove it, or give --force to start anew") from error
+        tensors, about = read_state(path, KIND, "a search", "settings", "state")
+    except CheckpointError as error:
+        raise SearchError(str(error)) from error
+    before, state = about["settings"], about["state"]
     now = json.loads(json.dumps(dict(settings)))
     if different := [f"{key} {before.get(key)} -> {now[key]}" for key in now if before.get(key) != now[key]]:
         raise SearchError(
             f"{path} is of a search with other settings ({'; '.join(different)[:300]}); give the same ones to resume it, or "
             f"--force to start anew"
         )
-    tensors |= {name: tensors[other] for name, other in shared.items()}
-    search.model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
-    thresholds = {k.removeprefix("threshold."): v for k, v in tensors.items() if k.startswith("threshold.")}
-    search.load_state_dict({**state, "thresholds": thresholds})
+    search.model.load_state_dict(under("model", tensors))
+    search.load_state_dict({**state, "thresholds": under("threshold", tensors)})

@@ -1,4 +1,4 @@
-"""A training run on disk: one safetensors file, all that is not a tensor as JSON in its header; nothing is pickled."""
+"""A training run on disk, and what has to agree for it to go on."""
 
 from __future__ import annotations
 
@@ -9,16 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nmfx.errors import CheckpointError
-from nmfx.files import write_atomic
+from nmfx.states import Tensors, read_state, write_state
 
 KIND = "finetune"
-Tensors = dict[str, Tensor]
 
 
 def save_state(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
@@ -30,15 +27,7 @@ def save_state(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, An
     """
     if broken := next((n for n, v in tensors.items() if v.is_floating_point() and not bool(v.isfinite().all())), None):
         raise CheckpointError(f"{path}: {broken} is not finite any more; not saved, the state before is intact; lower lr")
-    first: dict[tuple[Any, ...], str] = {}  # safetensors refuses to write a tied weight twice
-    shared: dict[str, str] = {}
-    for name, value in tensors.items():
-        owner = first.setdefault((value.data_ptr(), value.shape, value.stride(), value.dtype), name)
-        if owner != name and value.numel():
-            shared[name] = owner
-    kept = {name: value.detach().contiguous() for name, value in tensors.items() if name not in shared}
-    header = {"nmfx": KIND, "shared": json.dumps(shared), "about": json.dumps(dict(about))}
-    write_atomic(path, lambda draft: save_file(kept, draft, metadata=header))
+    write_state(path, KIND, tensors, {"about": dict(about)})
 
 
 def load_state(path: Path) -> tuple[Tensors, dict[str, Any]]:
@@ -47,16 +36,8 @@ def load_state(path: Path) -> tuple[Tensors, dict[str, Any]]:
     Raises:
         CheckpointError: no such file, or it is not of a training run.
     """
-    try:
-        with safe_open(path, "pt") as file:
-            header = file.metadata() or {}
-            tensors: Tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-        if header.get("nmfx") != KIND:
-            raise CheckpointError(f"{path}: not the state of a training run; remove it, or give --force to start anew")
-        shared, about = json.loads(header["shared"]), json.loads(header["about"])
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise CheckpointError(f"{path}: not a training run to resume ({error}); remove it, or give --force") from error
-    return tensors | {name: tensors[owner] for name, owner in shared.items()}, about
+    tensors, header = read_state(path, KIND, "a training run", "about")
+    return tensors, header["about"]
 
 
 def check_identity(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -78,16 +59,6 @@ def check_identity(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]
 
 def _shown(settings: Mapping[str, Any], name: str) -> str:
     return str(settings.get(name, "absent"))[:120]
-
-
-def prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> Tensors:
-    """`tensors` under ``prefix.name``."""
-    return {f"{prefix}.{name}": value for name, value in tensors.items()}
-
-
-def under(prefix: str, tensors: Mapping[str, Tensor]) -> Tensors:
-    """The tensors under a prefix, without it."""
-    return {name.removeprefix(f"{prefix}."): value for name, value in tensors.items() if name.startswith(f"{prefix}.")}
 
 
 def fill(model: nn.Module, tensors: Tensors, path: Path) -> None:

@@ -27,21 +27,13 @@ from nmfx.graph.masked import masked_sites, renew
 from nmfx.graph.modes import keep_modes
 from nmfx.graph.parallel import wrap
 from nmfx.processes import rank, summed, world
+from nmfx.states import prefixed, under
 from nmfx.training.evaluation import evaluate
 from nmfx.training.loss import distilled, logits_of, task_loss
 from nmfx.training.masks import describe, frozen_masks, shared_decay
 from nmfx.training.record import Board, Epoch, Finetuned, Progress, write_log
 from nmfx.training.settings import Settings
-from nmfx.training.state import (
-    check_identity,
-    fill,
-    load_state,
-    optimizer_state,
-    prefixed,
-    restore_optimizer,
-    save_state,
-    under,
-)
+from nmfx.training.state import check_identity, fill, load_state, optimizer_state, restore_optimizer, save_state
 
 LAST, BEST, LOG = "last.safetensors", "best.safetensors", "log.csv"
 
@@ -66,7 +58,7 @@ def finetune(
         config: how pictures are brought to the model; found as `picture_config` does when None.
         teacher: the dense model to distil from, when the settings say so; it is moved to the model's device.
         about: what else has to agree for a run to be resumed, such as where the weights came from.
-        progress: called after every update.
+        progress: called after every update; a KeyboardInterrupt that it raises within an epoch leaves a save behind.
 
     Under torch.distributed, started by the caller, every process takes its share of each batch and only the first one writes.
     The decay of SR-STE is averaged as gradients are, so that it means the same in any number of processes and passes. Batch
@@ -184,7 +176,12 @@ class Run:
                 saved = now
             if progress is not None:
                 loss, lr, top1 = self.at.loss / self.at.step, self.lr, self.at.top1
-                progress(Progress(self.at.epoch, self.settings.epochs, step, self.steps, loss, lr, self.speed, top1))
+                try:
+                    progress(Progress(self.at.epoch, self.settings.epochs, step, self.steps, loss, lr, self.speed, top1))
+                except KeyboardInterrupt:  # between two updates: nothing is half done
+                    if step + 1 < self.steps:
+                        self.save(LAST)
+                    raise
 
     def update(self, batches: Iterator[tuple[Tensor, Tensor]]) -> float:
         """One update of the weights; the mean loss over all passes and processes.

@@ -10,15 +10,20 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file
+from torch import Tensor
 
 from nmfx.cli.main import main
 from nmfx.export.checkpoint import load_checkpoint, read_checkpoint
 from nmfx.export.plain import save_baked
 from nmfx.graph.masked import masked_sites
 from nmfx.passes.baking import bake
+from nmfx.training import trainer
+from nmfx.training.loss import task_loss
+from nmfx.training.state import load_state
 
 ROOT = Path(__file__).parents[2]
 DIGITS = ("--data", "digits", "--batch-size", "64")
@@ -138,6 +143,28 @@ def test_the_same_command_goes_on_after_kill_9(work: Path, nmfx: Run, fails: Run
     assert MODEL.read_bytes() == Path("whole/model.safetensors").read_bytes()
     assert out.splitlines()[1:4] == nmfx("finetune", *argv).splitlines()[1:4]  # nothing left to do
     assert "going on" not in nmfx("finetune", *QUICK, "--force")
+
+
+def test_ctrl_c_waits_for_the_update_and_saves(work: Path, nmfx: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    argv = ("finetune", str(work), *DIGITS, "--epochs", "2", "--lr", "0.02")
+    count = 0
+
+    def interrupted(*args: Any) -> Tensor:
+        nonlocal count
+        count += 1
+        if count == 23:
+            os.kill(os.getpid(), signal.SIGINT)  # in the middle of an update
+        return task_loss(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "task_loss", interrupted)
+        assert main(argv) == 130
+    assert count == 23
+    assert load_state(work / "finetune" / "last.safetensors")[1]["at"]["step"] == 23 - 18
+    nmfx(*argv)
+    nmfx(*argv, "-o", "whole")
+    assert log(MODEL.parent) == log(Path("whole"))
+    assert MODEL.read_bytes() == Path("whole/model.safetensors").read_bytes()
 
 
 def test_two_processes_end_where_one_does(work: Path, nmfx: Run) -> None:

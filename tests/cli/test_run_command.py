@@ -11,9 +11,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from nmfx.cli.main import main
+from nmfx.demo.digits import load_digits_data
+from nmfx.export.checkpoint import load_checkpoint
+from nmfx.passes.baking import bake
 
 ROOT = Path(__file__).parents[2]
 QUICK = "base: digits\nfinetune:\n  epochs: {epochs}\n  save_seconds: 0\n"
@@ -89,6 +93,43 @@ def test_a_stopped_run_with_other_settings_starts_anew(nmfx: Run) -> None:
     state.write_text(state.read_text().replace('"outputs": {', '"outputs": null, "rest": {'))  # as if it had been killed
     assert stages(nmfx("run", recipe(2), "--until", "finetune"))["finetune"] == "changed: epochs 1 -> 2"
     assert len(Path("mine.nmfx/finetune/log.csv").read_text().splitlines()) == 3
+
+
+def test_a_recipe_exports_onnx_that_answers_as_the_checkpoint(nmfx: Run) -> None:
+    import onnxruntime
+
+    Path("mine.yaml").write_text(QUICK.format(epochs=2) + "export:\n  onnx: true\n")
+    out = nmfx("run", "mine.yaml")
+    assert "wrote mine.nmfx/export/digits.onnx" in out
+    plain, (_, _, pictures, labels) = bake(load_checkpoint("mine.nmfx/export/digits.safetensors")), load_digits_data()
+    session = onnxruntime.InferenceSession("mine.nmfx/export/digits.onnx")
+    (found,) = session.run(None, {session.get_inputs()[0].name: pictures.numpy()})
+    with torch.no_grad():
+        torch.testing.assert_close(torch.from_numpy(found), plain(pictures), rtol=1e-4, atol=1e-4)
+    right = (torch.from_numpy(found).argmax(1) == labels).double().mean()
+    assert scores(out, "exported")[0] == f"{right:.2%}"
+    nmfx("run", recipe(2))  # without it, the one of before goes
+    assert not Path("mine.nmfx/export/digits.onnx").exists()
+
+
+def test_a_recipe_distils_from_the_dense_network(nmfx: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("soft.yaml").write_text(QUICK.format(epochs=2) + "  distill: 0.9\n  temperature: 2\n")
+    nmfx("run", "soft.yaml")
+    nmfx("run", recipe(2, "hard"))
+    soft, hard = (load_file(f"{name}.nmfx/export/digits.safetensors") for name in ("soft", "hard"))
+    assert soft.keys() == hard.keys()
+    assert not all(value.equal(hard[name]) for name, value in soft.items())
+    nmfx("convert", "digits")  # the same by hand
+    nmfx("search", "digits.nmfx")
+    how = ("--epochs", "2", "--batch-size", "64", "--lr", "0.02", "--distill", "0.9", "--temperature", "2")
+    nmfx("finetune", "digits.nmfx", "--data", "digits", *how)
+    for name, value in load_file("digits.nmfx/finetune/model.safetensors").items():
+        assert value.equal(soft[name]), name
+    changed = stages(nmfx("run", "soft.yaml", "--until", "finetune"))
+    assert changed["finetune"].startswith("skipped")
+    Path("random.yaml").write_text(QUICK.format(epochs=1) + "  distill: 0.9\nmodel:\n  weights: none\n")
+    assert main(("run", "random.yaml")) == 1
+    assert "distill learns from the dense weights, but the model has random ones" in capsys.readouterr().err
 
 
 def test_check_needs_no_data(nmfx: Run) -> None:

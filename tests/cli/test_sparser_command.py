@@ -55,8 +55,8 @@ def test_the_weights_are_those_of_the_checkpoint(start: Scheme, nmfx: Run) -> No
 
 @pytest.mark.parametrize(
     "argv",
-    [(), ("--m", "32"), ("--method", "knapsack", "--m", "8,16,32"), ("--method", "uniform")],
-    ids=lambda argv: " ".join(argv) or "domino",
+    [(), ("--method", "domino"), ("--m", "32"), ("--method", "knapsack", "--m", "8,16,32"), ("--method", "uniform")],
+    ids=lambda argv: " ".join(argv) or "default",
 )
 def test_a_higher_target_then_training_then_export(argv: tuple[str, ...], start: Scheme, nmfx: Run) -> None:
     out = nmfx("search", str(SPARSER), "--target", "0.85", *argv)
@@ -75,7 +75,7 @@ def test_a_higher_target_then_training_then_export(argv: tuple[str, ...], start:
 
 
 def test_domino_on_pictures(start: Scheme, nmfx: Run) -> None:
-    fast = ("--decay", "10", "--vote-every", "5", "--most", "600")
+    fast = ("--method", "domino", "--decay", "10", "--vote-every", "5", "--most", "600")
     nmfx("search", str(SPARSER), "--target", "0.85", *DIGITS, *fast)
     check_sparser(Scheme.load(SPARSER / "scheme.yaml", find_sites(load_demo(trained=True))), start, 0.85)
 

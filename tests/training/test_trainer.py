@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torchvision.models.googlenet import GoogLeNetOutputs
 from torchvision.models.inception import InceptionOutputs
 
+from nmfx import states
 from nmfx.data import Augment, Data, open_data, picture_config, validation_loader
 from nmfx.data.pictures import ArrayPictures
 from nmfx.demo.digits import load_demo
@@ -28,7 +29,6 @@ from nmfx.export.checkpoint import load_checkpoint, save_checkpoint
 from nmfx.graph.masked import masked_sites
 from nmfx.passes.baking import bake, verify
 from nmfx.passes.transform import transform
-from nmfx.training import state
 from nmfx.training.evaluation import evaluate
 from nmfx.training.loss import distilled, task_loss
 from nmfx.training.masks import set_training
@@ -373,7 +373,7 @@ def test_a_full_disk_leaves_the_last_state(few: Data, tmp_path: Path, monkeypatc
     with pytest.raises(KeyboardInterrupt):
         finetune(demo(), few, settings=QUICK, folder=tmp_path, progress=stop_at(2))
     before = (tmp_path / LAST).read_bytes()
-    monkeypatch.setattr(state, "save_file", full)
+    monkeypatch.setattr(states, "save_file", full)
     with pytest.raises(NmfxError, match="cannot be written: No space left"):
         finetune(demo(), few, settings=QUICK, folder=tmp_path)
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [(LAST, before)]
