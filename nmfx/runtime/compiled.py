@@ -35,7 +35,7 @@ class Choice:
         kept: weights that are not zero.
         macs: multiply-adds of a dense weight, for one sample.
         dense, sparse: seconds of the fastest dense and sparse way for one pass; `sparse` is None where it was not tried.
-        chosen: ``dense``, ``dense, channels last``, or ``sparse CHUNKxVECTORS``.
+        chosen: ``dense``, ``dense, channels last``, ``dense, depthwise``, or ``sparse CHUNKxVECTORS``.
     """
 
     name: str
@@ -183,8 +183,7 @@ def time_site(fused: Fused, inputs: tuple[Tensor, ...], times: Times, *, sparse:
     kept, dense = fused.kept, dense_layers(fused)
     positions = next(iter(dense.values()))(*inputs).numel() // fused.weight.shape[0]
     tiles = [tile for tile in TILES if tile[0] < 2 * fused.weight[0].numel() or tile == TILES[0]]
-    depthwise = fused.weight.shape[0] == fused.groups  # a row a group: nothing to share
-    if not sparse or depthwise or kept > SPARSE_BELOW * fused.weight.numel():
+    if not sparse or fused.depthwise or kept > SPARSE_BELOW * fused.weight.numel():
         tiles = []
     ways = {f"{SPARSE} {chunk}x{vectors}": (chunk, vectors) for chunk, vectors in tiles}
     geometry = (fused.geometry, fused.groups, fused.residual, fused.low, fused.high, fused.bias is not None)

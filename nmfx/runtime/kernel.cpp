@@ -50,9 +50,21 @@ inline void copy_exact(float* to, const float* from, int64_t n) {
   }
 }
 
-// n floats; up to VL - 1 more may be read and written.
-inline void copy_over(float* to, const float* from, int64_t n) {
-  for (int64_t i = 0; i < n; i += VL) store(to + i, load(from + i));
+// even[i] = from[2 i] and odd[i] = from[2 i + 1], of n floats; no odd ones for a null pointer.
+inline void split(const float* from, int64_t n, float* even, float* odd) {
+  typedef int places __attribute__((vector_size(VL * 4)));
+  places evens, odds;
+  for (int i = 0; i < VL; ++i) evens[i] = 2 * i, odds[i] = 2 * i + 1;
+  int64_t i = 0;
+  for (; i + 2 * VL <= n; i += 2 * VL) {
+    const vec a = load(from + i), b = load(from + i + VL);
+    store(even + i / 2, __builtin_shuffle(a, b, evens));
+    if (odd) store(odd + i / 2, __builtin_shuffle(a, b, odds));
+  }
+  for (; i < n; i += 2) {
+    even[i / 2] = from[i];
+    if (odd && i + 1 < n) odd[i / 2] = from[i + 1];
+  }
 }
 
 // Kept weights of `rows` output rows, chunk after chunk of `chunk` columns: pointers[c * rows + r] is where those of row r begin.
@@ -63,6 +75,7 @@ struct Weights {
   const int32_t* pointers;
   int64_t rows, width, chunk;
   int64_t chunks() const { return (width + chunk - 1) / chunk; }
+  bool dense() const { return pointers[chunks() * rows] - pointers[0] == rows * width; }
 };
 
 struct Clamp {
@@ -116,28 +129,68 @@ inline void multiply(const Weights& w, const float* packed, float* sums, const f
   }
 }
 
+// The same where all weights are kept, as in a stem: several rows share what they read.
+template <int NV, int R, class Leave>
+inline int64_t multiply_rows(const Weights& w, const float* packed, float* sums, const float* bias, int64_t c, int64_t first,
+                             int64_t r, int64_t last, const Leave& leave) {
+  constexpr int64_t T = NV * VL;
+  const int64_t count = std::min(w.chunk, w.width - c * w.chunk);
+  for (; r + R <= last; r += R) {
+    const float* values = w.values + w.pointers[c * w.rows + r];
+    float* own = sums + (r - first) * T;
+    vec acc[R][NV];
+    for (int q = 0; q < R; ++q)
+      for (int i = 0; i < NV; ++i) acc[q][i] = c ? load(own + q * T + i * VL) : (bias ? bias[r + q] : 0.0f) - vec{};
+    for (int64_t k = 0; k < count; ++k) {
+      vec x[NV];
+      for (int i = 0; i < NV; ++i) x[i] = *reinterpret_cast<const tight*>(packed + k * T + i * VL);
+      for (int q = 0; q < R; ++q) {
+        const vec value = values[q * count + k] - vec{};
+        for (int i = 0; i < NV; ++i) acc[q][i] += value * x[i];
+      }
+    }
+    for (int q = 0; q < R; ++q) {
+      if (c + 1 == w.chunks()) {
+        leave(r + q, acc[q]);
+      } else {
+        for (int i = 0; i < NV; ++i) store(own + q * T + i * VL, acc[q][i]);
+      }
+    }
+  }
+  return r;
+}
+
+template <int NV, class Leave>
+inline void multiply_dense(const Weights& w, const float* packed, float* sums, const float* bias, int64_t c, int64_t first,
+                           int64_t last, const Leave& leave) {
+  constexpr int R = (VL == 16 ? 24 : 12) / NV < 1 ? 1 : (VL == 16 ? 24 : 12) / NV > 8 ? 8 : (VL == 16 ? 24 : 12) / NV;
+  const int64_t r = multiply_rows<NV, R>(w, packed, sums, bias, c, first, first, last, leave);
+  multiply_rows<NV, 1>(w, packed, sums, bias, c, first, r, last, leave);
+}
+
 // Pixels in tiles of up to WIDEST vectors, as even as can be, and rows in parts where there are too few tiles for the threads.
 constexpr int64_t WIDEST = 8;
 
 struct Tiling {
-  int64_t pixels, vectors, tiles, parts;
+  int64_t lanes, vectors, tiles, parts, images;
 
-  Tiling(int64_t pixels, int64_t most, int64_t rows) : pixels(pixels) {
+  Tiling(int64_t lanes, int64_t most, int64_t rows, int64_t images = 1) : lanes(lanes), images(images) {
     const int64_t threads = at::get_num_threads();
-    vectors = (pixels + VL - 1) / VL;
+    vectors = (lanes + VL - 1) / VL;
     tiles = (vectors + most - 1) / most;
     parts = 1;
-    while (parts < threads && tiles * parts % threads && tiles * parts < 8 * threads && rows >= 32 * parts) parts *= 2;
+    const auto items = [&] { return images * tiles * parts; };
+    while (parts < threads && items() % threads && items() < 8 * threads && rows >= 32 * parts) parts *= 2;
   }
   int64_t start(int64_t tile) const { return vectors * tile / tiles * VL; }
 
-  // work(tile, part begin, part end), each tile's parts in one go where a thread has several.
+  // work(image, tile, part begin, part end), each tile's parts in one go where a thread has several.
   template <class Work>
   void run(const Work& work) const {
-    at::parallel_for(0, tiles * parts, 1, [&](int64_t begin, int64_t end) {
+    at::parallel_for(0, images * tiles * parts, 1, [&](int64_t begin, int64_t end) {
       for (int64_t item = begin; item < end;) {
         const int64_t tile = item / parts, next = std::min(end, (tile + 1) * parts);
-        work(tile, item % parts, next - tile * parts);
+        work(tile / tiles, tile % tiles, item % parts, next - tile * parts);
         item = next;
       }
     });
@@ -165,112 +218,6 @@ struct Shape {
   int64_t n, c, h, w, oh, ow, kh, kw, sh, sw, ph, pw, dh, dw;
 };
 
-// A run of pixels of one output row within a tile.
-struct Run {
-  int64_t image, row, column, length, at, source;
-};
-
-struct Tile {
-  std::vector<Run> runs;
-  int64_t length = 0;
-};
-
-inline void cut(const Shape& s, int64_t start, int64_t length, Tile& tile) {
-  tile.runs.clear();
-  tile.length = length;
-  const int64_t plane = s.oh * s.ow;
-  for (int64_t at = 0; at < length;) {
-    const int64_t p = start + at, image = p / plane, row = p % plane / s.ow, column = p % s.ow;
-    const int64_t count = std::min(s.ow - column, length - at);
-    tile.runs.push_back({image, row, column, count, at, 0});
-    at += count;
-  }
-}
-
-// Rows of one channel with their padding, the columns of one phase of the stride after the other.
-struct Plane {
-  int64_t phase, pitch;  // floats of a phase, of a row
-  struct Strip {
-    int64_t image, top, rows, at;  // input rows top .. top + rows (in the padded picture), at this place of the plane
-  };
-  std::vector<Strip> strips;
-  int64_t size = 0;
-
-  void lay(const Shape& s, Tile& tile) {
-    strips.clear();
-    phase = (s.w + 2 * s.pw + s.sw - 1) / s.sw;
-    pitch = phase * s.sw;
-    size = 0;
-    for (Run& run : tile.runs) {
-      const int64_t top = run.row * s.sh, rows = (s.kh - 1) * s.dh + 1;
-      if (strips.empty() || strips.back().image != run.image) {
-        strips.push_back({run.image, top, 0, size});
-      }
-      Strip& strip = strips.back();
-      strip.rows = std::max(strip.rows, top - strip.top + rows);
-      size = strip.at + strip.rows * pitch;
-      run.source = strip.at + (top - strip.top) * pitch + run.column;
-    }
-  }
-
-  void fill(const Shape& s, const float* picture, int64_t channel, int64_t channels, float* to) const {
-    for (const Strip& strip : strips) {
-      const float* from = picture + (strip.image * channels + channel) * s.h * s.w;
-      for (int64_t i = 0; i < strip.rows; ++i) {
-        const int64_t row = strip.top + i - s.ph;
-        if (row < 0 || row >= s.h) continue;  // stays zero
-        float* line = to + strip.at + i * pitch;
-        const float* source = from + row * s.w;
-        if (s.sw == 1) {
-          copy_exact(line + s.pw, source, s.w);
-        } else if (s.sw == 2) {
-          const int64_t odd = s.pw & 1;
-          float* even_line = line + odd * phase + s.pw / 2;
-          float* odd_line = line + (1 - odd) * phase + (s.pw + 1) / 2;
-          const int64_t half = s.w / 2;
-          for (int64_t x = 0; x < half; ++x) {
-            even_line[x] = source[2 * x];
-            odd_line[x] = source[2 * x + 1];
-          }
-          if (s.w & 1) even_line[half] = source[s.w - 1];
-        } else {
-          for (int64_t x = 0; x < s.w; ++x) line[(x + s.pw) % s.sw * phase + (x + s.pw) / s.sw] = source[x];
-        }
-      }
-    }
-  }
-};
-
-// What lies under the columns [first, first + count), one row of T pixels each.
-template <int NV>
-inline void pack(const Shape& s, const float* picture, int64_t channels, int64_t channel0, int64_t first,
-                 int64_t count, const Tile& tile, const Plane& plane, float* scratch, float* packed) {
-  constexpr int64_t T = NV * VL;
-  const int64_t taps = s.kh * s.kw;
-  const bool direct = taps == 1 && s.ph == 0 && s.pw == 0;
-  int64_t before = -1;
-  for (int64_t k = 0; k < count; ++k) {
-    const int64_t channel = channel0 + (first + k) / taps, tap = (first + k) % taps;
-    float* to = packed + k * T;
-    if (direct) {
-      for (const Run& run : tile.runs) {
-        const float* from = picture + ((run.image * channels + channel) * s.h + run.row * s.sh) * s.w + run.column * s.sw;
-        if (s.sw == 1) {
-          copy_exact(to + run.at, from, run.length);
-        } else {
-          for (int64_t i = 0; i < run.length; ++i) to[run.at + i] = from[i * s.sw];
-        }
-      }
-      continue;
-    }
-    if (channel != before) plane.fill(s, picture, channel, channels, scratch);
-    before = channel;
-    const int64_t x = tap % s.kw * s.dw;
-    const float* from = scratch + tap / s.kw * s.dh * plane.pitch + x % s.sw * plane.phase + x / s.sw;
-    for (const Run& run : tile.runs) copy_over(to + run.at, from + run.source, run.length);
-  }
-}
-
 struct Pictures {
   const float* x;
   int64_t channels, channel0;  // of x: all, and the first of this group
@@ -279,25 +226,49 @@ struct Pictures {
   int64_t y_channels, y_channel0;
 };
 
-template <int NV>
-void convolve_tile(const Shape& s, const Pictures& io, const Weights& w, const float* bias, Clamp limits, int64_t start,
-                   int64_t length, int64_t first, int64_t last) {
+// A run of output pixels: where they are in a tile's lanes, and in the output's first plane of the image.
+struct Run {
+  int64_t image, lane, pixel, length;
+};
+
+// n finished pixels on their way out, in vectors that overlap at the end.
+inline void emit(float* y, const float* line, const float* residual, int64_t n, const Clamp& limits) {
+  const auto wide = [&](int64_t i) {
+    vec v = load(line + i);
+    if (residual) v += load(residual + i);
+    store(y + i, clamp(v, limits));
+  };
+  const auto one = [&](int64_t i) {
+    float v = line[i] + (residual ? residual[i] : 0.0f);
+    v = v < limits.low ? limits.low : v;
+    y[i] = v > limits.high ? limits.high : v;
+  };
+  const auto four = [&](int64_t i) {
+    quad v = *reinterpret_cast<const quad*>(line + i);
+    if (residual) v += *reinterpret_cast<const quad*>(residual + i);
+    const quad low = limits.low - quad{}, high = limits.high - quad{};
+    v = v < low ? low : v;
+    *reinterpret_cast<quad*>(y + i) = v > high ? high : v;
+  };
+  int64_t i = 0;
+  for (; i + VL <= n; i += VL) wide(i);
+  if (i == n) return;
+  if (n >= VL) return wide(n - VL);
+  for (; i + 4 <= n; i += 4) four(i);
+  if (i < n && n >= 4) return four(n - 4);
+  for (; i < n; ++i) one(i);
+}
+
+// The kept weights of rows [first, last) over one tile of lanes; `fill(chunk)` packs what lies under a chunk's columns.
+template <int NV, class Fill>
+inline void compute(const Pictures& io, const Weights& w, const float* bias, const Clamp& limits, int64_t plane,
+                    const std::vector<Run>& runs, int64_t first, int64_t last, float* packed, const Fill& fill) {
   constexpr int64_t T = NV * VL;
-  const int64_t plane = s.oh * s.ow;
-  static thread_local Tile tile;
-  static thread_local Plane map;
-  cut(s, start, length, tile);
-  float* scratch = nullptr;
-  if (s.kh * s.kw > 1 || s.ph || s.pw) {
-    map.lay(s, tile);
-    scratch = plane_room.get(map.size + SLACK);
-    std::memset(scratch, 0, (map.size + SLACK) * sizeof(float));
-  }
-  float* packed = packed_room.get(w.chunk * T + SLACK);
   float* sums = sums_room.get((last - first) * T);
+  const bool whole = runs.size() == 1 && runs[0].length == T;
   const auto leave = [&](int64_t r, vec* acc) {
-    if (length == T && start / plane == (start + T - 1) / plane) {
-      const int64_t place = (start / plane * io.y_channels + io.y_channel0 + r) * plane + start % plane;
+    if (whole) {
+      const int64_t place = (runs[0].image * io.y_channels + io.y_channel0 + r) * plane + runs[0].pixel;
       for (int i = 0; i < NV; ++i) {
         if (io.residual) acc[i] += load(io.residual + place + i * VL);
         store(io.y + place + i * VL, clamp(acc[i], limits));
@@ -306,42 +277,144 @@ void convolve_tile(const Shape& s, const Pictures& io, const Weights& w, const f
     }
     alignas(64) float line[T];
     for (int i = 0; i < NV; ++i) store(line + i * VL, acc[i]);
-    for (int64_t at = 0; at < length;) {
-      const int64_t p = start + at, count = std::min(plane - p % plane, length - at);
-      const int64_t place = (p / plane * io.y_channels + io.y_channel0 + r) * plane + p % plane;
-      int64_t i = 0;
-      for (; i + VL <= count; i += VL) {
-        vec v = load(line + at + i);
-        if (io.residual) v += load(io.residual + place + i);
-        store(io.y + place + i, clamp(v, limits));
-      }
-      for (; i < count; ++i) {
-        float v = line[at + i] + (io.residual ? io.residual[place + i] : 0.0f);
-        v = v < limits.low ? limits.low : v;
-        io.y[place + i] = v > limits.high ? limits.high : v;
-      }
-      at += count;
+    for (const Run& run : runs) {
+      const int64_t place = (run.image * io.y_channels + io.y_channel0 + r) * plane + run.pixel;
+      emit(io.y + place, line + run.lane, io.residual ? io.residual + place : nullptr, run.length, limits);
     }
   };
   for (int64_t c = 0; c < w.chunks(); ++c) {
-    const int64_t count = std::min(w.chunk, w.width - c * w.chunk);
-    pack<NV>(s, io.x, io.channels, io.channel0, c * w.chunk, count, tile, map, scratch, packed);
-    multiply<NV>(w, packed, sums, bias, c, first, last, leave);
+    fill(c * w.chunk, std::min(w.chunk, w.width - c * w.chunk));
+    if (w.dense()) {
+      multiply_dense<NV>(w, packed, sums, bias, c, first, last, leave);
+    } else {
+      multiply<NV>(w, packed, sums, bias, c, first, last, leave);
+    }
   }
 }
 
-void convolve(Shape s, const Pictures& io, const Weights& w, const float* bias, Clamp limits, int64_t vectors) {
-  if (s.kh * s.kw == 1 && !s.ph && !s.pw && s.sh == 1 && s.sw == 1) {  // nothing looks beside it: a plane is one long row
-    s.w = s.ow = s.oh * s.ow;
-    s.h = s.oh = 1;
+// Kernels of one pixel: lanes are output pixels, over the borders of rows and images.
+template <int NV>
+void pointwise_tile(const Shape& s, const Pictures& io, const Weights& w, const float* bias, Clamp limits, int64_t start,
+                    int64_t length, int64_t first, int64_t last) {
+  constexpr int64_t T = NV * VL;
+  const int64_t plane = s.oh * s.ow;
+  const bool rows = s.sh > 1 || s.sw > 1;  // else a plane is one long row
+  static thread_local std::vector<Run> outputs, inputs;  // inputs: pixel is where the run begins in the input's plane
+  outputs.clear();
+  inputs.clear();
+  for (int64_t at = 0; at < length;) {
+    const int64_t image = (start + at) / plane, pixel = (start + at) % plane, row = pixel / s.ow;
+    const int64_t count = std::min(rows ? s.ow - pixel % s.ow : plane - pixel, length - at);
+    if (!outputs.empty() && outputs.back().image == image) {
+      outputs.back().length += count;
+    } else {
+      outputs.push_back({image, at, pixel, count});
+    }
+    inputs.push_back({image, at, rows ? row * s.sh * s.w + pixel % s.ow * s.sw : pixel, count});
+    at += count;
   }
-  const Tiling tiling(s.n * s.oh * s.ow, vectors, w.rows);
-  tiling.run([&](int64_t tile, int64_t begin, int64_t end) {
-    const int64_t start = tiling.start(tile), stop = tiling.start(tile + 1);
+  float* packed = packed_room.get(w.chunk * T + SLACK);
+  compute<NV>(io, w, bias, limits, plane, outputs, first, last, packed, [&](int64_t column, int64_t count) {
+    for (int64_t k = 0; k < count; ++k) {
+      for (const Run& run : inputs) {
+        const float* from = io.x + (run.image * io.channels + io.channel0 + column + k) * s.h * s.w + run.pixel;
+        float* to = packed + k * T + run.lane;
+        if (s.sw == 1) {
+          copy_exact(to, from, run.length);
+        } else if (s.sw == 2) {
+          split(from, 2 * run.length - 1, to, nullptr);
+        } else {
+          for (int64_t i = 0; i < run.length; ++i) to[i] = from[i * s.sw];
+        }
+      }
+    }
+  });
+}
+
+// One channel's rows under a tile, padded, and split by the phases of both strides: then the pixels of a tile that lie under any
+// one weight are contiguous, over the ends of rows too, where lanes compute what nobody reads.
+struct Halo {
+  int64_t pitch, rows, size;  // floats between rows, rows of a phase, floats of a phase
+  int64_t shown;              // the first output row of the tile
+
+  static int64_t pitch_of(const Shape& s) {
+    if (s.sw == 1 && s.pw) return std::max(s.w + s.pw, s.ow);  // the right padding is the next row's left
+    return (s.w + 2 * s.pw + s.sw - 1) / s.sw;
+  }
+  Halo(const Shape& s, int64_t start, int64_t length) : pitch(pitch_of(s)), shown(start / pitch) {
+    rows = (start + length - 1) / pitch - shown + 1 + (s.kh - 1) * s.dh / s.sh;
+    size = rows * pitch + SLACK;  // lanes at the end look beyond
+  }
+  int64_t floats(const Shape& s) const { return size * s.sh * s.sw + SLACK; }
+
+  int64_t offset(const Shape& s, int64_t row, int64_t column) const {
+    const int64_t y = row * s.dh, x = column * s.dw;
+    return (y % s.sh * s.sw + x % s.sw) * size + y / s.sh * pitch + x / s.sw;
+  }
+
+  void fill(const Shape& s, const float* plane, float* to) const {
+    for (int64_t i = 0; i < rows * s.sh; ++i) {
+      const int64_t row = shown * s.sh + i - s.ph;
+      if (row < 0 || row >= s.h) continue;  // stays zero
+      float* line = to + (i % s.sh * s.sw) * size + i / s.sh * pitch;
+      const float* source = plane + row * s.w;
+      if (s.sw == 1) {
+        copy_exact(line + s.pw, source, s.w);
+      } else if (s.sw == 2) {
+        split(source, s.w, line + (s.pw & 1) * size + s.pw / 2, line + (1 - (s.pw & 1)) * size + (s.pw + 1) / 2);
+      } else {
+        for (int64_t x = 0; x < s.w; ++x) line[(x + s.pw) % s.sw * size + (x + s.pw) / s.sw] = source[x];
+      }
+    }
+  }
+};
+
+// Larger kernels: lanes are the output pixels of one image, each row as long as the halo's pitch.
+template <int NV>
+void window_tile(const Shape& s, const Pictures& io, const Weights& w, const float* bias, Clamp limits, int64_t image,
+                 int64_t start, int64_t length, int64_t first, int64_t last) {
+  constexpr int64_t T = NV * VL;
+  const Halo halo(s, start, length);
+  static thread_local std::vector<Run> runs;
+  static thread_local std::vector<int64_t> offsets;
+  runs.clear();
+  for (int64_t row = halo.shown; row * halo.pitch < start + length && row < s.oh; ++row) {
+    const int64_t begin = std::max(row * halo.pitch, start), end = std::min(row * halo.pitch + s.ow, start + length);
+    if (begin < end) runs.push_back({image, begin - start, row * s.ow + begin - row * halo.pitch, end - begin});
+  }
+  const int64_t taps = s.kh * s.kw, shift = start - halo.shown * halo.pitch;
+  offsets.resize(taps);
+  for (int64_t tap = 0; tap < taps; ++tap) offsets[tap] = halo.offset(s, tap / s.kw, tap % s.kw) + shift;
+  const int64_t room = halo.floats(s);
+  float* planes[2] = {plane_room.get(2 * room), nullptr};  // one channel is filled while the other is read
+  planes[1] = planes[0] + room;
+  std::memset(planes[0], 0, 2 * room * sizeof(float));
+  float* packed = packed_room.get(w.chunk * T + SLACK);
+  const float* picture = io.x + (image * io.channels + io.channel0) * s.h * s.w;
+  compute<NV>(io, w, bias, limits, s.oh * s.ow, runs, first, last, packed, [&](int64_t column, int64_t count) {
+    int64_t channel = column / taps, tap = column % taps;
+    const int64_t stop = (column + count - 1) / taps;
+    halo.fill(s, picture + channel * s.h * s.w, planes[channel & 1]);
+    for (int64_t k = 0; k < count; ++channel, tap = 0) {
+      if (channel < stop) halo.fill(s, picture + (channel + 1) * s.h * s.w, planes[(channel + 1) & 1]);
+      for (; tap < taps && k < count; ++tap, ++k) {
+        const float* from = planes[channel & 1] + offsets[tap];
+        for (int i = 0; i < NV; ++i) store(packed + k * T + i * VL, load(from + i * VL));
+      }
+    }
+  });
+}
+
+void convolve(const Shape& s, const Pictures& io, const Weights& w, const float* bias, Clamp limits, int64_t vectors) {
+  const bool pointwise = s.kh * s.kw == 1 && !s.ph && !s.pw;
+  const int64_t lanes = pointwise ? s.n * s.oh * s.ow : (s.oh - 1) * Halo::pitch_of(s) + s.ow;
+  const Tiling tiling(lanes, vectors, w.rows, pointwise ? 1 : s.n);
+  tiling.run([&](int64_t image, int64_t tile, int64_t begin, int64_t end) {
+    const int64_t start = tiling.start(tile), stop = tiling.start(tile + 1), length = std::min(stop, lanes) - start;
     const int64_t first = w.rows * begin / tiling.parts, last = w.rows * end / tiling.parts;
     with_vectors((stop - start) / VL, [&](auto nv) {
-      const int64_t length = std::min(stop, tiling.pixels) - start;
-      convolve_tile<nv.value>(s, io, w, bias, limits, start, length, first, last);
+      if (pointwise) return pointwise_tile<nv.value>(s, io, w, bias, limits, start, length, first, last);
+      window_tile<nv.value>(s, io, w, bias, limits, image, start, length, first, last);
     });
   });
 }
@@ -395,11 +468,11 @@ void project_tile(const float* x, const Weights& w, const float* bias, Clamp lim
 
 void project(const float* x, int64_t tokens, const Weights& w, const float* bias, Clamp limits, float* y, int64_t vectors) {
   const Tiling tiling(tokens, vectors, w.rows);
-  tiling.run([&](int64_t tile, int64_t begin, int64_t end) {
+  tiling.run([&](int64_t, int64_t tile, int64_t begin, int64_t end) {
     const int64_t start = tiling.start(tile), stop = tiling.start(tile + 1);
     const int64_t first = w.rows * begin / tiling.parts, last = w.rows * end / tiling.parts;
     with_vectors((stop - start) / VL, [&](auto nv) {
-      project_tile<nv.value>(x, w, bias, limits, y, start, std::min(stop, tiling.pixels) - start, first, last);
+      project_tile<nv.value>(x, w, bias, limits, y, start, std::min(stop, tiling.lanes) - start, first, last);
     });
   });
 }
@@ -459,6 +532,59 @@ at::Tensor sparse_conv2d(const at::Tensor& input, const at::Tensor& values, cons
   return y;
 }
 
+// A kernel for each channel, dense: its plane is padded and split once, and every weight is a shift of it.
+at::Tensor depthwise_conv2d(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+                            const std::optional<at::Tensor>& residual, at::IntArrayRef stride, at::IntArrayRef padding,
+                            at::IntArrayRef dilation, double low, double high) {
+  check(input.dim() == 4 && input.scalar_type() == at::kFloat, "float32 pictures (batch, channels, height, width)");
+  check(weight.dim() == 4 && weight.scalar_type() == at::kFloat && weight.size(0) == input.size(1) && weight.size(1) == 1,
+        "a float32 weight (channels, 1, height, width)");
+  const at::Tensor x = input.contiguous(), kernels = weight.contiguous();
+  Shape s{x.size(0), 1, x.size(2), x.size(3), 0, 0, kernels.size(2), kernels.size(3), stride[0], stride[1],
+          padding[0], padding[1], dilation[0], dilation[1]};
+  s.oh = (s.h + 2 * s.ph - s.dh * (s.kh - 1) - 1) / s.sh + 1;
+  s.ow = (s.w + 2 * s.pw - s.dw * (s.kw - 1) - 1) / s.sw + 1;
+  check(s.oh > 0 && s.ow > 0, "pictures no smaller than the kernel");
+  const int64_t channels = x.size(1), plane = s.oh * s.ow, taps = s.kh * s.kw;
+  at::Tensor y = at::empty({s.n, channels, s.oh, s.ow}, x.options()), added;
+  if (residual) {
+    check(residual->sizes() == y.sizes() && residual->scalar_type() == at::kFloat, "a residual of the output's shape");
+    added = residual->contiguous();
+  }
+  const Clamp limits{static_cast<float>(low), static_cast<float>(high)};
+  const float *from = x.const_data_ptr<float>(), *weights = kernels.const_data_ptr<float>(), *start = bias_of(bias, channels);
+  const float* extra = added.defined() ? added.const_data_ptr<float>() : nullptr;
+  float* to = y.mutable_data_ptr<float>();
+  const int64_t pitch = Halo::pitch_of(s), lanes = (s.oh - 1) * pitch + s.ow;
+  const Halo halo(s, 0, lanes);
+  std::vector<int64_t> offsets(taps);
+  for (int64_t tap = 0; tap < taps; ++tap) offsets[tap] = halo.offset(s, tap / s.kw, tap % s.kw);
+  at::parallel_for(0, s.n * channels, 1, [&](int64_t begin, int64_t end) {
+    float* padded = plane_room.get(halo.floats(s) + WIDEST * VL);
+    float* sums = sums_room.get(lanes + WIDEST * VL);
+    std::memset(padded, 0, (halo.floats(s) + WIDEST * VL) * sizeof(float));
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t channel = item % channels;
+      halo.fill(s, from + item * s.h * s.w, padded);
+      const vec first = (start ? start[channel] : 0.0f) - vec{};
+      for (int64_t lane = 0; lane < lanes; lane += 4 * VL) {
+        vec acc[4] = {first, first, first, first};
+        for (int64_t tap = 0; tap < taps; ++tap) {
+          const vec value = weights[channel * taps + tap] - vec{};
+          const float* shifted = padded + offsets[tap] + lane;
+          for (int i = 0; i < 4; ++i) acc[i] += value * load(shifted + i * VL);
+        }
+        for (int i = 0; i < 4; ++i) store(sums + lane + i * VL, acc[i]);
+      }
+      for (int64_t row = 0; row < s.oh; ++row) {
+        const int64_t place = item * plane + row * s.ow;
+        emit(to + place, sums + row * pitch, extra ? extra + place : nullptr, s.ow, limits);
+      }
+    }
+  });
+  return y;
+}
+
 at::Tensor sparse_linear(const at::Tensor& input, const at::Tensor& values, const at::Tensor& columns,
                          const at::Tensor& pointers, const std::optional<at::Tensor>& bias, int64_t out_features, double low,
                          double high, int64_t chunk, int64_t vectors) {
@@ -490,8 +616,8 @@ at::Tensor max_pool2d(const at::Tensor& input, at::IntArrayRef kernel, at::IntAr
   at::parallel_for(0, x.size(0) * x.size(1), 1, [&](int64_t begin, int64_t end) {
     const int64_t lines = (w + VL) + phase * sw + SLACK;
     float* highest = plane_room.get(lines);  // the largest of kh rows
-    float* split = highest + (w + VL) / VL * VL;  // the same with its padding, the columns of one phase of the stride after the other
-    std::fill(split, split + phase * sw + SLACK / 2, -INFINITY);
+    float* phases = highest + (w + VL) / VL * VL;  // the same with its padding, the columns of one phase of the stride after the other
+    std::fill(phases, phases + phase * sw + SLACK / 2, -INFINITY);
     for (int64_t plane = begin; plane < end; ++plane) {
       for (int64_t row = 0; row < oh; ++row) {
         const int64_t top = std::max<int64_t>(row * sh - ph, 0), bottom = std::min(row * sh - ph + kh, h);
@@ -511,19 +637,16 @@ at::Tensor max_pool2d(const at::Tensor& input, at::IntArrayRef kernel, at::IntAr
           highest[i] = v;
         }
         if (sw == 1) {
-          copy_exact(split + pw, highest, w);
+          copy_exact(phases + pw, highest, w);
         } else if (sw == 2) {
-          float* even = split + (pw & 1) * phase + pw / 2;
-          float* odd = split + (1 - (pw & 1)) * phase + (pw + 1) / 2;
-          for (int64_t c = 0; c < w / 2; ++c) even[c] = highest[2 * c], odd[c] = highest[2 * c + 1];
-          if (w & 1) even[w / 2] = highest[w - 1];
+          split(highest, w, phases + (pw & 1) * phase + pw / 2, phases + (1 - (pw & 1)) * phase + (pw + 1) / 2);
         } else {
-          for (int64_t c = 0; c < w; ++c) split[(c + pw) % sw * phase + (c + pw) / sw] = highest[c];
+          for (int64_t c = 0; c < w; ++c) phases[(c + pw) % sw * phase + (c + pw) / sw] = highest[c];
         }
         float* line = to + (plane * oh + row) * ow;
         for (int64_t c = 0; c < ow; c += VL) {
-          vec v = load(split + c);
-          for (int64_t k = 1; k < kw; ++k) v = larger(v, load(split + k % sw * phase + k / sw + c));
+          vec v = load(phases + c);
+          for (int64_t k = 1; k < kw; ++k) v = larger(v, load(phases + k % sw * phase + k / sw + c));
           if (c + VL <= ow) {
             store(line + c, v);
           } else {
@@ -541,5 +664,6 @@ at::Tensor max_pool2d(const at::Tensor& input, at::IntArrayRef kernel, at::IntAr
 TORCH_LIBRARY_IMPL(nmfx, CPU, m) {
   m.impl("sparse_conv2d", &sparse_conv2d);
   m.impl("sparse_linear", &sparse_linear);
+  m.impl("depthwise_conv2d", &depthwise_conv2d);
   m.impl("max_pool2d", &max_pool2d);
 }

@@ -41,6 +41,11 @@ class Fused:
         return bool(self.geometry)
 
     @property
+    def depthwise(self) -> bool:
+        """A row a group: nothing for a sparse product to share."""
+        return self.is_conv and tuple(self.weight.shape[:2]) == (self.groups, 1)
+
+    @property
     def kept(self) -> int:
         """Weights that are not zero."""
         return int(self.weight.count_nonzero())
@@ -61,7 +66,7 @@ class SparseConv2d(nn.Module):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """``(batch, in, height, width)`` to ``(batch, out, height, width)``."""
         packed = (self.values, self.columns, self.pointers, self.bias)
-        return torch.ops.nmfx.sparse_conv2d(x, *packed, residual, *self.options, *self.tile)  # type: ignore[no-any-return]
+        return torch.ops.nmfx.sparse_conv2d.default(x, *packed, residual, *self.options, *self.tile)  # type: ignore[no-any-return]
 
 
 class SparseLinear(nn.Module):
@@ -76,7 +81,7 @@ class SparseLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(..., in)`` to ``(..., out)``."""
-        return torch.ops.nmfx.sparse_linear(x, self.values, self.columns, self.pointers, self.bias, *self.options)  # type: ignore[no-any-return]
+        return torch.ops.nmfx.sparse_linear.default(x, self.values, self.columns, self.pointers, self.bias, *self.options)  # type: ignore[no-any-return]
 
 
 class DenseConv2d(nn.Module):
@@ -116,6 +121,21 @@ class DenseConv2d(nn.Module):
         return y.contiguous()  # type: ignore[no-any-return]
 
 
+class Depthwise(nn.Module):
+    """A kernel of its own for every channel, dense, by the kernel."""
+
+    def __init__(self, fused: Fused) -> None:
+        super().__init__()
+        self.register_buffer("weight", fused.weight.contiguous())
+        self.register_buffer("bias", fused.bias)
+        self.options = (*map(list, fused.geometry), fused.low, fused.high)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """``(batch, channels, height, width)`` to as many channels."""
+        operator = torch.ops.nmfx.depthwise_conv2d.default
+        return operator(x, self.weight, self.bias, residual, *self.options)  # type: ignore[no-any-return]
+
+
 class DenseLinear(nn.Module):
     """PyTorch's own product."""
 
@@ -135,7 +155,10 @@ def dense_layers(fused: Fused) -> dict[str, nn.Module]:
     """The dense ways to compute a site, by name."""
     if not fused.is_conv:
         return {"dense": DenseLinear(fused)}
-    return {"dense": DenseConv2d(fused), "dense, channels last": DenseConv2d(fused, channels_last=True)}
+    found: dict[str, nn.Module] = {"dense": DenseConv2d(fused), "dense, channels last": DenseConv2d(fused, channels_last=True)}
+    if fused.depthwise:
+        found["dense, depthwise"] = Depthwise(fused)
+    return found
 
 
 def sparse_layer(fused: Fused, chunk: int, vectors: int) -> nn.Module:

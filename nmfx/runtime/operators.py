@@ -20,6 +20,10 @@ _LIBRARY.define(
 _LIBRARY.define(
     f"sparse_linear(Tensor input, {_PACKED}, int out_features, float low, float high, int chunk, int vectors) -> Tensor"
 )
+_LIBRARY.define(
+    "depthwise_conv2d(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, int[2] stride, int[2] padding, "
+    "int[2] dilation, float low, float high) -> Tensor"
+)
 _LIBRARY.define("max_pool2d(Tensor input, int[2] kernel, int[2] stride, int[2] padding) -> Tensor")
 
 
@@ -65,18 +69,40 @@ def _linear(
     return F.linear(input, weight, bias).clamp(low, high)
 
 
+def _depthwise(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    low: float,
+    high: float,
+) -> Tensor:
+    """Without the kernel: PyTorch's own."""
+    y = F.conv2d(input, weight, bias, tuple(stride), tuple(padding), tuple(dilation), len(weight))
+    return (y if residual is None else y + residual).clamp(low, high)
+
+
 def _max_pool2d(input: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> Tensor:
     """Without the kernel: PyTorch's own."""
     return F.max_pool2d(input, tuple(kernel), tuple(stride), tuple(padding))
 
 
-for _name, _plain in (("sparse_conv2d", _conv2d), ("sparse_linear", _linear), ("max_pool2d", _max_pool2d)):
+_PLAIN = {"sparse_conv2d": _conv2d, "sparse_linear": _linear, "depthwise_conv2d": _depthwise, "max_pool2d": _max_pool2d}
+for _name, _plain in _PLAIN.items():
     _LIBRARY.impl(_name, _plain, "CompositeExplicitAutograd")  # the kernel's, for CPU, goes before it
 
 
 @torch.library.register_fake("nmfx::sparse_conv2d")  # type: ignore[untyped-decorator]
 def _conv2d_shape(input: Tensor, *args: object) -> Tensor:
     return input.new_empty((input.shape[0], args[5], *_slid(input, *args[6:10])))  # type: ignore[arg-type]
+
+
+@torch.library.register_fake("nmfx::depthwise_conv2d")  # type: ignore[untyped-decorator]
+def _depthwise_shape(input: Tensor, weight: Tensor, bias: Any, residual: Any, *geometry: Any) -> Tensor:
+    return input.new_empty((*input.shape[:2], *_slid(input, weight.shape[2:], *geometry[:3])))
 
 
 @torch.library.register_fake("nmfx::max_pool2d")  # type: ignore[untyped-decorator]

@@ -18,6 +18,7 @@ from nmfx.runtime.building import load_kernel
 from nmfx.runtime.packed import pack, unpack
 
 INF = float("inf")
+ROUNDING = 2e-6  # of the sum of magnitudes: a few roundings of float32, in whatever order
 PATTERNS = ["1:16", "2:16", "8:16", "1:32", "3:7", "2:4", "5:12", "1:2", "32:32"]
 ROOT = Path(__file__).parents[2]
 
@@ -55,8 +56,9 @@ def conv_case(seed: int) -> None:
     packed = pack(weight, groups, chunk=pick.choice([1, 7, 16, 64, 100, 4096]), vectors=pick.randint(1, 8))
     arguments = (packed.values, packed.columns, packed.pointers, bias, residual, out, kernel, stride, padding, dilation, groups)
     found = torch.ops.nmfx.sparse_conv2d(x, *arguments, low, high, packed.chunk, packed.vectors)
+    scale = F.conv2d(x.double().abs(), weight.double().abs(), None, stride, padding, dilation, groups) + 3  # bias and residual
     assert found.shape == wanted.shape
-    torch.testing.assert_close(found.double(), wanted, rtol=2e-5, atol=2e-5)
+    assert bool(((found - wanted).abs() <= ROUNDING * scale).all())
 
 
 def linear_case(seed: int) -> None:
@@ -71,7 +73,25 @@ def linear_case(seed: int) -> None:
     packed = pack(weight, chunk=pick.choice([1, 7, 16, 64, 100, 4096]), vectors=pick.randint(1, 8))
     arguments = (packed.values, packed.columns, packed.pointers, bias, out, low, high, packed.chunk, packed.vectors)
     found = torch.ops.nmfx.sparse_linear(x, *arguments)
-    torch.testing.assert_close(found.double(), wanted, rtol=2e-5, atol=2e-5)
+    scale = F.linear(x.double().abs(), weight.double().abs()) + 3  # the bias
+    assert found.shape == wanted.shape
+    assert bool(((found - wanted).abs() <= ROUNDING * scale).all())
+
+
+def depthwise_case(seed: int) -> None:
+    """One random depthwise convolution against float64."""
+    pick, make = random.Random(seed), torch.Generator().manual_seed(seed)
+    channels, kernel = pick.randint(1, 20), (pick.randint(1, 5), pick.randint(1, 5))
+    stride, dilation = (pick.randint(1, 3), pick.randint(1, 3)), (pick.randint(1, 2), pick.randint(1, 2))
+    padding = (pick.randint(0, 3), pick.randint(0, 3))
+    size = [max(1, d * (k - 1) + 1 - 2 * p) + pick.randint(0, 40) for k, d, p in zip(kernel, dilation, padding, strict=True)]
+    draw = lambda *shape: torch.randn(*shape, generator=make)  # noqa: E731
+    x, weight, bias = draw(pick.randint(1, 3), channels, *size), draw(channels, 1, *kernel), draw(channels)
+    wanted = F.conv2d(x.double(), weight.double(), bias.double(), stride, padding, dilation, channels)
+    residual = draw(*wanted.shape) if pick.random() < 0.5 else None
+    wanted = (wanted if residual is None else wanted + residual).clamp(-1, 6)
+    found = torch.ops.nmfx.depthwise_conv2d(x, weight, bias, residual, stride, padding, dilation, -1.0, 6.0)
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=2e-5)
 
 
 def pool_case(seed: int) -> None:
@@ -93,6 +113,7 @@ def many(count: int) -> None:
         conv_case(seed)
         linear_case(seed)
         pool_case(seed)
+        depthwise_case(seed)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -109,6 +130,11 @@ def test_convolutions_follow_float64(seed: int) -> None:
 @pytest.mark.parametrize("seed", range(40))
 def test_linear_layers_follow_float64(seed: int) -> None:
     linear_case(seed)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_depthwise_convolutions_follow_float64(seed: int) -> None:
+    depthwise_case(seed)
 
 
 @pytest.mark.parametrize("seed", range(20))
