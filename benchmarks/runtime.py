@@ -1,9 +1,9 @@
 """The speed of nmfx.compile: python benchmarks/runtime.py [--only GLOB] [--turns 15] [--out benchmarks/runtime.json]
 
 Each case times a network dense (PyTorch, channels last, torch.compile with frozen weights, ONNX Runtime) and sparse (masked,
-and by nmfx) in one run, in turns, on one thread and on all, batch 1 and 8. `latency` searches EfficientNet-Lite0 (ImageNet weights)
-for half the time of the best dense run, and compares with the parameter budget that happens to be as fast. `roofline` measures
-what the machine can do. Run it on a machine that does nothing else.
+and by nmfx) in one run, in turns, on one thread and on all, batch 1 and 8. `latency` searches EfficientNet-Lite0 (ImageNet
+weights) for half the time of the best dense run, and compares with the parameter budget that happens to be as fast. `roofline`
+measures what the machine can do. Run it on a machine that does nothing else.
 """
 
 from __future__ import annotations

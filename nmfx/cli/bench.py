@@ -32,14 +32,15 @@ from nmfx.zoo.example import Example
 def run(args: Namespace) -> None:
     """Load, time, show."""
     report.check(args.figure, None, force=args.force)
+    batches, threads = _numbers(args.batch, "--batch"), _numbers(args.threads, "--threads") if args.threads else ()
     dense, converted, pictures, label = _models(args)
     with _onnx(dense, pictures) as path, advancing(f"timing {label}") as advance:
         found = bench(
             dense,
             converted,
             pictures,
-            batches=_numbers(args.batch, "--batch"),
-            threads=_numbers(args.threads, "--threads") if args.threads else (),
+            batches=batches,
+            threads=threads,
             turns=args.turns,
             onnx=path,
             progress=advance,
@@ -131,7 +132,7 @@ def _show(found: Bench, label: str, args: Namespace) -> None:
     batch, threads = combinations[-1] if not args.sites else min(combinations, key=lambda one: (one[0], -one[1]))
     choices = found.choices[batch, threads]
     sparse = sum(one.chosen.startswith("sparse") for one in choices)
-    out.print(f"{sparse} of {len(choices)} sites are computed sparse, the rest dense (--sites lists them)")
+    out.print(f"{sparse} of {len(choices)} sites are computed by the sparse kernel, the rest dense (--sites lists them)")
     if args.sites:
         out.print(f"\nsites, batch {batch}, {threads} threads:")
         out.print(_sites(found, batch, threads))

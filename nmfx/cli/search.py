@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from nmfx.cli import convert, report, tables, work
+from nmfx.cli import convert, latency, report, tables, work
 from nmfx.cli.console import advancing, heading, output, working
 from nmfx.cli.processes import asked_to_stop, first_alone, processes
 from nmfx.errors import NmfxError, SearchError
@@ -58,14 +58,18 @@ def _run(args: Namespace, device: str) -> None:
     sites = found.sites(model)
     if start := found.start(sites):
         out.print(heading(f"starts from {found.start_path}: ", tables.start_line(start, sites)), soft_wrap=True)
+    reached = None
     if timed:
-        result = _timed(args, found, model, sites, method, device)
+        reached = _timed(args, found, model, sites, method, device)
+        result = reached.result
     elif method == "domino" and args.data:
         result = _loop(args, found, model, sites, path, device)
     else:
         result = _find(args, found, model, sites, method, device)
     scheme = replace(result.scheme, info={**result.scheme.info, "model": found.model, "weights": found.weights})
     _show(result, scheme, events=args.events)
+    if reached is not None:
+        latency.show(reached)
     found.warn()
     if rank() != 0:
         return
@@ -112,10 +116,8 @@ def _finder(args: Namespace, model: nn.Module, sites: Sites, method: str, device
     return partial(find_scheme, model, sites=sites, method=method, sensitivity=sensitivity, data=data, options=options)
 
 
-def _timed(args: Namespace, found: work.Work, model: nn.Module, sites: Sites, method: str, device: str) -> SearchResult:
+def _timed(args: Namespace, found: work.Work, model: nn.Module, sites: Sites, method: str, device: str) -> latency.Reached:
     """Under a budget of measured time."""
-    from nmfx.cli import latency
-
     if device != "cpu":
         raise NmfxError(f"--device {device}: times are measured on the CPU; say --device cpu")
     example = found.example(model)
@@ -126,9 +128,7 @@ def _timed(args: Namespace, found: work.Work, model: nn.Module, sites: Sites, me
     for name in ("target", "budget", "limits"):
         question.pop(name)
     target = args.target_latency or args.target or "2x"
-    reached = latency.search(model, sites, pictures, target, question, _finder(args, model, sites, method, device))
-    latency.show(reached)
-    return reached.result
+    return latency.search(model, sites, pictures, target, question, _finder(args, model, sites, method, device))
 
 
 def _loop(args: Namespace, found: work.Work, model: nn.Module, sites: Sites, path: Path, device: str) -> SearchResult:

@@ -81,7 +81,7 @@ def _build(path: Path) -> None:
     draft = Path(tempfile.mkdtemp(prefix=".build.", dir=path.parent))  # its own: a killed build leaves no lock behind
     log.info("building %s", path)
     try:
-        with _quiet("torch.utils.cpp_extension"):  # it warns of CUDA, which is not asked for
+        with quiet("torch.utils.cpp_extension"):  # it warns of CUDA, which is not asked for
             from torch.utils import cpp_extension
 
             cpp_extension.load(
@@ -99,7 +99,8 @@ def _build(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _quiet(name: str) -> Iterator[None]:
+def quiet(name: str) -> Iterator[None]:
+    """Let a logger of others say nothing."""
     logger = logging.getLogger(name)
     before, logger.disabled = logger.disabled, True
     try:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from nmfx.passes.baking import bake
-from nmfx.runtime.building import load_kernel
+from nmfx.runtime.building import load_kernel, quiet
 from nmfx.runtime.compiled import CompiledModel, choose, compile, inputs_of, time_site
 from nmfx.runtime.layers import Fused
 from nmfx.runtime.lowering import export, lower
@@ -75,7 +75,7 @@ def freeze(model: nn.Module, example: Tensor) -> Callable[[Tensor], object] | No
 
     plain = bake(model).eval()
     try:
-        with config.patch(freezing=True), torch.no_grad():
+        with config.patch(freezing=True), torch.no_grad(), quiet("torch.utils.cpp_extension"):
             torch._dynamo.reset()
             compiled = torch.compile(plain)
             compiled(example)

@@ -1,0 +1,114 @@
+"""nmfx bench, and nmfx search --target-latency: what they say and write. Which numbers come out is the machine's business."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import nmfx as library
+from nmfx.cli.main import main
+from nmfx.data.source import open_data
+from nmfx.demo.digits import load_demo
+from nmfx.runtime.latency import Latency, measure_latency
+from nmfx.search.problem import pose
+from nmfx.sparsity.pattern import Pattern
+
+Run = Callable[..., tuple[str, str]]
+
+
+@pytest.fixture
+def nmfx(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run a command; its output and its complaints."""
+
+    def run(*argv: str, fails: bool = False) -> tuple[str, str]:
+        assert main(argv) == int(fails), capsys.readouterr().err
+        found = capsys.readouterr()
+        return found.out, found.err
+
+    return run
+
+
+@pytest.fixture
+def work(nmfx: Run) -> Path:
+    """A work directory of the demo network with a scheme."""
+    nmfx("convert", "digits")
+    nmfx("search", "--target", "0.75")
+    return Path("digits.nmfx")
+
+
+def test_bench_of_a_work_directory_and_of_a_checkpoint(work: Path, nmfx: Run) -> None:
+    out, _ = nmfx("bench", str(work), "--turns", "1", "--batch", "1,2", "--threads", "1", "--sites", "--figure", "speed.png")
+    rows = {match[1]: match[2] for match in re.finditer(r"^(\S[^(\n]*?)  +(\S.*)$", out, re.M)}
+    engines = ["PyTorch", "PyTorch, channels last", "torch.compile, frozen", "ONNX Runtime", "masked, eager", "nmfx"]
+    assert [name for name in rows if name in engines] == engines
+    assert len(re.findall(r"\d+\.\d\dx", rows["nmfx against the best dense"])) == 2
+    difference = re.search(r"differ from the masked model's by (\S+) of", out)
+    assert difference is not None
+    assert float(difference[1]) < 1e-5
+    assert {site.name for site in library.find_sites(load_demo(trained=True), torch.zeros(1, 1, 8, 8))} <= set(
+        re.findall(r"^(\S+\.weight) ", out, re.M)
+    )
+    assert Path("speed.png").stat().st_size > 10_000
+    nmfx("export")
+    out, _ = nmfx("bench", "digits.nmfx/export/digits.safetensors", "--turns", "1", "--batch", "3", "--threads", "1")
+    assert "batch 3, 1 thread" in out
+
+
+def test_search_for_a_latency(nmfx: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow_baseline(*args: Any, **kwargs: Any) -> Latency:  # a busy machine must not decide whether the target is in reach
+        found = measure_latency(*args, **kwargs)
+        return dataclasses.replace(found, baseline=4 * (found.dense + found.rest))
+
+    monkeypatch.setattr("nmfx.cli.latency.measure_latency", slow_baseline)
+    nmfx("convert", "digits")
+    out, _ = nmfx("search", "--target-latency", "2x", "--m", "8", "--latency-batch", "2")
+    found = re.search(r"latency: (\S+) ms the best dense run, (\S+) ms wanted, (\S+) ms predicted, (\S+) ms measured", out)
+    assert found is not None
+    dense, wanted, *_ = map(float, found.groups())
+    assert wanted <= dense
+    assert "budget: latency" in Path("digits.nmfx/scheme.yaml").read_text()
+    _, err = nmfx("search", "--target-latency", "10000x", "--force", fails=True)
+    assert re.search(r"out of reach: with the sparsest patterns it would take \S+ ms, \S+x", err)
+
+
+def test_prices_never_rise_as_weights_are_dropped() -> None:
+    model, data = load_demo(trained=True), open_data("digits")
+    x = torch.as_tensor(data.train.pictures[:2]).float().reshape(2, 1, 8, 8)
+    sites = library.find_sites(model, x)
+    problem = pose(sites, target=0.0, m=16)
+    offered = {s.name: {p: problem.grouping(i, p) for p in problem.options[i]} for i, s in enumerate(sites)}
+    latency = measure_latency(model, offered, x)
+    assert latency.prices.keys() == {site.name for site in sites}
+    assert latency.rest >= 0
+    assert latency.baseline > 0
+    for price in latency.prices.values():
+        ordered = [price[p] for p in sorted(price, key=lambda p: p.density)]
+        assert ordered == sorted(ordered)
+    everything = {name: min(price, key=lambda p: p.density) for name, price in latency.prices.items()}
+    assert latency.predict(everything) <= latency.predict({}) == pytest.approx((latency.dense + latency.rest) / 1e9)
+    assert latency.adjusted(1.0, everything).predict(everything) == pytest.approx(1.0)
+    assert Pattern.DENSE in next(iter(latency.prices.values()))
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["digits.nmfx"], "has no scheme yet; run `nmfx search digits.nmfx` first"),
+        (["digits.nmfx", "--batch", "1,x"], "--batch 1,x: expected whole numbers"),
+        (["nowhere.safetensors"], "no such file"),
+        (["resnet5000"], "resnet5000"),
+        (["digits", "--figure", "a.bmp"], "a.bmp"),
+        (["digits.nmfx/weights.safetensors"], "plain weights; bench takes a compressed checkpoint"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_cannot_be_timed(argv: list[str], message: str, nmfx: Run) -> None:
+    nmfx("convert", "digits")
+    _, err = nmfx("bench", *argv, fails=True)
+    assert message in err
