@@ -19,6 +19,7 @@ from nmfx.search.finder import SearchResult
 from nmfx.search.problem import pose
 
 ROUNDS = 4  # searches, each with what the one before it measured
+NEAR = 0.05  # of the predicted time: near enough to stop
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ def search(
     question: Mapping[str, Any],
     find: Callable[..., SearchResult],
 ) -> Reached:
-    """Measure, search, measure the result, and search again with the difference until it is fast enough.
+    """Measure, search, measure the result, and search again with the difference; of those fast enough, the one that keeps most.
 
     Args:
         pictures: a batch of the size to be fast for.
@@ -56,16 +57,18 @@ def search(
     groupings = {site.name: {p: problem.grouping(i, p) for p in options} for i, (site, options) in enumerate(offered)}
     with advancing("timing every pattern of every site") as advance:
         latency = measure_latency(model, groupings, pictures, progress=advance)
-    wanted = float(share) * latency.baseline / NANO
-    for _ in range(ROUNDS):
+    dense, wanted, tries = latency.baseline / NANO, float(share) * latency.baseline / NANO, list[Reached]()
+    while len(tries) < ROUNDS:
         result = find(target=_target(latency, share), budget="latency", latency=latency.prices, **question)
         predicted = latency.predict(result.scheme)
         with working("measuring the result"):
             measured = measured_seconds(transform(model, result.scheme, sites=sites), pictures)
-        if measured <= wanted:
+        tries.append(Reached(result, dense, wanted, predicted, measured))
+        if measured <= wanted and abs(measured / predicted - 1) <= NEAR:
             break
-        latency = latency.adjusted(measured, result.scheme)
-    return Reached(result, latency.baseline / NANO, wanted, predicted, measured)
+        latency = latency.adjusted(measured, result.scheme)  # what the table does not know: caches that are cold in between
+    fast = [one for one in tries if one.measured <= wanted]
+    return max(fast, key=lambda one: one.result.totals.kept) if fast else min(tries, key=lambda one: one.measured)
 
 
 def _target(latency: Latency, share: Fraction) -> Fraction:
