@@ -57,9 +57,9 @@ def lite0() -> nn.Module:
 CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "resnet50 0.9375 uniform 2:32": (resnet50, {"target": 0.9375, "m": 32, "method": "uniform"}),
     "resnet50 0.9375 N:32": (resnet50, {"target": 0.9375, "m": 32}),
-    "resnet50 0.9375 N:32, 10x fewer MACs": (resnet50, {"limits": {"params": 0.0625, "macs": "10x"}, "m": 32}),
+    "resnet50 0.9375 N:32, 14x fewer MACs": (resnet50, {"limits": {"params": 0.0625, "macs": "14x"}, "m": 32}),
     "resnet50 0.875 N:16": (resnet50, {"target": 0.875, "m": 16}),
-    "resnet50 0.875 N:16, 6x fewer MACs": (resnet50, {"limits": {"params": 0.125, "macs": "6x"}, "m": 16}),
+    "resnet50 0.875 N:16, 8x fewer MACs": (resnet50, {"limits": {"params": 0.125, "macs": "8x"}, "m": 16}),
     "efficientnet_lite0 0.875 uniform 2:16": (lite0, {"pattern": "2:16"}),
     "vit_base_patch16_224 0.875": (lambda: timm.create_model("vit_base_patch16_224"), {"target": 0.875, "m": 16}),
 }
