@@ -12,6 +12,7 @@
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -31,6 +32,7 @@ typedef float vec __attribute__((vector_size(VL * 4)));
 typedef float loose __attribute__((vector_size(VL * 4), aligned(4), may_alias));
 typedef float tight __attribute__((vector_size(VL * 4), may_alias));
 typedef float quad __attribute__((vector_size(16), aligned(4), may_alias));
+static_assert(std::endian::native == std::endian::little, "column numbers are read four at a time");
 constexpr int64_t SLACK = 64;  // floats that whole-vector copies may write past the end
 
 inline vec load(const float* p) { return *reinterpret_cast<const loose*>(p); }
