@@ -59,7 +59,13 @@ def search(
         latency = measure_latency(model, groupings, pictures, progress=advance)
     dense, wanted, tries = latency.baseline / NANO, float(share) * latency.baseline / NANO, list[Reached]()
     while len(tries) < ROUNDS:
-        result = find(target=_target(latency, share), budget="latency", latency=latency.prices, **question)
+        try:
+            goal = _target(latency, share)
+        except SearchError:
+            if not tries:
+                raise
+            break  # what was measured says that it is out of reach: the fastest found is told with its time
+        result = find(target=goal, budget="latency", latency=latency.prices, **question)
         predicted = latency.predict(result.scheme)
         with working("measuring the result"):
             measured = measured_seconds(transform(model, result.scheme, sites=sites), pictures)
