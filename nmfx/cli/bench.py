@@ -115,16 +115,19 @@ def _show(found: Bench, label: str, args: Namespace) -> None:
     out = output()
     combinations = list(found.choices)
     table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("median ms (fastest-slowest)")
+    narrow = out.width < 100
+    out.print(f"milliseconds a batch, median{'' if narrow else ' (fastest-slowest)'} of {args.turns} turns", style="bold")
+    table.add_column("", no_wrap=True)
     for batch, threads in combinations:
         table.add_column(f"batch {batch}, {threads} thread{'s' * (threads > 1)}", justify="right")
     for engine in dict.fromkeys(one.engine for one in found.timings):
         cells = []
         for batch, threads in combinations:
             one = found.of(engine, batch, threads)
-            cells.append("-" if one is None else f"{_ms(one.median)} ({_ms(one.spread[0])}-{_ms(one.spread[1])})")
+            spread = "" if narrow or one is None else f" ({_ms(one.spread[0])}-{_ms(one.spread[1])})"
+            cells.append("-" if one is None else f"{_ms(one.median)}{spread}")
         table.add_row(engine, *cells, style="bold green" if engine == NMFX else "")
-    table.add_row("nmfx against the best dense", *(f"{found.speedup(*one):.2f}x" for one in combinations))
+    table.add_row("nmfx, times best dense", *(f"{found.speedup(*one):.2f}x" for one in combinations))
     out.print(table)
     for engine, reason in found.missing.items():
         out.print(f"no {engine}: {reason}", soft_wrap=True)

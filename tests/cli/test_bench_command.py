@@ -47,7 +47,7 @@ def test_bench_of_a_work_directory_and_of_a_checkpoint(work: Path, nmfx: Run) ->
     rows = {match[1]: match[2] for match in re.finditer(r"^(\S[^(\n]*?)  +(\S.*)$", out, re.M)}
     engines = ["PyTorch", "PyTorch, channels last", "torch.compile, frozen", "ONNX Runtime", "masked, eager", "nmfx"]
     assert [name for name in rows if name in engines] == engines
-    assert len(re.findall(r"\d+\.\d\dx", rows["nmfx against the best dense"])) == 2
+    assert len(re.findall(r"\d+\.\d\dx", rows["nmfx, times best dense"])) == 2
     difference = re.search(r"differ from the masked model's by (\S+) of", out)
     assert difference is not None
     assert float(difference[1]) < 1e-5
