@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_map
 
 from nmfx.errors import ModelError, NmfxError
 from nmfx.graph.modes import keep_modes
@@ -87,12 +88,8 @@ class CompiledModel(nn.Module):
 
 
 def _joined(parts: list[Any]) -> Any:
-    first = parts[0]
-    if isinstance(first, Tensor):
-        return torch.cat(parts)
-    if isinstance(first, dict):
-        return type(first)((key, _joined([part[key] for part in parts])) for key in first)
-    return type(first)(_joined(list(column)) for column in zip(*parts, strict=True))
+    """Outputs of several passes as those of one: tensors joined along the batch, whatever holds them."""
+    return tree_map(lambda *each: torch.cat(each) if isinstance(each[0], Tensor) else each[0], parts[0], *parts[1:])
 
 
 def compile(

@@ -154,6 +154,23 @@ def test_awkward_modules() -> None:
         close(found[key], wanted[key])
 
 
+def test_outputs_of_any_kind_are_joined() -> None:
+    class Several(Odd):
+        def forward(self, x: Tensor) -> tuple[Tensor, None, dict[str, list[Tensor]]]:
+            y = self.third(self.norm(self.first(x)))
+            return y.mean((2, 3)), None, {"maps": [y, y + 1]}
+
+    torch.manual_seed(0)
+    model, x = settled(Several()), torch.randn(5, 3, 9, 9)
+    compiled = nmfx.compile(model, x[:2], batch=2)
+    with torch.no_grad():
+        found, wanted = compiled(x), model(x)
+    assert found[1] is None
+    close(found[0], wanted[0])
+    for one, other in zip(found[2]["maps"], wanted[2]["maps"], strict=True):
+        close(one, other)
+
+
 def test_the_model_is_left_alone_and_its_later_changes_are_its_own() -> None:
     torch.manual_seed(0)
     model, x = settled(Odd()).train(), torch.randn(3, 3, 17, 23)
