@@ -74,11 +74,8 @@ def test_search_for_a_latency(nmfx: Run, monkeypatch: pytest.MonkeyPatch) -> Non
     assert wanted <= dense
     assert "budget: latency" in Path("digits.nmfx/scheme.yaml").read_text()
     monkeypatch.setattr("nmfx.cli.latency.measured_seconds", lambda *args: 1.0)  # a second: no scheme will do
-    out, _ = nmfx("search", "--target-latency", "2x", "--force")
-    assert "not reached" in out
-    assert "1000.00 ms measured" in out
-    _, err = nmfx("search", "--target-latency", "10000x", "--force", fails=True)
-    assert re.search(r"out of reach: with the sparsest patterns it would take \S+ ms, \S+x", err)
+    _, err = nmfx("search", "--target-latency", "2x", "--force", fails=True)
+    assert re.search(r"out of reach: with the sparsest patterns it takes 1e\+03 ms, 0.00x", err)
 
 
 def test_prices_never_rise_as_weights_are_dropped() -> None:
