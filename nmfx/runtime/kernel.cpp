@@ -69,6 +69,17 @@ inline void split(const float* from, int64_t n, float* even, float* odd) {
   }
 }
 
+// A row with `pad` zeros before it: the columns of one phase of the stride after the other, `size` floats apart.
+inline void spread(const float* from, int64_t n, int64_t stride, int64_t pad, float* to, int64_t size) {
+  if (stride == 1) {
+    copy_exact(to + pad, from, n);
+  } else if (stride == 2) {
+    split(from, n, to + (pad & 1) * size + pad / 2, to + (1 - (pad & 1)) * size + (pad + 1) / 2);
+  } else {
+    for (int64_t i = 0; i < n; ++i) to[(i + pad) % stride * size + (i + pad) / stride] = from[i];
+  }
+}
+
 // Kept weights of `rows` output rows, chunk after chunk of `chunk` columns: pointers[c * rows + r] is where those of row r begin.
 // A column is (input channel, kernel row, kernel column), as PyTorch flattens them; its number counts from its chunk's start.
 struct Weights {
@@ -101,7 +112,7 @@ struct Room {
 };
 thread_local Room packed_room, sums_room, plane_room;
 
-// sums[r][tile] (+)= the kept weights of chunk c of row r times their rows of `packed`. `Last` rows leave through `leave`.
+// sums[r][tile] (+)= the kept weights of chunk c of row r times their rows of `packed`; after the last chunk, rows go to `leave`.
 template <int NV, class Leave>
 inline void multiply(const Weights& w, const float* packed, float* sums, const float* bias, int64_t c, int64_t first,
                      int64_t last, const Leave& leave) {
@@ -175,7 +186,8 @@ inline int64_t multiply_rows(const Weights& w, const float* packed, float* sums,
 template <int NV, class Leave>
 inline void multiply_dense(const Weights& w, const float* packed, float* sums, const float* bias, int64_t c, int64_t first,
                            int64_t last, const Leave& leave) {
-  constexpr int R = (VL == 16 ? 24 : 12) / NV < 1 ? 1 : (VL == 16 ? 24 : 12) / NV > 8 ? 8 : (VL == 16 ? 24 : 12) / NV;
+  constexpr int REGISTERS = VL == 16 ? 24 : 12;  // for sums
+  constexpr int R = std::clamp(REGISTERS / NV, 1, 8);
   const int64_t r = multiply_rows<NV, R>(w, packed, sums, bias, c, first, first, last, leave);
   multiply_rows<NV, 1>(w, packed, sums, bias, c, first, r, last, leave);
 }
@@ -369,14 +381,7 @@ struct Halo {
       const int64_t row = shown * s.sh + i - s.ph;
       if (row < 0 || row >= s.h) continue;  // stays zero
       float* line = to + (i % s.sh * s.sw) * size + i / s.sh * pitch;
-      const float* source = plane + row * s.w;
-      if (s.sw == 1) {
-        copy_exact(line + s.pw, source, s.w);
-      } else if (s.sw == 2) {
-        split(source, s.w, line + (s.pw & 1) * size + s.pw / 2, line + (1 - (s.pw & 1)) * size + (s.pw + 1) / 2);
-      } else {
-        for (int64_t x = 0; x < s.w; ++x) line[(x + s.pw) % s.sw * size + (x + s.pw) / s.sw] = source[x];
-      }
+      spread(plane + row * s.w, s.w, s.sw, s.pw, line, size);
     }
   }
 };
@@ -491,7 +496,6 @@ void project(const float* x, int64_t tokens, const Weights& w, const float* bias
 
 // --- operators
 
-
 void check(bool holds, const char* expected) { TORCH_CHECK(holds, "nmfx runtime: expected ", expected); }
 
 // Weights of a group; each has its own rows, chunks and pointers, one group behind the other.
@@ -512,6 +516,23 @@ const float* bias_of(const std::optional<at::Tensor>& bias, int64_t rows) {
   return bias->const_data_ptr<float>();
 }
 
+Shape shape_of(const at::Tensor& x, int64_t groups, at::IntArrayRef kernel, at::IntArrayRef stride, at::IntArrayRef padding,
+               at::IntArrayRef dilation) {
+  Shape s{x.size(0), x.size(1) / groups, x.size(2), x.size(3), 0, 0, kernel[0], kernel[1], stride[0], stride[1],
+          padding[0], padding[1], dilation[0], dilation[1]};
+  s.oh = (s.h + 2 * s.ph - s.dh * (s.kh - 1) - 1) / s.sh + 1;
+  s.ow = (s.w + 2 * s.pw - s.dw * (s.kw - 1) - 1) / s.sw + 1;
+  check(s.oh > 0 && s.ow > 0, "pictures no smaller than the kernel");
+  return s;
+}
+
+// The residual as the output is laid out; undefined when there is none.
+at::Tensor residual_of(const std::optional<at::Tensor>& residual, const at::Tensor& y) {
+  if (!residual) return {};
+  check(residual->sizes() == y.sizes() && residual->scalar_type() == at::kFloat, "a residual of the output's shape");
+  return residual->contiguous();
+}
+
 at::Tensor sparse_conv2d(const at::Tensor& input, const at::Tensor& values, const at::Tensor& columns,
                          const at::Tensor& pointers, const std::optional<at::Tensor>& bias,
                          const std::optional<at::Tensor>& residual, int64_t out_channels, at::IntArrayRef kernel,
@@ -521,17 +542,9 @@ at::Tensor sparse_conv2d(const at::Tensor& input, const at::Tensor& values, cons
   check(input.dim() == 4 && input.scalar_type() == at::kFloat, "float32 pictures (batch, channels, height, width)");
   check(input.size(1) % groups == 0 && out_channels % groups == 0, "channels that divide by the groups");
   const at::Tensor x = input.contiguous();
-  Shape s{x.size(0), x.size(1) / groups, x.size(2), x.size(3), 0, 0, kernel[0], kernel[1], stride[0], stride[1],
-          padding[0], padding[1], dilation[0], dilation[1]};
-  s.oh = (s.h + 2 * s.ph - s.dh * (s.kh - 1) - 1) / s.sh + 1;
-  s.ow = (s.w + 2 * s.pw - s.dw * (s.kw - 1) - 1) / s.sw + 1;
-  check(s.oh > 0 && s.ow > 0, "pictures no smaller than the kernel");
+  const Shape s = shape_of(x, groups, kernel, stride, padding, dilation);
   at::Tensor y = at::empty({s.n, out_channels, s.oh, s.ow}, x.options());
-  at::Tensor added;
-  if (residual) {
-    check(residual->sizes() == y.sizes() && residual->scalar_type() == at::kFloat, "a residual of the output's shape");
-    added = residual->contiguous();
-  }
+  const at::Tensor added = residual_of(residual, y);
   const Clamp limits{static_cast<float>(low), static_cast<float>(high)};
   const float* start = bias_of(bias, out_channels);
   const int64_t rows = out_channels / groups;
@@ -552,17 +565,10 @@ at::Tensor depthwise_conv2d(const at::Tensor& input, const at::Tensor& weight, c
   check(weight.dim() == 4 && weight.scalar_type() == at::kFloat && weight.size(0) == input.size(1) && weight.size(1) == 1,
         "a float32 weight (channels, 1, height, width)");
   const at::Tensor x = input.contiguous(), kernels = weight.contiguous();
-  Shape s{x.size(0), 1, x.size(2), x.size(3), 0, 0, kernels.size(2), kernels.size(3), stride[0], stride[1],
-          padding[0], padding[1], dilation[0], dilation[1]};
-  s.oh = (s.h + 2 * s.ph - s.dh * (s.kh - 1) - 1) / s.sh + 1;
-  s.ow = (s.w + 2 * s.pw - s.dw * (s.kw - 1) - 1) / s.sw + 1;
-  check(s.oh > 0 && s.ow > 0, "pictures no smaller than the kernel");
+  const Shape s = shape_of(x, x.size(1), kernels.sizes().slice(2), stride, padding, dilation);
   const int64_t channels = x.size(1), plane = s.oh * s.ow, taps = s.kh * s.kw;
-  at::Tensor y = at::empty({s.n, channels, s.oh, s.ow}, x.options()), added;
-  if (residual) {
-    check(residual->sizes() == y.sizes() && residual->scalar_type() == at::kFloat, "a residual of the output's shape");
-    added = residual->contiguous();
-  }
+  at::Tensor y = at::empty({s.n, channels, s.oh, s.ow}, x.options());
+  const at::Tensor added = residual_of(residual, y);
   const Clamp limits{static_cast<float>(low), static_cast<float>(high)};
   const float *from = x.const_data_ptr<float>(), *weights = kernels.const_data_ptr<float>(), *start = bias_of(bias, channels);
   const float* extra = added.defined() ? added.const_data_ptr<float>() : nullptr;
@@ -628,7 +634,7 @@ at::Tensor max_pool2d(const at::Tensor& input, at::IntArrayRef kernel, at::IntAr
   at::parallel_for(0, x.size(0) * x.size(1), 1, [&](int64_t begin, int64_t end) {
     const int64_t lines = (w + VL) + phase * sw + SLACK;
     float* highest = plane_room.get(lines);  // the largest of kh rows
-    float* phases = highest + (w + VL) / VL * VL;  // the same with its padding, the columns of one phase of the stride after the other
+    float* phases = highest + (w + VL) / VL * VL;  // the same, spread
     std::fill(phases, phases + phase * sw + SLACK / 2, -INFINITY);
     for (int64_t plane = begin; plane < end; ++plane) {
       for (int64_t row = 0; row < oh; ++row) {
@@ -648,13 +654,7 @@ at::Tensor max_pool2d(const at::Tensor& input, at::IntArrayRef kernel, at::IntAr
           }
           highest[i] = v;
         }
-        if (sw == 1) {
-          copy_exact(phases + pw, highest, w);
-        } else if (sw == 2) {
-          split(highest, w, phases + (pw & 1) * phase + pw / 2, phases + (1 - (pw & 1)) * phase + (pw + 1) / 2);
-        } else {
-          for (int64_t c = 0; c < w; ++c) phases[(c + pw) % sw * phase + (c + pw) / sw] = highest[c];
-        }
+        spread(highest, w, sw, pw, phases, phase);
         float* line = to + (plane * oh + row) * ow;
         for (int64_t c = 0; c < ow; c += VL) {
           vec v = load(phases + c);
