@@ -56,20 +56,20 @@ def _models(args: Namespace) -> tuple[nn.Module, nn.Module, Tensor, str]:
     path, size = Path(args.what), work.parse_size(args.input_size)
     if path.is_dir():
         found = work.open_work(path)
-        dense, tuned = found.load(), path / "finetune" / "model.safetensors"
+        dense, tuned = found.load(), found.tuned_path
         example = work.example_of(dense, size or found.input_size)
         if tuned.is_file() and not args.scheme:
-            return dense, load_checkpoint(tuned), _pictures(example), str(tuned)
+            return dense, load_checkpoint(tuned), work.pictures_of(example), str(tuned)
         scheme_path = Path(args.scheme) if args.scheme else found.scheme_path
         if not scheme_path.is_file():
             raise NmfxError(f"{path} has no scheme yet; run `nmfx search {path}` first")
         sites = found.sites(dense)
-        return dense, transform(dense, Scheme.load(scheme_path, sites), sites=sites), _pictures(example), f"{path}"
+        return dense, transform(dense, Scheme.load(scheme_path, sites), sites=sites), work.pictures_of(example), f"{path}"
     if path.is_file() or path.suffix == ".safetensors":
         if not is_compressed(path):
             raise NmfxError(f"{path}: plain weights; bench takes a compressed checkpoint, a work directory or a model's name")
         converted = load_checkpoint(path)
-        return bake(converted), converted, _pictures(work.example_of(converted, size)), str(path)
+        return bake(converted), converted, work.pictures_of(work.example_of(converted, size)), str(path)
     built = build_model(args.what)
     dense, example = built.model, work.example_of(built.model, size)
     sites = find_sites(dense, example)
@@ -80,13 +80,7 @@ def _models(args: Namespace) -> tuple[nn.Module, nn.Module, Tensor, str]:
             scheme = find_scheme(dense, sites=sites, target=args.target, m=args.m, method="knapsack").scheme
     if built.weights == "random":
         warn(f"{args.what} has random weights: times are right, outputs mean nothing")
-    return dense, transform(dense, scheme, sites=sites), _pictures(example), args.what
-
-
-def _pictures(example: Example) -> Tensor:
-    if len(example.args) != 1 or not isinstance(example.args[0], Tensor) or example.kwargs:
-        raise NmfxError("bench takes models of one input, a batch of pictures")
-    return example.args[0]
+    return dense, transform(dense, scheme, sites=sites), work.pictures_of(example), args.what
 
 
 @contextlib.contextmanager
@@ -134,7 +128,7 @@ def _show(found: Bench, label: str, args: Namespace) -> None:
     out.print(f"\n{label}: outputs differ from the masked model's by {found.difference:.1e} of the largest at most")
     batch, threads = combinations[-1] if not args.sites else min(combinations, key=lambda one: (one[0], -one[1]))
     choices = found.choices[batch, threads]
-    sparse = sum(one.chosen.startswith("sparse") for one in choices)
+    sparse = sum(one.is_sparse for one in choices)
     out.print(f"{sparse} of {len(choices)} sites are computed by the sparse kernel, the rest dense (--sites lists them)")
     if args.sites:
         out.print(f"\nsites, batch {batch}, {threads} threads:")

@@ -120,10 +120,8 @@ def _timed(args: Namespace, found: work.Work, model: nn.Module, sites: Sites, me
     """Under a budget of measured time."""
     if device != "cpu":
         raise NmfxError(f"--device {device}: times are measured on the CPU; say --device cpu")
-    example = found.example(model)
-    if len(example.args) != 1 or not isinstance(example.args[0], Tensor) or example.kwargs:
-        raise NmfxError("--target-latency takes models of one input, a batch of pictures")
-    pictures = example.args[0].expand(args.latency_batch, *example.args[0].shape[1:]).contiguous()
+    one = work.pictures_of(found.example(model))
+    pictures = one.expand(args.latency_batch, *one.shape[1:]).contiguous()
     question = _question(args, found.start(sites))
     for name in ("target", "budget", "limits"):
         question.pop(name)

@@ -101,6 +101,17 @@ def example_of(model: nn.Module, input_size: tuple[int, ...] | None) -> Example:
     return Example(*torch.utils._pytree.tree_map_only(torch.Tensor, fill, (example.args, example.kwargs)))
 
 
+def pictures_of(example: Example) -> torch.Tensor:
+    """The one input of a model that is to be timed.
+
+    Raises:
+        NmfxError: it takes others.
+    """
+    if len(example.args) != 1 or not isinstance(example.args[0], torch.Tensor) or example.kwargs:
+        raise NmfxError("speed is measured for models of one input, a batch of pictures")
+    return example.args[0]
+
+
 def parse_size(size: str | None) -> tuple[int, ...] | None:
     """``3x224x224`` as numbers; one number means a square colour picture.
 

@@ -14,12 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from nmfx.errors import NmfxError
-from nmfx.passes.baking import bake
 from nmfx.runtime.compiled import Choice, compile
-from nmfx.runtime.latency import freeze
+from nmfx.runtime.latency import COMPILED, dense_runs
+from nmfx.runtime.timing import Advance, ignore, part
 
 Run = Callable[[], object]
-Advance = Callable[[float, str], None]
 NMFX, MASKED = "nmfx", "masked, eager"
 TURN = 0.1  # seconds of one engine in one turn, at least; thread pools of others have gone to sleep by then
 
@@ -86,7 +85,7 @@ def bench(
     threads: tuple[int, ...] = (),
     turns: int = 15,
     onnx: Path | None = None,
-    progress: Advance | None = None,
+    progress: Advance = ignore,
 ) -> Bench:
     """Time a dense model and its converted counterpart on `example` repeated to each batch size.
 
@@ -102,9 +101,12 @@ def bench(
         for number, (batch, count) in enumerate(combinations):
             torch.set_num_threads(count)
             x = example[:1].expand(batch, *example.shape[1:]).contiguous()
-            say = _part(progress, number, len(combinations))
+            say = part(progress, number, len(combinations))
             with torch.no_grad():
-                engines = _dense_engines(dense, x, missing, say)
+                say(0.0, "compiling with torch.compile")
+                engines = dense_runs(dense, x)
+                if COMPILED not in engines:
+                    missing[COMPILED] = "it cannot compile this model"
                 if onnx is not None:
                     with _absent(missing, "ONNX Runtime"):
                         engines["ONNX Runtime"] = _onnx_engine(onnx, x, count)
@@ -136,22 +138,6 @@ def in_turns(runs: Mapping[str, Run], turns: int, progress: Advance) -> dict[str
     return {name: tuple(seconds) for name, seconds in found.items()}
 
 
-def _dense_engines(dense: nn.Module, x: Tensor, missing: dict[str, str], say: Advance) -> dict[str, Run]:
-    plain = bake(dense).eval()
-    engines: dict[str, Run] = {"PyTorch": lambda: plain(x)}
-    if x.dim() == 4:
-        last = bake(dense).eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        turned = x.contiguous(memory_format=torch.channels_last)
-        engines["PyTorch, channels last"] = lambda: last(turned)
-    say(0.0, "compiling with torch.compile")
-    frozen = freeze(dense, x)
-    if frozen is None:
-        missing["torch.compile"] = "it cannot compile this model"
-    else:
-        engines["torch.compile, frozen"] = lambda: frozen(x)
-    return engines
-
-
 def _onnx_engine(path: Path, x: Tensor, threads: int) -> Run:
     try:
         import onnxruntime
@@ -181,9 +167,3 @@ def _absent(missing: dict[str, str], name: str) -> Iterator[None]:
         yield
     except (NmfxError, RuntimeError, ValueError) as error:
         missing[name] = " ".join(str(error).split())[:200]
-
-
-def _part(progress: Advance | None, number: int, parts: int) -> Advance:
-    if progress is None:
-        return lambda share, text: None
-    return lambda share, text: progress((number + share) / parts, text)

@@ -19,11 +19,10 @@ from nmfx.runtime.building import load_kernel
 from nmfx.runtime.layers import Fused, dense_layers, sparse_layer
 from nmfx.runtime.lowering import export, lower
 from nmfx.runtime.packed import TILES
-from nmfx.runtime.timing import Times, measure
+from nmfx.runtime.timing import Advance, Times, ignore, measure, part
 
 SPARSE = "sparse"
 SPARSE_BELOW = 1.0  # density up to which the kernel is tried: it can win with all weights too, as in the stem of a ResNet
-Advance = Callable[[float, str], None]
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,6 @@ class Choice:
         name: the weight's.
         shape: of the weight.
         kept: weights that are not zero.
-        macs: multiply-adds of a dense weight, for one sample.
         dense, sparse: seconds of the fastest dense and sparse way for one pass; `sparse` is None where it was not tried.
         chosen: ``dense``, ``dense, channels last``, ``dense, depthwise``, or ``sparse CHUNKxVECTORS``.
     """
@@ -42,15 +40,19 @@ class Choice:
     name: str
     shape: tuple[int, ...]
     kept: int
-    macs: int
     dense: float
     sparse: float | None
     chosen: str
 
     @property
+    def is_sparse(self) -> bool:
+        """Whether the sparse kernel was chosen."""
+        return self.chosen.startswith(SPARSE)
+
+    @property
     def seconds(self) -> float:
         """Of what was chosen."""
-        return self.sparse if self.sparse is not None and self.chosen.startswith(SPARSE) else self.dense
+        return self.sparse if self.sparse is not None and self.is_sparse else self.dense
 
 
 class CompiledModel(nn.Module):
@@ -92,9 +94,7 @@ def _joined(parts: list[Any]) -> Any:
     return tree_map(lambda *each: torch.cat(each) if isinstance(each[0], Tensor) else each[0], parts[0], *parts[1:])
 
 
-def compile(
-    model: nn.Module, example_input: Tensor, *, batch: int | None = None, progress: Advance | None = None
-) -> CompiledModel:
+def compile(model: nn.Module, example_input: Tensor, *, batch: int | None = None, progress: Advance = ignore) -> CompiledModel:
     """Lower a converted, baked or plain model for this machine.
 
     Every convolution and linear layer is fused with its batch norm, residual and clamp, and computed by PyTorch's dense
@@ -122,7 +122,7 @@ def compile(
     found = []
     times = Times()
     for number, size in enumerate(sizes):
-        report = None if progress is None else _part(progress, number, len(sizes))
+        report = part(progress, number, len(sizes))
         mine = graph if number + 1 == len(sizes) else _twin(graph)
         choices = choose(mine, sites, example[:size], times, sparse=not kernel, progress=report)
         found.append(CompiledModel(mine, choices, size, free, kernel))
@@ -133,13 +133,9 @@ def compile(
     return found[min(range(len(found)), key=lambda index: took[str(index)])]
 
 
-def _part(progress: Advance, number: int, parts: int) -> Advance:
-    return lambda share, name: progress((number + share) / parts, name)
-
-
 def _twin(graph: fx.GraphModule) -> fx.GraphModule:
     """The same graph over the same tensors, with sites of its own."""
-    return copy.copy(fx.GraphModule(graph, copy.deepcopy(graph.graph)))
+    return fx.GraphModule(graph, copy.deepcopy(graph.graph))
 
 
 def choose(
@@ -149,13 +145,12 @@ def choose(
     times: Times,
     *,
     sparse: bool = True,
-    progress: Advance | None = None,
+    progress: Advance = ignore,
 ) -> tuple[Choice, ...]:
     """Put a layer into every site of a lowered graph: the fastest for the example."""
     seen, choices = inputs_of(graph, sites, example), []
     for index, (node, fused) in enumerate(sites):
-        if progress is not None:
-            progress(index / len(sites), fused.name)
+        progress(index / len(sites), fused.name)
         choice = time_site(fused, seen[str(node.target)], times, sparse=sparse)
         graph.add_submodule(str(node.target), layer_for(fused, choice.chosen))
         choices.append(choice)
@@ -178,7 +173,6 @@ def inputs_of(graph: fx.GraphModule, sites: list[tuple[fx.Node, Fused]], example
 def time_site(fused: Fused, inputs: tuple[Tensor, ...], times: Times, *, sparse: bool = True) -> Choice:
     """Time the ways to compute a site on these inputs, and choose."""
     kept, dense = fused.kept, dense_layers(fused)
-    positions = next(iter(dense.values()))(*inputs).numel() // fused.weight.shape[0]
     tiles = [tile for tile in TILES if tile[0] < 2 * fused.weight[0].numel() or tile == TILES[0]]
     if not sparse or fused.depthwise or kept > SPARSE_BELOW * fused.weight.numel():
         tiles = []
@@ -196,7 +190,6 @@ def time_site(fused: Fused, inputs: tuple[Tensor, ...], times: Times, *, sparse:
         name=fused.name,
         shape=tuple(fused.weight.shape),
         kept=kept,
-        macs=positions * fused.weight.numel() // len(inputs[0]),
         dense=min(took[name] for name in dense),
         sparse=min((took[name] for name in ways), default=None),
         chosen=min(took, key=lambda name: took[name]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -13,13 +14,13 @@ from nmfx.runtime.building import load_kernel, quiet
 from nmfx.runtime.compiled import CompiledModel, choose, compile, inputs_of, time_site
 from nmfx.runtime.layers import Fused
 from nmfx.runtime.lowering import export, lower
-from nmfx.runtime.timing import Times, measure
+from nmfx.runtime.timing import Advance, Times, ignore, measure
 from nmfx.sparsity.layout import Grouping
 from nmfx.sparsity.mask import make_mask
 from nmfx.sparsity.pattern import Pattern
 
-Advance = Callable[[float, str], None]
 NANO = 1_000_000_000
+COMPILED = "torch.compile, frozen"
 
 
 @dataclass(frozen=True)
@@ -30,14 +31,12 @@ class Latency:
         prices: nanoseconds of a site under each of its patterns, dense among them; never rising as weights are dropped, since
             the runtime takes the dense operator where that is faster.
         rest: nanoseconds of all that is between the sites.
-        baseline: nanoseconds of the best dense run (see `dense_baseline`).
-        batch: samples of the pass.
+        baseline: nanoseconds of the best dense run: of `dense_runs`, and lowered by nmfx.
     """
 
     prices: Mapping[str, Mapping[Pattern, int]] = field(repr=False)
     rest: int
     baseline: int
-    batch: int
 
     @property
     def dense(self) -> int:
@@ -54,19 +53,17 @@ class Latency:
         return replace(self, rest=self.rest + round((measured - self.predict(patterns)) * NANO))
 
 
-def dense_baseline(model: nn.Module, example: Tensor) -> float:
-    """Seconds of the fastest dense run of a model: eager, channels last, compiled with frozen weights, or lowered by nmfx."""
+def dense_runs(model: nn.Module, example: Tensor) -> dict[str, Callable[[], object]]:
+    """The ways of PyTorch to run a dense model on an example: eager, channels last, and compiled with frozen weights."""
     plain = bake(model).eval()
-    runs: dict[str, Callable[[], object]] = {"eager": lambda: plain(example)}
+    runs: dict[str, Callable[[], object]] = {"PyTorch": partial(plain, example)}
     if example.dim() == 4:
         last = bake(model).eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        turned = example.contiguous(memory_format=torch.channels_last)
-        runs["channels last"] = lambda: last(turned)
-    with torch.no_grad():
-        frozen = freeze(model, example)
-        if frozen is not None:
-            runs["compiled"] = lambda: frozen(example)
-        return min(measure(runs, rounds=11).values())
+        runs["PyTorch, channels last"] = partial(last, example.contiguous(memory_format=torch.channels_last))
+    frozen = freeze(model, example)
+    if frozen is not None:
+        runs[COMPILED] = partial(frozen, example)
+    return runs
 
 
 def freeze(model: nn.Module, example: Tensor) -> Callable[[Tensor], object] | None:
@@ -89,26 +86,24 @@ def measure_latency(
     groupings: Mapping[str, Mapping[Pattern, Grouping]],
     example: Tensor,
     *,
-    batch: int | None = None,
-    progress: Advance | None = None,
+    progress: Advance = ignore,
 ) -> Latency:
     """Time every pattern of every site that the runtime can lower, and the rest of the network.
 
     Args:
         groupings: the patterns to time, by site, with how each divides the weight.
-        batch: samples of a pass; None is the example's.
+        example: a batch of the size to be fast for.
 
     Raises:
         ModelError: torch.export cannot follow the model.
     """
-    example, kernel, times = example[:batch] if batch else example, load_kernel(), Times()
+    kernel, times = load_kernel(), Times()
     graph, free = export(bake(model).eval(), example)
     sites = lower(graph)
     seen = inputs_of(graph, sites, example)
     prices: dict[str, dict[Pattern, int]] = {}
     for index, (node, fused) in enumerate(sites):
-        if progress is not None:
-            progress(index / len(sites), fused.name)
+        progress(index / len(sites), fused.name)
         inputs, offered = seen[str(node.target)], groupings.get(fused.name, {})
         least = round(time_site(fused, inputs, times, sparse=False).dense * NANO)
         found = {Pattern.DENSE: least}
@@ -122,7 +117,9 @@ def measure_latency(
     dense = CompiledModel(graph, choices, len(example), free, kernel)
     whole = measure({"dense": lambda: dense(example)})["dense"]
     rest = max(0, round((whole - sum(choice.seconds for choice in choices)) * NANO))
-    return Latency(prices, rest, round(min(whole, dense_baseline(model, example)) * NANO), len(example))
+    with torch.no_grad():
+        best = min(whole, *measure(dense_runs(model, example), rounds=11).values())
+    return Latency(prices, rest, round(best * NANO))
 
 
 def _price(

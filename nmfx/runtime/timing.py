@@ -16,7 +16,17 @@ from nmfx.errors import NmfxError
 from nmfx.files import write_atomic
 from nmfx.runtime.building import cache_folder, identity
 
+Advance = Callable[[float, str], None]  # told the share done, and of what
 ROUNDS, LEAST_SECONDS = 7, 0.004  # turns, and time of one candidate in a turn at least
+
+
+def ignore(share: float, what: str) -> None:
+    """An Advance for those who are not told."""
+
+
+def part(progress: Advance, number: int, parts: int) -> Advance:
+    """The Advance of one of several parts of the work."""
+    return lambda share, what: progress((number + share) / parts, what)
 
 
 def measure(candidates: Mapping[str, Callable[[], Any]], *, rounds: int = ROUNDS) -> dict[str, float]:
