@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from search_study import MARKERS, SIZE, cut, resnet20
+from search_study import SIZE, cut, put, resnet20
 from torch import nn
 
 import nmfx
@@ -162,9 +162,7 @@ def main() -> None:
     lines = Path(args.out).read_text().splitlines() if Path(args.out).exists() else []
     records = {_row(record): record for record in map(json.loads, lines)}
     if args.write:
-        page = args.write.read_text()
-        head, _, rest = page.partition(MARKERS[0])
-        args.write.write_text(f"{head}{MARKERS[0]}\n\n{tables(records)}\n\n{MARKERS[1]}{rest.partition(MARKERS[1])[2]}")
+        put(args.write, tables(records))
         return
     missing = [[row for row in tasks(seed) if row not in records] for seed in SEEDS]
     pieces = [rows[i::3] for rows in missing for i in range(3) if rows[i::3]]  # small enough to even out

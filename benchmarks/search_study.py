@@ -322,17 +322,21 @@ def _task(record: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(record[key] for key in ("network", "seed", "budget", "target", "method"))
 
 
-MARKERS = ("<!-- tables: benchmarks/search_study.py -->", "<!-- end of tables -->")
+MARKERS = ("<!-- tables: ", "<!-- end of tables -->")
 
 
 def write(records: list[dict[str, Any]], path: Path) -> None:
     """The tables, between the markers of a page, and a figure of the fine-tuned accuracies beside it."""
     for network in ("resnet20", "vit"):
         draw(records, network, path.with_name(f"{path.stem}-{network}.svg"))
-    page = path.read_text()
-    head, _, rest = page.partition(MARKERS[0])
-    tail = rest.partition(MARKERS[1])[2]
-    path.write_text(head + MARKERS[0] + "\n\n" + "\n".join(tables(records)) + "\n\n" + MARKERS[1] + tail)
+    put(path, "\n".join(tables(records)))
+
+
+def put(path: Path, text: str) -> None:
+    """Tables into a page, between its two markers; the first one says who made them."""
+    head, begin, rest = path.read_text().partition(MARKERS[0])
+    name, _, rest = rest.partition("\n")
+    path.write_text(f"{head}{begin}{name}\n\n{text}\n\n{MARKERS[1]}{rest.partition(MARKERS[1])[2]}")
 
 
 def draw(records: list[dict[str, Any]], network: str, path: Path) -> None:
