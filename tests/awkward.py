@@ -347,6 +347,29 @@ class Buffered(nn.Module):
         return self.fc(x) + self.shift
 
 
+class Mixed(nn.Module):
+    """Under FSDP: one entry of each kind that cannot be shared out by itself, and those that can."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        common = nn.Linear(8, 8)
+        self.shared = nn.ModuleList([nn.Sequential(common, nn.ReLU()), nn.Sequential(common)])  # a module in two entries
+        self.tied = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)])
+        self.tied[0].weight = self.tied[1].weight
+        self.read = nn.ModuleList([nn.Linear(8, 8)])  # its weight alone is used
+        self.twice = nn.Sequential(nn.Linear(8, 8))
+        self.recurrent = nn.ModuleList([nn.LSTM(8, 8, batch_first=True)])
+        self.own = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Sequential(nn.Linear(8, 8), nn.ReLU()))
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.flatten(1)[:, :8]
+        for part in (*self.shared, *self.tied, self.twice, self.twice, self.own):
+            x = part(x) + x
+        x = nn.functional.linear(x, self.read[0].weight)
+        return self.head(self.recurrent[0](x[:, None])[0][:, 0])
+
+
 def _dim_net(dim: int) -> nn.Module:
     convolution = {1: nn.Conv1d, 3: nn.Conv3d}[dim]
     return nn.Sequential(convolution(4, 8, 3, padding=1), nn.ReLU(), convolution(8, 4, 1))

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from awkward import Mixed
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -17,18 +18,21 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import nmfx
+from nmfx.graph.parallel import find_units, shard
 
 
-def make_model() -> nn.Module:
+def make_model(kind: str) -> nn.Module:
     """A little network without batch statistics, so that two halves of a batch make the whole."""
     torch.manual_seed(0)
+    if kind == "mixed":
+        return Mixed()
     layers = (nn.Conv2d(3, 16, 3), nn.GroupNorm(4, 16), nn.ReLU(), nn.Conv2d(16, 32, 3), nn.Flatten(), nn.Linear(32 * 16, 5))
     return nn.Sequential(*layers)
 
 
-def converted(decay: float | None) -> nn.Module:
+def converted(kind: str, decay: float | None) -> nn.Module:
     settings = {"training": "fixed"} if decay is None else {"decay": decay}
-    return nmfx.transform(make_model(), "2:4", example_input=torch.zeros(1, 3, 8, 8), **settings)
+    return nmfx.transform(make_model(kind), "2:4", example_input=torch.zeros(1, 3, 8, 8), **settings)
 
 
 def batch() -> tuple[Tensor, Tensor]:
@@ -57,10 +61,19 @@ def fsdp(model: nn.Module) -> nn.Module:
     return model
 
 
-def worker(rank: int, folder: str, wrap: Callable[[nn.Module], nn.Module], decay: float | None) -> None:
+def by_units(model: nn.Module) -> nn.Module:
+    """As `finetune` does it, which begins with the weights of the first process."""
+    if dist.get_rank():
+        for parameter in model.parameters():
+            nn.init.zeros_(parameter)
+    shard(model, find_units(model, torch.zeros(1, 3, 8, 8)))
+    return model
+
+
+def worker(rank: int, folder: str, wrap: Callable[[nn.Module], nn.Module], kind: str, decay: float | None) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    model = wrap(converted(decay))
+    model = wrap(converted(kind, decay))
     x, y = batch()
     train(model, x[rank::2], y[rank::2])
     whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
@@ -69,18 +82,21 @@ def worker(rank: int, folder: str, wrap: Callable[[nn.Module], nn.Module], decay
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("wrap", [ddp, fsdp])
-@pytest.mark.parametrize("decay", [None, 0.0, 0.01], ids=["fixed", "ste", "sr-ste"])
-def test_two_processes_follow_one(wrap: Callable[[nn.Module], nn.Module], decay: float | None) -> None:
-    alone = converted(decay)
+CASES = [(wrap, "chain", decay) for wrap in (ddp, fsdp) for decay in (None, 0.0, 0.01)]
+CASES += [(by_units, kind, decay) for kind in ("chain", "mixed") for decay in (None, 0.01)]
+
+
+@pytest.mark.parametrize(("wrap", "kind", "decay"), CASES)
+def test_two_processes_follow_one(wrap: Callable[[nn.Module], nn.Module], kind: str, decay: float | None) -> None:
+    alone = converted(kind, decay)
     train(alone, *batch())
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(worker, args=(folder, wrap, decay), nprocs=2)
+        mp.spawn(worker, args=(folder, wrap, kind, decay), nprocs=2)
         states = [torch.load(path, weights_only=True) for path in sorted(Path(folder).glob("*.pt"))]
     assert list(states[0]) == list(alone.state_dict())
     for key, value in alone.state_dict().items():
         assert torch.equal(states[0][key], states[-1][key])
         torch.testing.assert_close(states[0][key], value, rtol=1e-4, atol=1e-6)  # sums of halves round otherwise
-    loaded = converted(decay)
+    loaded = converted(kind, decay)
     loaded.load_state_dict(states[0])
     nmfx.verify(loaded)

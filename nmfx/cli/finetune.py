@@ -98,6 +98,7 @@ def _settings(args: Namespace) -> Settings:
         channels_last=args.channels_last,
         accumulate=args.accumulate,
         compile=args.compile or "",
+        parallel="fsdp" if args.fsdp else "ddp",
         ema=args.ema,
         clip_grad=args.clip_grad,
         distill=args.distill,

@@ -195,6 +195,7 @@ def _add_training(parser: argparse._ArgumentGroup) -> None:
     parser.add_argument("--amp", choices=("none", "bf16"), default="none", help="bf16: compute in bfloat16 where it is safe")
     parser.add_argument("--channels-last", action="store_true", help="lay pictures and weights out with channels last")
     parser.add_argument("--accumulate", type=int, default=1, metavar="K", help="cut each batch into K passes (default: 1)")
+    parser.add_argument("--fsdp", action="store_true", help="share weights and optimiser state out over torchrun's processes")
     parser.add_argument("--compile", nargs="?", const="inductor", metavar="BACKEND", help="torch.compile (inductor)")
     parser.add_argument(
         "--ema", type=float, default=0.0, metavar="DECAY", help="average the weights, as in 0.9998 (default: 0)"

@@ -52,6 +52,7 @@ def _masked_class(base: type[nn.Module], attrs: tuple[str, ...]) -> type[nn.Modu
         body["_flat_weights"] = property(
             lambda self: [getattr(self, name, None) for name in self._flat_weights_names], lambda self, value: None
         )
+        body["__setattr__"] = nn.Module.__setattr__  # its own would read that list, and mask what FSDP is about to put there
     # fx takes modules for leaves by their class's __module__: a masked convolution is as much a leaf as a plain one.
     body |= {"__module__": base.__module__, "__reduce_ex__": reduce, "_plain_class": base, "_masked_attrs": attrs}
     return type(f"Masked{base.__name__}", (base,), body)
@@ -145,7 +146,8 @@ class MaskedSite:
     @property
     def mask(self) -> Tensor:
         """The mask as of the current weights: bool, true = kept."""
-        getattr(self.owner, self.attr)  # refreshes the mask when the weight has changed
+        if not self.spec.frozen:
+            getattr(self.owner, self.attr)  # refreshes the mask when the weight has changed
         return cast(Tensor, self.owner._buffers[mask_name(self.attr)])
 
 

@@ -29,6 +29,8 @@ class Settings:
             evaluated, kept as the best, and left in the model.
         clip_grad: largest norm of the gradient, SR-STE's decay included.
         distill, temperature: ``(1 - distill) * loss + distill * T^2 * KL(teacher / T, model / T)``.
+        parallel: under several processes, ``ddp`` keeps all weights in each; ``fsdp`` shares weights, gradients, optimiser
+            state and moving average out (`fully_shard`), gathers a block while it computes, and does not lay weights out anew.
         save_seconds: time between two saves within an epoch.
     """
 
@@ -45,6 +47,7 @@ class Settings:
     channels_last: bool = False
     accumulate: int = 1
     compile: str = ""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
     ema: float = 0.0
     clip_grad: float = 0.0
     distill: float = 0.0
@@ -67,6 +70,8 @@ class Settings:
             "smoothing in 0..1": 0 <= self.smoothing < 1,
             "amp none or bf16": self.amp in ("none", "bf16"),
             "accumulate of 1 or more": self.accumulate >= 1,
+            "parallel ddp or fsdp": self.parallel in ("ddp", "fsdp"),
+            "compile without fsdp (they do not go together)": not (self.compile and self.parallel == "fsdp"),
             "ema in 0..1": 0 <= self.ema < 1,
             "clip_grad of 0 or more": self.clip_grad >= 0,
             "distill in 0..1": 0 <= self.distill <= 1,

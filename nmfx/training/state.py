@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nmfx.errors import CheckpointError
+from nmfx.graph.parallel import as_share
 from nmfx.states import Tensors, read_state, write_state
 
 KIND = "finetune"
@@ -62,13 +63,14 @@ def _shown(settings: Mapping[str, Any], name: str) -> str:
 
 
 def fill(model: nn.Module, tensors: Tensors, path: Path) -> None:
-    """Load a state dict, key for key.
+    """Load a state dict, key for key; where the model's weights are shared out, every process takes its own.
 
     Raises:
         CheckpointError: it is of another model.
     """
+    own = model.state_dict()
     try:
-        model.load_state_dict(tensors)
+        model.load_state_dict({name: as_share(value, own.get(name)) for name, value in tensors.items()})
     except RuntimeError as error:
         raise CheckpointError(f"{path}: of another model: {' '.join(str(error).split())[:300]}") from error
 
@@ -102,7 +104,8 @@ def restore_optimizer(optimizer: Optimizer, tensors: Tensors, plain: Mapping[str
     for key, value in {**tensors, **plain["numbers"]}.items():
         index, name = int(key.partition(".")[0]), key.partition(".")[2]
         if isinstance(value, Tensor) and value.shape == parameters[index].shape:  # in its parameter's memory format
-            value = torch.empty_like(parameters[index], dtype=value.dtype, requires_grad=False).copy_(value)
+            like = torch.empty_like(parameters[index], dtype=value.dtype, requires_grad=False)
+            value = like.copy_(as_share(value, like))
         whole["state"].setdefault(index, {})[name] = value
     for group, saved in zip(whole["param_groups"], plain["groups"], strict=True):
         group.update(saved)

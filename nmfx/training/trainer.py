@@ -23,9 +23,9 @@ from nmfx.data.loader import train_loader, validation_loader
 from nmfx.data.seeding import seed_of
 from nmfx.data.source import Data
 from nmfx.errors import CheckpointError, NmfxError
-from nmfx.graph.masked import masked_sites, renew
+from nmfx.graph.masked import deep_copy, masked_sites, renew
 from nmfx.graph.modes import keep_modes
-from nmfx.graph.parallel import wrap
+from nmfx.graph.parallel import find_units, gathered, shard, wrap
 from nmfx.processes import rank, summed, world
 from nmfx.states import prefixed, under
 from nmfx.training.evaluation import evaluate
@@ -61,6 +61,8 @@ def finetune(
         progress: called after every update; a KeyboardInterrupt that it raises within an epoch leaves a save behind.
 
     Under torch.distributed, started by the caller, every process takes its share of each batch and only the first one writes.
+    With ``parallel="fsdp"`` a copy is trained whose weights, gradients, optimiser state and moving average are shared out
+    (`fully_shard`); `model` itself stays whole in every process, for evaluation and to take the trained weights.
     The decay of SR-STE is averaged as gradients are, so that it means the same in any number of processes and passes. Batch
     statistics are those of each process's share, averaged after every epoch: networks that have them score within 2 points.
 
@@ -117,6 +119,7 @@ class Run:
     ) -> None:
         check_classes(data, model)
         self.model, self.settings, self.folder, self.teacher, self.identity = model, settings, folder, teacher, identity
+        self.whole = model  # what the caller gave; under FSDP `model` is a copy that is shared out
         self.device, self.at = next(model.parameters()).device, Position()
         self.lr = self.speed = 0.0  # of the last update, and pictures a second of this epoch
         config, size = config or picture_config(model, data), settings.pictures_a_pass(world())
@@ -126,15 +129,22 @@ class Run:
         self.steps = len(self.loader) // settings.accumulate
         if not self.steps:
             raise NmfxError(f"{data.name}: too few pictures for one batch of {settings.batch_size}; take smaller batches")
-        if settings.channels_last:
+        self.sharded = settings.parallel == "fsdp" and world() > 1
+        if settings.channels_last and not self.sharded:  # FSDP wants contiguous weights
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if self.sharded:
+            self.model = deep_copy(model).to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        self.ema = ModelEmaV3(self.model, settings.ema, use_warmup=True, foreach=not self.sharded) if settings.ema else None
+        if self.sharded:
+            picture = torch.zeros(1, *config.input_size, device=self.device)
+            for each in (self.model, *([] if self.ema is None else [self.ema.module])):
+                shard(each, find_units(each, picture))
         self.optimizer, self.scheduler = self._optimizer_and_scheduler()
-        self.ema = ModelEmaV3(model, settings.ema, use_warmup=True) if settings.ema else None
         if folder is not None:
             self._resume(folder)
             if int(summed(torch.tensor(self.t, device=self.device))) != self.t * world():
                 raise CheckpointError(f"{folder}: not every process sees the same {LAST}; use a folder that all of them share")
-        self.parallel = wrap(model)
+        self.parallel = self.model if self.sharded else wrap(model)
         self.forward = torch.compile(self.parallel, backend=settings.compile) if settings.compile else self.parallel
         self._schedule()
 
@@ -155,10 +165,13 @@ class Run:
         """Updates done."""
         return self.at.epoch * self.steps + self.at.step
 
-    @property
     def evaluated(self) -> nn.Module:
-        """The weights that count: the moving average where there is one."""
-        return self.model if self.ema is None else self.ema.module  # type: ignore[no-any-return]
+        """The weights that count, whole in every process: the moving average where there is one."""
+        own = self.model if self.ema is None else self.ema.module
+        if not self.sharded:
+            return own  # type: ignore[no-any-return]
+        self.whole.load_state_dict(gathered(own.state_dict()))
+        return self.whole
 
     def train_epoch(self, progress: Callable[[Progress], None] | None) -> None:
         """The rest of an epoch's updates, with a save every few minutes."""
@@ -171,17 +184,25 @@ class Run:
             self.at.step = step + 1
             now = time.perf_counter()
             self.speed = (step + 1 - first) * self.settings.batch_size / (now - start)
-            if step + 1 < self.steps and now - saved > self.settings.save_seconds:  # the last one is saved with its evaluation
-                self.save(LAST)
+            more = step + 1 < self.steps  # the last one is saved with its evaluation
+            if self._anyone(now - saved > self.settings.save_seconds) and more:
+                self.save()
                 saved = now
+            stop = False
             if progress is not None:
                 loss, lr, top1 = self.at.loss / self.at.step, self.lr, self.at.top1
                 try:
                     progress(Progress(self.at.epoch, self.settings.epochs, step, self.steps, loss, lr, self.speed, top1))
                 except KeyboardInterrupt:  # between two updates: nothing is half done
-                    if step + 1 < self.steps:
-                        self.save(LAST)
-                    raise
+                    stop = True
+            if self._anyone(stop):
+                if more:
+                    self.save()
+                raise KeyboardInterrupt
+
+    def _anyone(self, asks: bool) -> bool:
+        """Whether any process asks for something that all have to do at the same update: clocks and signals differ."""
+        return asks if world() == 1 else bool(summed(torch.tensor(int(asks), device=self.device)))
 
     def update(self, batches: Iterator[tuple[Tensor, Tensor]]) -> float:
         """One update of the weights; the mean loss over all passes and processes.
@@ -241,31 +262,34 @@ class Run:
             distribute_bn(self.model, world(), reduce=True)
             if self.ema is not None:
                 distribute_bn(self.ema.module, world(), reduce=False)
-        renew(self.evaluated)
-        found = evaluate(self.evaluated, self.validation)
+        evaluated = self.evaluated()
+        renew(evaluated)
+        found = evaluate(evaluated, self.validation)
         loss = self.at.loss / self.steps
         row = Epoch(self.at.epoch, loss, found.top1, found.top5, found.loss, self.lr, self.speed)
         best = max((epoch.top1 for epoch in self.at.log), default=-1.0)
         self.at = Position(self.at.epoch + 1, log=[*self.at.log, row])
         if row.top1 > best:
-            self.save(BEST)  # before the other, which says that it is there
-        self.save(LAST)
+            self._save_best(evaluated)  # before the other, which says that it is there
+        self.save()
         if self.folder is not None and rank() == 0:
             write_log(self.folder / LOG, self.at.log)
         return row
 
-    def save(self, name: str) -> None:
-        """Write the whole run, or for the best one the weights that were evaluated."""
-        if self.folder is None or rank() != 0:
-            return
-        if name == BEST:
-            save_state(self.folder / BEST, self.evaluated.state_dict(), asdict(self.at.log[-1]))
+    def save(self) -> None:
+        """Write the whole run; every process has to call it."""
+        if self.folder is None:
             return
         optimizer, numbers = optimizer_state(self.optimizer)
         tensors = prefixed("model", self.model.state_dict()) | prefixed("optimizer", optimizer)
-        tensors |= prefixed("mask", frozen_masks(self.model))
         tensors |= prefixed("ema", self.ema.module.state_dict()) if self.ema is not None else {}
-        save_state(self.folder / LAST, tensors, {"identity": self.identity, "at": asdict(self.at), "optimizer": numbers})
+        tensors = gathered(tensors, everywhere=False) | prefixed("mask", frozen_masks(self.whole))
+        if rank() == 0:
+            save_state(self.folder / LAST, tensors, {"identity": self.identity, "at": asdict(self.at), "optimizer": numbers})
+
+    def _save_best(self, evaluated: nn.Module) -> None:
+        if self.folder is not None and rank() == 0:
+            save_state(self.folder / BEST, evaluated.state_dict(), asdict(self.at.log[-1]))
 
     def _resume(self, folder: Path) -> None:
         path = folder / LAST
@@ -281,7 +305,7 @@ class Run:
             fill(self.ema.module, under("ema", tensors), path)
         restore_optimizer(self.optimizer, under("optimizer", tensors), about["optimizer"])
         masks = under("mask", tensors)
-        for model in (self.model, *([] if self.ema is None else [self.ema.module])):
+        for model in (self.model, *([self.whole] if self.sharded else []), *([] if self.ema is None else [self.ema.module])):
             for site in masked_sites(model):
                 if (name := f"{site.path}.{site.attr}".lstrip(".")) in masks:
                     site.mask.copy_(masks[name])
@@ -293,14 +317,15 @@ class Run:
 
     def conclude(self) -> Finetuned:
         """The trained weights in the model, in eval mode and plain memory format, evaluated as they will be loaded."""
-        if self.ema is not None:
-            self.model.load_state_dict(self.ema.module.state_dict())
+        evaluated = self.evaluated()
+        if evaluated is not self.whole:
+            self.whole.load_state_dict(evaluated.state_dict())
         if self.settings.channels_last:
-            self.model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+            self.whole.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
         self.optimizer.zero_grad()
-        self.model.eval()
-        renew(self.model)
-        return Finetuned(evaluate(self.model, self.validation), tuple(self.at.log))
+        self.whole.eval()
+        renew(self.whole)
+        return Finetuned(evaluate(self.whole, self.validation), tuple(self.at.log))
 
 
 def load_best(folder: Path, model: nn.Module) -> Epoch:

@@ -167,10 +167,11 @@ def test_ctrl_c_waits_for_the_update_and_saves(work: Path, nmfx: Run, monkeypatc
     assert MODEL.read_bytes() == Path("whole/model.safetensors").read_bytes()
 
 
-def test_two_processes_end_where_one_does(work: Path, nmfx: Run) -> None:
+@pytest.mark.parametrize("how", [[], ["--fsdp"]], ids=["ddp", "fsdp"])
+def test_two_processes_end_where_one_does(how: list[str], work: Path, nmfx: Run) -> None:
     """Batch statistics are each process's own, so the scores agree to 2 points, as in tests/training/test_trainer.py."""
     argv = ("finetune", str(work), *DIGITS, "--epochs", "12", "--lr", "0.02")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "nmfx", *argv]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "nmfx", *argv, *how]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(torchrun, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

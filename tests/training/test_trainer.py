@@ -10,7 +10,7 @@ import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -316,24 +316,34 @@ def worker(rank: int, folder: str, settings: Settings) -> None:
     model = without_batch_statistics(decay=0.05)
     result = finetune(model, a_few(open_data("digits")), settings=settings, folder=Path(folder) / "run")
     torch.save((model.state_dict(), result.evaluation.top1, result.evaluation.samples), f"{folder}/{rank}.pt")
-    resumed(rank, Path(folder))
+    resumed(rank, Path(folder), settings.parallel)
     dist.destroy_process_group()
 
 
-def resumed(rank: int, folder: Path) -> None:
-    """With batch statistics and a moving average, which each process finds for itself."""
-    few, settings, whole, again = a_few(open_data("digits")), replace(QUICK, ema=0.9), demo(), demo()
-    finetune(whole, few, settings=settings, folder=folder / "whole")
+def resumed(rank: int, folder: Path, parallel: Literal["ddp", "fsdp"]) -> None:
+    """With batch statistics, a moving average and masks that stay; one process alone is asked to stop."""
+    settings = replace(QUICK, ema=0.9, parallel=parallel, opt="adamw", lr=0.002, save_seconds=100)
+    few, whole, again = a_few(open_data("digits")), demo(training="fixed"), demo(training="fixed")
+    result = finetune(whole, few, settings=settings, folder=folder / "whole")
+    verify(whole)
+    ask = stop_at(7) if rank else None
     with pytest.raises(KeyboardInterrupt):
-        finetune(demo(), few, settings=settings, folder=folder / "cut", progress=stop_at(7))
+        finetune(demo(training="fixed"), few, settings=settings, folder=folder / "cut", progress=ask)
     dist.barrier()  # a new start would come after the last save
-    finetune(again, few, settings=settings, folder=folder / "cut")
+    torch.nn.init.zeros_(again.classifier.weight)  # type: ignore[union-attr, arg-type]
+    said: list[Progress] = []
+    resumed = finetune(again, few, settings=settings, folder=folder / "cut", progress=said.append)
+    assert resumed.evaluation == result.evaluation
+    assert [now.step for now in said] == [3, 4]
     assert same(weights(again), weights(whole))
     assert rank or log(folder / "cut") == log(folder / "whole")
+    best = load_best(folder / "cut", again)
+    assert (best.epoch, best.top1, best.loss) == (result.best.epoch, result.best.top1, result.best.loss)
 
 
-def test_two_processes_follow_one(few: Data, tmp_path: Path) -> None:
-    settings = replace(QUICK, accumulate=2)
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_processes_follow_one(parallel: Literal["ddp", "fsdp"], few: Data, tmp_path: Path) -> None:
+    settings = replace(QUICK, accumulate=2, clip_grad=1.0, channels_last=parallel == "fsdp", parallel=parallel)
     alone = without_batch_statistics(decay=0.05)
     expected = finetune(alone, few, settings=settings)
     mp.spawn(worker, args=(str(tmp_path), settings), nprocs=2)
