@@ -20,7 +20,8 @@ from nmfx.runtime.timing import Advance, ignore, part
 
 Run = Callable[[], object]
 NMFX, MASKED = "nmfx", "masked, eager"
-TURN = 0.1  # seconds of one engine in one turn, at least; thread pools of others have gone to sleep by then
+TURN = 0.1  # seconds of one engine in one turn, at least
+SETTLE = 0.15  # and before that, until the threads of the one before it no longer wait for work: ONNX Runtime's do so for 75 ms
 
 
 @dataclass(frozen=True)
@@ -128,14 +129,19 @@ def in_turns(runs: Mapping[str, Run], turns: int, progress: Advance) -> dict[str
     found: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(turns):
         for name, run in runs.items():
-            run()  # wakes its threads
-            calls, start = 0, time.perf_counter()
-            while (now := time.perf_counter()) - start < TURN or not calls:
-                run()
-                calls += 1
-            found[name].append((now - start) / calls)
+            _repeat(run, SETTLE)
+            found[name].append(_repeat(run, TURN))
         progress(0.6 + 0.4 * (turn + 1) / turns, "measuring")
     return {name: tuple(seconds) for name, seconds in found.items()}
+
+
+def _repeat(run: Run, least: float) -> float:
+    """Seconds a call, of as many calls as take this long."""
+    calls, start = 0, time.perf_counter()
+    while (now := time.perf_counter()) - start < least or not calls:
+        run()
+        calls += 1
+    return (now - start) / calls
 
 
 def _onnx_engine(path: Path, x: Tensor, threads: int) -> Run:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,6 +17,7 @@ from nmfx.errors import ModelError, NmfxError
 from nmfx.graph.modes import keep_modes
 from nmfx.passes.baking import bake
 from nmfx.runtime.building import load_kernel
+from nmfx.runtime.chain import link
 from nmfx.runtime.layers import Fused, dense_layers, sparse_layer
 from nmfx.runtime.lowering import export, lower
 from nmfx.runtime.packed import TILES
@@ -116,21 +118,42 @@ def compile(model: nn.Module, example_input: Tensor, *, batch: int | None = None
     with keep_modes(plain):
         graph, free = export(plain.eval(), example)
     sites = lower(graph)
-    sizes = [2**i for i in range(len(example).bit_length()) if 2**i <= len(example)] if batch is None else [batch]
-    if not free:
-        sizes = [len(example)]
-    found = []
-    times = Times()
-    for number, size in enumerate(sizes):
-        report = part(progress, number, len(sizes))
-        mine = graph if number + 1 == len(sizes) else _twin(graph)
-        choices = choose(mine, sites, example[:size], times, sparse=not kernel, progress=report)
-        found.append(CompiledModel(mine, choices, size, free, kernel))
-    times.save()
+    found = list[CompiledModel]()
+    passes = _passes(len(example), batch, free, alone=not kernel)
+    for number, (size, alone) in enumerate(passes):
+        report = part(progress, number, len(passes))
+        mine = graph if number + 1 == len(passes) else _twin(graph)
+        with _one_thread() if alone else contextlib.nullcontext():
+            times = Times()
+            choices = choose(mine, sites, example[:size], times, sparse=not kernel, progress=report)
+            times.save()
+        if not kernel:
+            link(mine, size if alone else 0)
+        found.append(CompiledModel(mine, choices, len(example) if alone else size, free, kernel))
     if len(found) == 1:
         return found[0]
     took = measure({str(index): partial(one, example) for index, one in enumerate(found)})
     return found[min(range(len(found)), key=lambda index: took[str(index)])]
+
+
+def _passes(count: int, batch: int | None, free: bool, *, alone: bool) -> list[tuple[int, bool]]:
+    """Ways to cut a batch: samples of a pass, and whether each pass stays on one thread."""
+    threads = torch.get_num_threads()
+    if batch is not None or not free:
+        return [(batch if batch and free else count, False)]
+    sizes = [2**i for i in range(count.bit_length()) if 2**i <= count]
+    ways = [(size, False) for size in sizes]
+    return [*ways, (1, True)] if alone and 1 < threads <= count else ways
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _twin(graph: fx.GraphModule) -> fx.GraphModule:

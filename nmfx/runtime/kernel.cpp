@@ -9,7 +9,12 @@
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
+#include <ATen/ops/narrow.h>
+#include <ATen/ops/reshape.h>
 
 #include <algorithm>
 #include <bit>
@@ -17,7 +22,12 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <new>
 #include <vector>
+
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
 namespace {
 
@@ -199,7 +209,7 @@ struct Tiling {
   int64_t lanes, vectors, tiles, parts, images;
 
   Tiling(int64_t lanes, int64_t most, int64_t rows, int64_t images = 1) : lanes(lanes), images(images) {
-    const int64_t threads = at::get_num_threads();
+    const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
     vectors = (lanes + VL - 1) / VL;
     tiles = (vectors + most - 1) / most;
     parts = 1;
@@ -239,7 +249,8 @@ inline void with_vectors(int64_t vectors, const F& f) {
 // --- convolutions
 
 struct Shape {
-  int64_t n, c, h, w, oh, ow, kh, kw, sh, sw, ph, pw, dh, dw;
+  int64_t n, c, h, w, oh, ow, kh, kw, sh, sw, ph, pw, dh, dw;  // ph and pw: above and to the left
+  int64_t right;                                               // padding there
 };
 
 struct Pictures {
@@ -255,32 +266,36 @@ struct Run {
   int64_t image, lane, pixel, length;
 };
 
-// n finished pixels on their way out, in vectors that overlap at the end.
+// n finished pixels on their way out, in vectors that overlap at the end. The last one is read before any is written, as the
+// residual may be where the output goes.
 inline void emit(float* y, const float* line, const float* residual, int64_t n, const Clamp& limits) {
   const auto wide = [&](int64_t i) {
     vec v = load(line + i);
     if (residual) v += load(residual + i);
-    store(y + i, clamp(v, limits));
-  };
-  const auto one = [&](int64_t i) {
-    float v = line[i] + (residual ? residual[i] : 0.0f);
-    v = v < limits.low ? limits.low : v;
-    y[i] = v > limits.high ? limits.high : v;
+    return clamp(v, limits);
   };
   const auto four = [&](int64_t i) {
     quad v = *reinterpret_cast<const quad*>(line + i);
     if (residual) v += *reinterpret_cast<const quad*>(residual + i);
     const quad low = limits.low - quad{}, high = limits.high - quad{};
     v = v < low ? low : v;
-    *reinterpret_cast<quad*>(y + i) = v > high ? high : v;
+    return v > high ? high : v;
   };
-  int64_t i = 0;
-  for (; i + VL <= n; i += VL) wide(i);
-  if (i == n) return;
-  if (n >= VL) return wide(n - VL);
-  for (; i + 4 <= n; i += 4) four(i);
-  if (i < n && n >= 4) return four(n - 4);
-  for (; i < n; ++i) one(i);
+  if (n >= VL) {
+    const vec last = wide(n - VL);
+    for (int64_t i = 0; i + VL < n; i += VL) store(y + i, wide(i));
+    store(y + n - VL, last);
+  } else if (n >= 4) {
+    const quad last = four(n - 4);
+    for (int64_t i = 0; i + 4 < n; i += 4) *reinterpret_cast<quad*>(y + i) = four(i);
+    *reinterpret_cast<quad*>(y + n - 4) = last;
+  } else {
+    for (int64_t i = 0; i < n; ++i) {
+      float v = line[i] + (residual ? residual[i] : 0.0f);
+      v = v < limits.low ? limits.low : v;
+      y[i] = v > limits.high ? limits.high : v;
+    }
+  }
 }
 
 // The kept weights of rows [first, last) over one tile of lanes; `fill(chunk)` packs what lies under a chunk's columns.
@@ -362,8 +377,8 @@ struct Halo {
   int64_t shown;              // the first output row of the tile
 
   static int64_t pitch_of(const Shape& s) {
-    if (s.sw == 1 && s.pw) return std::max(s.w + s.pw, s.ow);  // the right padding is the next row's left
-    return (s.w + 2 * s.pw + s.sw - 1) / s.sw;
+    if (s.sw == 1) return std::max(s.w + std::max(s.pw, s.right), s.ow);  // the right padding is the next row's left
+    return (s.w + s.pw + s.right + s.sw - 1) / s.sw;
   }
   Halo(const Shape& s, int64_t start, int64_t length) : pitch(pitch_of(s)), shown(start / pitch) {
     rows = (start + length - 1) / pitch - shown + 1 + (s.kh - 1) * s.dh / s.sh;
@@ -423,7 +438,7 @@ void window_tile(const Shape& s, const Pictures& io, const Weights& w, const flo
 }
 
 void convolve(const Shape& s, const Pictures& io, const Weights& w, const float* bias, Clamp limits, int64_t vectors) {
-  const bool pointwise = s.kh * s.kw == 1 && !s.ph && !s.pw;
+  const bool pointwise = s.kh * s.kw == 1 && s.oh == (s.h - 1) / s.sh + 1 && s.ow == (s.w - 1) / s.sw + 1 && !s.ph && !s.pw;
   const int64_t lanes = pointwise ? s.n * s.oh * s.ow : (s.oh - 1) * Halo::pitch_of(s) + s.ow;
   const Tiling tiling(lanes, vectors, w.rows, pointwise ? 1 : s.n);
   tiling.run([&](int64_t image, int64_t tile, int64_t begin, int64_t end) {
@@ -498,6 +513,59 @@ void project(const float* x, int64_t tokens, const Weights& w, const float* bias
 
 void check(bool holds, const char* expected) { TORCH_CHECK(holds, "nmfx runtime: expected ", expected); }
 
+// Memory for what is between the operators of a chain. Buffers go round, so that what is written is still in some cache, in
+// huge pages where the system has them; they stay with their thread.
+struct Pool {
+  struct Buffer {
+    float* data;
+    int64_t size;
+  };
+  static constexpr int64_t HUGE_PAGE = 1 << 21;  // bytes
+  std::vector<Buffer> free;
+  bool open = false;
+
+  static std::align_val_t alignment(int64_t floats) {
+    return std::align_val_t(floats * static_cast<int64_t>(sizeof(float)) >= HUGE_PAGE ? HUGE_PAGE : 64);
+  }
+  static void release(const Buffer& buffer) { ::operator delete(buffer.data, alignment(buffer.size)); }
+  ~Pool() {
+    for (const Buffer& buffer : free) release(buffer);
+  }
+  // The smallest that is large enough, of equals the one used last; a new one takes the place of one that is too small.
+  Buffer take(int64_t size) {
+    auto best = free.end();
+    for (auto it = free.begin(); it != free.end(); ++it)
+      if (it->size >= size && (best == free.end() || it->size <= best->size)) best = it;
+    if (best != free.end()) {
+      const Buffer found = *best;
+      free.erase(best);
+      return found;
+    }
+    if (!free.empty()) {
+      const auto largest = std::max_element(free.begin(), free.end(), [](auto& a, auto& b) { return a.size < b.size; });
+      release(*largest);
+      free.erase(largest);
+    }
+    const int64_t bytes = size * static_cast<int64_t>(sizeof(float)), unit = bytes >= HUGE_PAGE ? HUGE_PAGE : 64;
+    const int64_t room = (bytes + unit - 1) / unit * unit / static_cast<int64_t>(sizeof(float));
+    void* data = ::operator new(room * sizeof(float), alignment(room));
+#ifdef __linux__
+    if (bytes >= HUGE_PAGE) madvise(data, room * sizeof(float), MADV_HUGEPAGE);
+#endif
+    return {static_cast<float*>(data), room};
+  }
+};
+thread_local Pool pool;
+
+// An output that nobody has written yet: of the pool within a chain.
+at::Tensor output(at::IntArrayRef sizes, const at::Tensor& like) {
+  if (!pool.open) return at::empty(sizes, like.options());
+  int64_t size = 1;
+  for (const int64_t one : sizes) size *= one;
+  const Pool::Buffer buffer = pool.take(size);
+  return at::from_blob(buffer.data, sizes, [buffer](void*) { pool.free.push_back(buffer); }, like.options());
+}
+
 // Weights of a group; each has its own rows, chunks and pointers, one group behind the other.
 Weights weights_of(const at::Tensor& values, const at::Tensor& columns, const at::Tensor& pointers, int64_t rows,
                    int64_t width, int64_t chunk, int64_t group, int64_t groups) {
@@ -516,12 +584,15 @@ const float* bias_of(const std::optional<at::Tensor>& bias, int64_t rows) {
   return bias->const_data_ptr<float>();
 }
 
+// Padding: of both sides alike (height, width), or of each (top, left, bottom, right).
 Shape shape_of(const at::Tensor& x, int64_t groups, at::IntArrayRef kernel, at::IntArrayRef stride, at::IntArrayRef padding,
                at::IntArrayRef dilation) {
+  check(padding.size() == 2 || padding.size() == 4, "padding of two or four numbers");
+  const int64_t bottom = padding[padding.size() - 2], right = padding[padding.size() - 1];
   Shape s{x.size(0), x.size(1) / groups, x.size(2), x.size(3), 0, 0, kernel[0], kernel[1], stride[0], stride[1],
-          padding[0], padding[1], dilation[0], dilation[1]};
-  s.oh = (s.h + 2 * s.ph - s.dh * (s.kh - 1) - 1) / s.sh + 1;
-  s.ow = (s.w + 2 * s.pw - s.dw * (s.kw - 1) - 1) / s.sw + 1;
+          padding[0], padding[1], dilation[0], dilation[1], right};
+  s.oh = (s.h + s.ph + bottom - s.dh * (s.kh - 1) - 1) / s.sh + 1;
+  s.ow = (s.w + s.pw + right - s.dw * (s.kw - 1) - 1) / s.sw + 1;
   check(s.oh > 0 && s.ow > 0, "pictures no smaller than the kernel");
   return s;
 }
@@ -533,17 +604,18 @@ at::Tensor residual_of(const std::optional<at::Tensor>& residual, const at::Tens
   return residual->contiguous();
 }
 
-at::Tensor sparse_conv2d(const at::Tensor& input, const at::Tensor& values, const at::Tensor& columns,
-                         const at::Tensor& pointers, const std::optional<at::Tensor>& bias,
-                         const std::optional<at::Tensor>& residual, int64_t out_channels, at::IntArrayRef kernel,
-                         at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups, double low,
-                         double high, int64_t chunk, int64_t vectors) {
+// With `over`, the output is written where the residual is.
+at::Tensor convolution(const at::Tensor& input, const at::Tensor& values, const at::Tensor& columns, const at::Tensor& pointers,
+                       const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& residual, int64_t out_channels,
+                       at::IntArrayRef kernel, at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
+                       int64_t groups, double low, double high, int64_t chunk, int64_t vectors, bool over) {
   check(1 <= vectors && vectors <= WIDEST && 0 < chunk && chunk <= 65536, "1 to 8 vectors, chunks of up to 65,536 columns");
   check(input.dim() == 4 && input.scalar_type() == at::kFloat, "float32 pictures (batch, channels, height, width)");
   check(input.size(1) % groups == 0 && out_channels % groups == 0, "channels that divide by the groups");
   const at::Tensor x = input.contiguous();
   const Shape s = shape_of(x, groups, kernel, stride, padding, dilation);
-  at::Tensor y = at::empty({s.n, out_channels, s.oh, s.ow}, x.options());
+  at::Tensor y = over ? *residual : output({s.n, out_channels, s.oh, s.ow}, x);
+  check(y.sizes() == at::IntArrayRef({s.n, out_channels, s.oh, s.ow}), "a residual of the output's shape");
   const at::Tensor added = residual_of(residual, y);
   const Clamp limits{static_cast<float>(low), static_cast<float>(high)};
   const float* start = bias_of(bias, out_channels);
@@ -557,6 +629,15 @@ at::Tensor sparse_conv2d(const at::Tensor& input, const at::Tensor& values, cons
   return y;
 }
 
+at::Tensor sparse_conv2d(const at::Tensor& input, const at::Tensor& values, const at::Tensor& columns,
+                         const at::Tensor& pointers, const std::optional<at::Tensor>& bias,
+                         const std::optional<at::Tensor>& residual, int64_t out_channels, at::IntArrayRef kernel,
+                         at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups, double low,
+                         double high, int64_t chunk, int64_t vectors) {
+  return convolution(input, values, columns, pointers, bias, residual, out_channels, kernel, stride, padding, dilation, groups,
+                     low, high, chunk, vectors, false);
+}
+
 // A kernel for each channel, dense: its plane is padded and split once, and every weight is a shift of it.
 at::Tensor depthwise_conv2d(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
                             const std::optional<at::Tensor>& residual, at::IntArrayRef stride, at::IntArrayRef padding,
@@ -567,7 +648,7 @@ at::Tensor depthwise_conv2d(const at::Tensor& input, const at::Tensor& weight, c
   const at::Tensor x = input.contiguous(), kernels = weight.contiguous();
   const Shape s = shape_of(x, x.size(1), kernels.sizes().slice(2), stride, padding, dilation);
   const int64_t channels = x.size(1), plane = s.oh * s.ow, taps = s.kh * s.kw;
-  at::Tensor y = at::empty({s.n, channels, s.oh, s.ow}, x.options());
+  at::Tensor y = output({s.n, channels, s.oh, s.ow}, x);
   const at::Tensor added = residual_of(residual, y);
   const Clamp limits{static_cast<float>(low), static_cast<float>(high)};
   const float *from = x.const_data_ptr<float>(), *weights = kernels.const_data_ptr<float>(), *start = bias_of(bias, channels);
@@ -612,7 +693,7 @@ at::Tensor sparse_linear(const at::Tensor& input, const at::Tensor& values, cons
   const int64_t features = x.size(-1), tokens = features ? x.numel() / features : 0;
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
   shape.back() = out_features;
-  at::Tensor y = at::empty(shape, x.options());
+  at::Tensor y = output(shape, x);
   const Weights w = weights_of(values, columns, pointers, out_features, features, chunk, 0, 1);
   const Clamp limits{static_cast<float>(low), static_cast<float>(high)};
   project(x.const_data_ptr<float>(), tokens, w, bias_of(bias, out_features), limits, y.mutable_data_ptr<float>(), vectors);
@@ -626,7 +707,7 @@ at::Tensor max_pool2d(const at::Tensor& input, at::IntArrayRef kernel, at::IntAr
   const int64_t h = x.size(2), w = x.size(3), kh = kernel[0], kw = kernel[1], sh = stride[0], sw = stride[1];
   const int64_t ph = padding[0], pw = padding[1], oh = (h + 2 * ph - kh) / sh + 1, ow = (w + 2 * pw - kw) / sw + 1;
   check(oh > 0 && ow > 0 && 2 * ph <= kh && 2 * pw <= kw, "pictures no smaller than the kernel, padding of half of it at most");
-  at::Tensor y = at::empty({x.size(0), x.size(1), oh, ow}, x.options());
+  at::Tensor y = output({x.size(0), x.size(1), oh, ow}, x);
   const float* from = x.const_data_ptr<float>();
   float* to = y.mutable_data_ptr<float>();
   const int64_t phase = (w + 2 * pw + sw - 1) / sw;
@@ -671,6 +752,147 @@ at::Tensor max_pool2d(const at::Tensor& input, at::IntArrayRef kernel, at::IntAr
   return y;
 }
 
+// The mean of every plane: (batch, channels, 1, 1).
+at::Tensor average(const at::Tensor& input) {
+  check(input.dim() == 4 && input.scalar_type() == at::kFloat, "float32 pictures (batch, channels, height, width)");
+  const at::Tensor x = input.contiguous();
+  const int64_t plane = x.size(2) * x.size(3);
+  at::Tensor y = output({x.size(0), x.size(1), 1, 1}, x);
+  const float* from = x.const_data_ptr<float>();
+  float* to = y.mutable_data_ptr<float>();
+  at::parallel_for(0, y.numel(), std::max<int64_t>(1, 16384 / std::max<int64_t>(plane, 1)), [&](int64_t begin, int64_t end) {
+    for (int64_t item = begin; item < end; ++item) {
+      const float* own = from + item * plane;
+      vec sums = {};
+      int64_t i = 0;
+      for (; i + VL <= plane; i += VL) sums += load(own + i);
+      float sum = 0.0f;
+      for (int64_t j = 0; j < VL; ++j) sum += sums[j];
+      for (; i < plane; ++i) sum += own[i];
+      to[item] = sum / static_cast<float>(plane);
+    }
+  });
+  return y;
+}
+
+// --- several operators by one call
+
+// What the operators of a chain read, one number after the other: nmfx/runtime/chain.py writes it.
+struct Program {
+  const int64_t* at;
+  const std::vector<at::Tensor>& constants;
+  std::vector<at::Tensor>& slots;
+
+  int64_t number() { return *at++; }
+  double real() { return std::bit_cast<double>(*at++); }
+  at::IntArrayRef numbers() {
+    const int64_t count = *at++;
+    at += count;
+    return {at - count, static_cast<size_t>(count)};
+  }
+  const at::Tensor& slot() { return slots.at(*at++); }
+  const at::Tensor& constant() { return constants.at(*at++); }
+  std::optional<at::Tensor> optional(const std::vector<at::Tensor>& from) {
+    const int64_t place = *at++;
+    if (place < 0) return std::nullopt;
+    return from.at(place);
+  }
+};
+
+enum Operator : int64_t { CONV, LINEAR, DEPTHWISE, MAX_POOL, AVERAGE, FLATTEN };
+
+at::Tensor step(Program& p) {
+  switch (p.number()) {
+    case CONV: {
+      const at::Tensor &x = p.slot(), &values = p.constant(), &columns = p.constant(), &pointers = p.constant();
+      const auto bias = p.optional(p.constants), residual = p.optional(p.slots);
+      const int64_t out = p.number();
+      const auto kernel = p.numbers(), stride = p.numbers(), padding = p.numbers(), dilation = p.numbers();
+      const int64_t groups = p.number();
+      const double low = p.real(), high = p.real();
+      const int64_t chunk = p.number(), vectors = p.number(), over = p.number();
+      return convolution(x, values, columns, pointers, bias, residual, out, kernel, stride, padding, dilation, groups, low, high,
+                         chunk, vectors, over);
+    }
+    case LINEAR: {
+      const at::Tensor &x = p.slot(), &values = p.constant(), &columns = p.constant(), &pointers = p.constant();
+      const auto bias = p.optional(p.constants);
+      const int64_t out = p.number();
+      const double low = p.real(), high = p.real();
+      const int64_t chunk = p.number(), vectors = p.number();
+      return sparse_linear(x, values, columns, pointers, bias, out, low, high, chunk, vectors);
+    }
+    case DEPTHWISE: {
+      const at::Tensor &x = p.slot(), &weight = p.constant();
+      const auto bias = p.optional(p.constants), residual = p.optional(p.slots);
+      const auto stride = p.numbers(), padding = p.numbers(), dilation = p.numbers();
+      const double low = p.real(), high = p.real();
+      return depthwise_conv2d(x, weight, bias, residual, stride, padding, dilation, low, high);
+    }
+    case MAX_POOL: {
+      const at::Tensor& x = p.slot();
+      const auto kernel = p.numbers(), stride = p.numbers(), padding = p.numbers();
+      return max_pool2d(x, kernel, stride, padding);
+    }
+    case AVERAGE: return average(p.slot());
+    case FLATTEN: {
+      const at::Tensor& x = p.slot();
+      return x.reshape({x.size(0), -1});
+    }
+    default: TORCH_CHECK(false, "nmfx runtime: a program of another version");
+  }
+}
+
+// One pass: the inputs are the first slots, each step fills the next, and slots that nobody reads any more are emptied. Before
+// a step stands whether its result leaves the chain.
+std::vector<at::Tensor> pass(const std::vector<at::Tensor>& inputs, const std::vector<at::Tensor>& constants,
+                             const at::Tensor& program) {
+  const int64_t* numbers = program.const_data_ptr<int64_t>();
+  std::vector<at::Tensor> slots(inputs);
+  Program p{numbers, constants, slots};
+  const int64_t steps = p.number();
+  slots.reserve(inputs.size() + steps);  // steps hold references into it
+  const struct Closing {
+    ~Closing() { pool.open = false; }
+  } closing;
+  for (int64_t i = 0; i < steps; ++i) {
+    pool.open = !p.number();  // what leaves the chain is PyTorch's
+    slots.push_back(step(p));
+    for (const int64_t place : p.numbers()) slots.at(place) = at::Tensor();
+  }
+  std::vector<at::Tensor> outputs;
+  for (const int64_t place : p.numbers()) outputs.push_back(slots.at(place));
+  return outputs;
+}
+
+// The steps of a program, one after the other; with `images` > 0 in passes of so many, each of which stays on one thread.
+std::vector<at::Tensor> chain(at::TensorList inputs, at::TensorList constants, const at::Tensor& program, int64_t images) {
+  check(program.scalar_type() == at::kLong && program.is_contiguous(), "a program of int64");
+  check(!inputs.empty() && inputs[0].dim() > 0, "inputs with a batch");
+  const std::vector<at::Tensor> own = constants.vec();
+  const int64_t batch = inputs[0].size(0);
+  for (const at::Tensor& input : inputs) images = input.dim() > 0 && input.size(0) == batch ? images : 0;
+  const int64_t passes = images > 0 ? (batch + images - 1) / images : 1;
+  if (passes < 2) return pass(inputs.vec(), own, program);
+  std::vector<std::vector<at::Tensor>> parts(passes);
+  at::parallel_for(0, passes, 1, [&](int64_t begin, int64_t end) {
+    at::NoGradGuard guard;
+    for (int64_t part = begin; part < end; ++part) {
+      std::vector<at::Tensor> mine;
+      const int64_t start = part * images;
+      for (const at::Tensor& input : inputs) mine.push_back(input.narrow(0, start, std::min(images, batch - start)));
+      parts[part] = pass(mine, own, program);
+    }
+  });
+  std::vector<at::Tensor> outputs;
+  for (size_t i = 0; i < parts[0].size(); ++i) {
+    std::vector<at::Tensor> pieces;
+    for (const auto& part : parts) pieces.push_back(part[i]);
+    outputs.push_back(at::cat(pieces));
+  }
+  return outputs;
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(nmfx, CPU, m) {
@@ -678,4 +900,6 @@ TORCH_LIBRARY_IMPL(nmfx, CPU, m) {
   m.impl("sparse_linear", &sparse_linear);
   m.impl("depthwise_conv2d", &depthwise_conv2d);
   m.impl("max_pool2d", &max_pool2d);
+  m.impl("average", &average);
+  m.impl("chain", &chain);
 }

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import nmfx.runtime.operators  # noqa: F401 - defines torch.ops.nmfx
+from nmfx.runtime.operators import padded
 from nmfx.runtime.packed import Packed, pack
 
 INF = math.inf
@@ -23,7 +23,8 @@ class Fused:
     Attributes:
         name: of the weight in the model.
         weight: ``(out, in / groups, kernel height, kernel width)`` or ``(out, in)``, with zeros.
-        geometry: stride, padding and dilation, two numbers each; empty for a linear layer.
+        geometry: stride, padding and dilation, two numbers each, padding also four (top, left, bottom, right); empty for a
+            linear layer.
     """
 
     name: str
@@ -105,6 +106,8 @@ class DenseConv2d(nn.Module):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """``(batch, in, height, width)`` to ``(batch, out, height, width)``."""
         stride, padding, dilation = map(list, self.geometry)
+        if len(padding) == 4:
+            x, padding = padded(x, padding), [0, 0]
         if not self.packable:
             y = F.conv2d(x, self.weight, self.bias, stride, padding, dilation, self.groups)  # type: ignore[arg-type]
             return (y if residual is None else y + residual).clamp(*self.limits)

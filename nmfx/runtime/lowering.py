@@ -17,6 +17,7 @@ from nmfx.runtime.layers import Fused
 aten = torch.ops.aten
 CONV, LINEAR = aten.conv2d.default, aten.linear.default
 BATCH_NORM = aten._native_batch_norm_legit_no_training.default
+MAX_POOL, MEAN, ADAPTIVE = aten.max_pool2d.default, aten.mean.dim, aten.adaptive_avg_pool2d.default
 CLAMPS: dict[Any, Callable[..., tuple[float, float]]] = {
     aten.relu.default: lambda: (0.0, math.inf),
     aten.hardtanh.default: lambda low=-1.0, high=1.0: (float(low), float(high)),
@@ -71,27 +72,58 @@ def lower(graph: fx.GraphModule) -> list[tuple[fx.Node, Fused]]:
             last.replace_all_uses_with(call, delete_user_cb=lambda user, call=call: user is not call)  # type: ignore[misc]
             graph.add_submodule(name, nn.Identity())
             found.append((call, fused))
-    _replace_pools(graph)
+    for node in list(graph.graph.nodes):
+        _replace_pool(graph, node)
     graph.graph.eliminate_dead_code()
     graph.delete_all_unused_submodules()
     graph.recompile()
     return found
 
 
-def _replace_pools(graph: fx.GraphModule) -> None:
-    """Max pooling by the kernel, where it is the plain kind."""
-    for node in list(graph.graph.nodes):
-        if node.target is not aten.max_pool2d.default:
-            continue
-        named, value = _arguments(node), node.args[0].meta.get("val")
+def _replace_pool(graph: fx.GraphModule, node: fx.Node) -> None:
+    """Max pooling of the plain kind, and means of whole planes, by the kernel."""
+    if node.target not in (MAX_POOL, MEAN, ADAPTIVE):
+        return
+    named = _arguments(node)
+    source = named["self"]
+    value = source.meta.get("val")
+    if not isinstance(value, Tensor) or value.dim() != 4 or value.dtype != torch.float32:
+        return
+    pooled: tuple[Any, tuple[Any, ...]] = (torch.ops.nmfx.average.default, (source,))
+    flat = False
+    if node.target == MAX_POOL:
         kernel, stride, padding, dilation = (_pair(named[name]) for name in ("kernel_size", "stride", "padding", "dilation"))
-        plain = dilation == (1, 1) and not named["ceil_mode"] and isinstance(value, Tensor) and value.dim() == 4
-        if plain and value.dtype == torch.float32:
-            with graph.graph.inserting_after(node):
-                arguments = (node.args[0], kernel, stride or kernel, padding)
-                pooled = graph.graph.call_function(torch.ops.nmfx.max_pool2d.default, arguments)
-            pooled.meta = dict(node.meta)
-            node.replace_all_uses_with(pooled)
+        if dilation != (1, 1) or named["ceil_mode"]:
+            return
+        pooled = (torch.ops.nmfx.max_pool2d.default, (source, kernel, stride or kernel, padding))
+    elif node.target == MEAN:
+        if sorted(dim % 4 for dim in named["dim"] or ()) != [2, 3] or named["dtype"] is not None:
+            return
+        flat = not named["keepdim"]
+    elif _pair(named["output_size"]) != (1, 1):
+        return
+    with graph.graph.inserting_after(node):
+        new = graph.graph.call_function(*pooled)
+    new.meta = dict(node.meta)
+    if flat:
+        with graph.graph.inserting_after(new):
+            flattened = graph.graph.call_function(aten.flatten.using_ints, (new, 1))
+        flattened.meta = dict(node.meta)
+        new.meta = {"val": node.meta["val"][:, :, None, None]}
+        new = flattened
+    node.replace_all_uses_with(new)
+
+
+def _padded(node: fx.Node) -> tuple[int, int, int, int] | None:
+    """Zeros that a node puts around pictures for its only user: left, right, top, bottom."""
+    if node.target not in (aten.pad.default, aten.constant_pad_nd.default) or len(node.users) != 1:
+        return None
+    named = _arguments(node)
+    sides = named["pad"]
+    zeros = named.get("mode", "constant") == "constant" and not named["value"]
+    if not zeros or len(sides) != 4 or any(not isinstance(side, int) or side < 0 for side in sides):
+        return None
+    return tuple(sides)  # type: ignore[return-value]
 
 
 def _pair(numbers: Any) -> tuple[int, ...]:
@@ -110,9 +142,15 @@ def _fuse(
     if weight is None or weight.dtype != torch.float32 or (arguments["bias"] is not None and bias is None):
         return None
     geometry: tuple[tuple[int, ...], ...] = ()
-    if node.target == CONV:
-        geometry = tuple(_pair(arguments[name]) for name in ("stride", "padding", "dilation"))
     last, inputs = node, [arguments["input"]]
+    if node.target == CONV:
+        stride, padding, dilation = (_pair(arguments[name]) for name in ("stride", "padding", "dilation"))
+        if (sides := _padded(inputs[0])) is not None:
+            left, right, top, bottom = sides
+            (ph, pw), inputs = padding, [inputs[0].args[0]]
+            padding = (ph + top, pw + left, ph + bottom, pw + right)
+            padding = padding[:2] if padding[:2] == padding[2:] else padding
+        geometry = (stride, padding, dilation)
     low, high = -math.inf, math.inf
     after = _only_user(last)
     if geometry and after is not None and after.target == BATCH_NORM:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,16 +14,18 @@ from nmfx.runtime.packed import unpack
 _PACKED = "Tensor values, Tensor columns, Tensor pointers, Tensor? bias"
 _LIBRARY = torch.library.Library("nmfx", "DEF")
 _LIBRARY.define(
-    f"sparse_conv2d(Tensor input, {_PACKED}, Tensor? residual, int out_channels, int[2] kernel, int[2] stride, int[2] padding, "
+    f"sparse_conv2d(Tensor input, {_PACKED}, Tensor? residual, int out_channels, int[2] kernel, int[2] stride, int[] padding, "
     "int[2] dilation, int groups, float low, float high, int chunk, int vectors) -> Tensor"
 )
 _LIBRARY.define(
     f"sparse_linear(Tensor input, {_PACKED}, int out_features, float low, float high, int chunk, int vectors) -> Tensor"
 )
 _LIBRARY.define(
-    "depthwise_conv2d(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, int[2] stride, int[2] padding, "
+    "depthwise_conv2d(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, int[2] stride, int[] padding, "
     "int[2] dilation, float low, float high) -> Tensor"
 )
+_LIBRARY.define("average(Tensor input) -> Tensor")
+_LIBRARY.define("chain(Tensor[] inputs, Tensor[] constants, Tensor program, int images) -> Tensor[]")
 _LIBRARY.define("max_pool2d(Tensor input, int[2] kernel, int[2] stride, int[2] padding) -> Tensor")
 
 
@@ -48,6 +50,8 @@ def _conv2d(
     """Without the kernel: the weight unpacked, and a dense convolution."""
     shape = (out_channels, input.shape[1] // groups, *kernel)
     weight = unpack(values, columns, pointers, shape, groups, chunk)
+    if len(padding) == 4:
+        input, padding = padded(input, padding), (0, 0)
     y = F.conv2d(input, weight, bias, tuple(stride), tuple(padding), tuple(dilation), groups)
     return (y if residual is None else y + residual).clamp(low, high)
 
@@ -81,6 +85,8 @@ def _depthwise(
     high: float,
 ) -> Tensor:
     """Without the kernel: PyTorch's own."""
+    if len(padding) == 4:
+        input, padding = padded(input, padding), (0, 0)
     y = F.conv2d(input, weight, bias, tuple(stride), tuple(padding), tuple(dilation), len(weight))
     return (y if residual is None else y + residual).clamp(low, high)
 
@@ -90,7 +96,24 @@ def _max_pool2d(input: Tensor, kernel: Sequence[int], stride: Sequence[int], pad
     return F.max_pool2d(input, tuple(kernel), tuple(stride), tuple(padding))
 
 
-_PLAIN = {"sparse_conv2d": _conv2d, "sparse_linear": _linear, "depthwise_conv2d": _depthwise, "max_pool2d": _max_pool2d}
+def _average(input: Tensor) -> Tensor:
+    """Without the kernel: PyTorch's own."""
+    return F.adaptive_avg_pool2d(input, 1)
+
+
+def padded(input: Tensor, padding: Sequence[int]) -> Tensor:
+    """Pictures with zeros around: top, left, bottom, right."""
+    top, left, bottom, right = padding
+    return F.pad(input, (left, right, top, bottom))
+
+
+_PLAIN: dict[str, Callable[..., Tensor]] = {
+    "sparse_conv2d": _conv2d,
+    "sparse_linear": _linear,
+    "depthwise_conv2d": _depthwise,
+    "max_pool2d": _max_pool2d,
+    "average": _average,
+}
 for _name, _plain in _PLAIN.items():
     _LIBRARY.impl(_name, _plain, "CompositeExplicitAutograd")  # the kernel's, for CPU, goes before it
 
@@ -110,10 +133,16 @@ def _max_pool2d_shape(input: Tensor, kernel: Sequence[int], stride: Sequence[int
     return input.new_empty((*input.shape[:2], *_slid(input, kernel, stride, padding, (1, 1))))
 
 
+@torch.library.register_fake("nmfx::average")  # type: ignore[untyped-decorator]
+def _average_shape(input: Tensor) -> Tensor:
+    return input.new_empty((*input.shape[:2], 1, 1))
+
+
 def _slid(input: Tensor, kernel: Any, stride: Any, padding: Any, dilation: Any) -> list[int]:
     """Height and width of what a window gives that slides over pictures."""
-    sizes = zip(input.shape[2:], kernel, stride, padding, dilation, strict=True)
-    return [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in sizes]
+    both = [first + last for first, last in zip(padding[:2], padding[-2:], strict=True)]
+    sizes = zip(input.shape[2:], kernel, stride, both, dilation, strict=True)
+    return [(n + p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in sizes]
 
 
 @torch.library.register_fake("nmfx::sparse_linear")  # type: ignore[untyped-decorator]

@@ -18,6 +18,8 @@ from torch.nn import functional as F
 
 import nmfx
 from nmfx.errors import ModelError, NmfxError
+from nmfx.runtime.building import load_kernel
+from nmfx.runtime.chain import Chain, link
 from nmfx.runtime.compiled import CompiledModel, choose
 from nmfx.runtime.layers import SparseConv2d, SparseLinear, sparse_layer
 from nmfx.runtime.lowering import export, lower
@@ -49,12 +51,20 @@ def settled(model: nn.Module, seed: int = 0) -> nn.Module:
 
 def all_sparse(model: nn.Module, x: Tensor) -> CompiledModel:
     """Every site by the kernel, whatever is faster: what is tested must not hang on a clock."""
+    assert load_kernel() == ""
     graph, free = export(nmfx.bake(model).eval(), x)
     sites = lower(graph)
     for node, fused in sites:
         graph.add_submodule(str(node.target), sparse_layer(fused, 64, 8))
     graph.recompile()
     return CompiledModel(graph, (), len(x), free, "")
+
+
+def linked_copy(compiled: CompiledModel, images: int = 0) -> CompiledModel:
+    """The same by calls of chains, in passes of so many images."""
+    graph = copy.deepcopy(compiled.graph)
+    link(graph, images)
+    return CompiledModel(graph, (), compiled.batch, compiled.free, "")
 
 
 def close(found: Tensor, wanted: Tensor) -> None:
@@ -92,7 +102,12 @@ def test_outputs_are_the_models(name: str) -> None:
     with torch.no_grad():
         wanted = converted(x)
         compiled = all_sparse(converted, x)
-        close(compiled(x), wanted)
+        found = compiled(x)
+        close(found, wanted)
+        for images in (0, 1):
+            linked = linked_copy(compiled, images)
+            assert torch.equal(linked(x), found)
+            assert torch.equal(linked(x.flip(0)), found.flip(0))
     assert any(isinstance(module, SparseConv2d | SparseLinear) for module in compiled.modules())
 
 
@@ -105,6 +120,7 @@ def test_batch_norm_residual_and_clamp_are_fused() -> None:
     assert len(sites) == 54
     assert [fused.residual for _, fused in sites].count(True) == 16
     assert [fused.low for _, fused in sites].count(0.0) == 49
+    assert {torch.ops.nmfx.max_pool2d.default, torch.ops.nmfx.average.default} < set(kinds)
     assert len(kinds) == 3 + kinds.count(torch.ops.aten.sym_size.int)  # both poolings and a view
     names = dict(model.named_parameters())
     assert [fused.name for _, fused in sites] == [name for name in names if name.endswith("weight") and names[name].dim() > 1]
@@ -191,9 +207,63 @@ def test_torch_compile_sees_the_operators() -> None:
     torch.manual_seed(0)
     model, x = settled(Odd()), torch.randn(3, 3, 17, 23)
     compiled = all_sparse(nmfx.transform(model, {"third.weight": "2:8"}, example_input=x), x)
-    again = torch.compile(compiled.graph, backend="aot_eager", fullgraph=True)
+    for graph in (compiled.graph, linked_copy(compiled).graph):
+        again = torch.compile(graph, backend="aot_eager", fullgraph=True)
+        with torch.no_grad():
+            close(again(x)["logits"], compiled(x)["logits"])
+        torch._dynamo.reset()
+
+
+def test_residual_networks_are_one_chain() -> None:
+    model, x = settled(torchvision.models.resnet50(weights=None)), torch.randn(1, 3, 64, 64)
+    linked = linked_copy(all_sparse(model, x))
+    targets = [node.target for node in linked.graph.graph.nodes if node.op == "call_module"]
+    assert targets == ["chain0"]
+    chain = linked.graph.chain0
+    assert isinstance(chain, Chain)
+    assert not any(isinstance(module, SparseConv2d) for name, module in linked.graph.named_children())
+
+
+class Residuals(nn.Module):
+    """Residuals that may be written over, and those that may not: the input itself, one read later, one that leaves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList([nn.Conv2d(32, 32, kernel, padding=kernel // 2) for kernel in (1, 3, 1, 3, 1, 1, 3)])
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        a, b, c, d, e, f, g = self.convs
+        first = (a(x) + x).relu()
+        own = (c(first) + first).relu()
+        later = (b(own) + own).relu()
+        over = (d(later) + later).relu()
+        apart = e(over) + over
+        last = f(apart) + g(x)
+        return last, apart, last.mean((2, 3))
+
+
+def test_residuals_are_written_over_only_when_nobody_reads_them() -> None:
+    torch.manual_seed(0)
+    model, x = Residuals().eval(), torch.randn(3, 32, 13, 19)
     with torch.no_grad():
-        close(again(x)["logits"], compiled(x)["logits"])
+        wanted, compiled = model(x), all_sparse(model, x)
+        plain = compiled(x)
+        for images in (0, 1, 2):
+            linked, before = linked_copy(compiled, images), x.clone()
+            found, kept = linked(x), [one.clone() for one in linked(x)]
+            linked(-x)  # results of a call outlive the next one
+            assert torch.equal(x, before)
+            for one, other, again, reference in zip(found, plain, kept, wanted, strict=True):
+                assert torch.equal(one, other)
+                assert torch.equal(one, again)
+                close(one, reference)
+
+
+def test_a_program_that_does_not_fit_is_refused() -> None:
+    with pytest.raises(RuntimeError, match="a program of another version"):
+        torch.ops.nmfx.chain([torch.zeros(1, 2)], [], torch.tensor([1, 0, 99]), 0)
+    with pytest.raises(RuntimeError, match="a program of int64"):
+        torch.ops.nmfx.chain([torch.zeros(1, 2)], [], torch.zeros(3), 0)
 
 
 def test_times_are_measured_once(tmp_path: Path) -> None:

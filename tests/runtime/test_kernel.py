@@ -36,6 +36,18 @@ def masked(weight: torch.Tensor, pattern: str) -> torch.Tensor:
     return (lines.movedim(-1, 1) if weight.dim() == 4 else lines).contiguous()
 
 
+def random_padding(
+    pick: random.Random, kernel: tuple[int, int], dilation: tuple[int, int]
+) -> tuple[tuple[int, ...], tuple[int, ...], list[int]]:
+    """For the kernel, two numbers or four; for `F.pad`; and the least height and width of pictures."""
+    top, left = pick.randint(0, 3), pick.randint(0, 3)
+    bottom, right = (pick.randint(0, 3), pick.randint(0, 3)) if pick.random() < 0.5 else (top, left)
+    both = zip(kernel, dilation, (top + bottom, left + right), strict=True)
+    least = [max(1, d * (k - 1) + 1 - p) for k, d, p in both]
+    padding = (top, left) if (top, left) == (bottom, right) else (top, left, bottom, right)
+    return padding, (left, right, top, bottom), least
+
+
 def conv_case(seed: int) -> None:
     """One random convolution, with all that can be fused, against float64."""
     pick, make = random.Random(seed), torch.Generator().manual_seed(seed)
@@ -43,20 +55,20 @@ def conv_case(seed: int) -> None:
     width, out = pick.randint(1, 40) * groups, pick.randint(1, 70) * groups
     kernel = (pick.randint(1, 5), pick.randint(1, 5)) if pick.random() < 0.6 else (1, 1)
     stride, dilation = (pick.randint(1, 3), pick.randint(1, 3)), (pick.randint(1, 2), pick.randint(1, 2))
-    padding = (pick.randint(0, 3), pick.randint(0, 3))
-    least = [max(1, d * (k - 1) + 1 - 2 * p) for k, d, p in zip(kernel, dilation, padding, strict=True)]
+    padding, sides, least = random_padding(pick, kernel, dilation)
     size = [low + pick.randint(0, 40) for low in least]
     draw = lambda *shape: torch.randn(*shape, generator=make)  # noqa: E731
     x, weight = draw(pick.randint(1, 5), width, *size), masked(draw(out, width // groups, *kernel), pick.choice(PATTERNS))
     bias = draw(out) if pick.random() < 0.7 else None
     low, high = pick.choice([(-INF, INF), (0.0, INF), (0.0, 6.0), (-1.0, 1.0)])
-    wanted = F.conv2d(x.double(), weight.double(), None if bias is None else bias.double(), stride, padding, dilation, groups)
+    around, start = F.pad(x, sides).double(), None if bias is None else bias.double()
+    wanted = F.conv2d(around, weight.double(), start, stride, 0, dilation, groups)
     residual = draw(*wanted.shape) if pick.random() < 0.5 else None
     wanted = (wanted if residual is None else wanted + residual).clamp(low, high)
     packed = pack(weight, groups, chunk=pick.choice([1, 7, 16, 64, 100, 4096]), vectors=pick.randint(1, 8))
     arguments = (packed.values, packed.columns, packed.pointers, bias, residual, out, kernel, stride, padding, dilation, groups)
     found = torch.ops.nmfx.sparse_conv2d(x, *arguments, low, high, packed.chunk, packed.vectors)
-    scale = F.conv2d(x.double().abs(), weight.double().abs(), None, stride, padding, dilation, groups) + 3  # bias and residual
+    scale = F.conv2d(around.abs(), weight.double().abs(), None, stride, 0, dilation, groups) + 3  # bias and residual
     assert found.shape == wanted.shape
     assert bool(((found - wanted).abs() <= ROUNDING * scale).all())
 
@@ -83,11 +95,11 @@ def depthwise_case(seed: int) -> None:
     pick, make = random.Random(seed), torch.Generator().manual_seed(seed)
     channels, kernel = pick.randint(1, 20), (pick.randint(1, 5), pick.randint(1, 5))
     stride, dilation = (pick.randint(1, 3), pick.randint(1, 3)), (pick.randint(1, 2), pick.randint(1, 2))
-    padding = (pick.randint(0, 3), pick.randint(0, 3))
-    size = [max(1, d * (k - 1) + 1 - 2 * p) + pick.randint(0, 40) for k, d, p in zip(kernel, dilation, padding, strict=True)]
+    padding, sides, least = random_padding(pick, kernel, dilation)
+    size = [low + pick.randint(0, 40) for low in least]
     draw = lambda *shape: torch.randn(*shape, generator=make)  # noqa: E731
     x, weight, bias = draw(pick.randint(1, 3), channels, *size), draw(channels, 1, *kernel), draw(channels)
-    wanted = F.conv2d(x.double(), weight.double(), bias.double(), stride, padding, dilation, channels)
+    wanted = F.conv2d(F.pad(x, sides).double(), weight.double(), bias.double(), stride, 0, dilation, channels)
     residual = draw(*wanted.shape) if pick.random() < 0.5 else None
     wanted = (wanted if residual is None else wanted + residual).clamp(-1, 6)
     found = torch.ops.nmfx.depthwise_conv2d(x, weight, bias, residual, stride, padding, dilation, -1.0, 6.0)
@@ -103,6 +115,7 @@ def pool_case(seed: int) -> None:
     x[torch.rand(x.shape, generator=make) < 0.01] = float("nan")
     wanted, found = F.max_pool2d(x, kernel, stride, padding), torch.ops.nmfx.max_pool2d(x, kernel, stride, padding)
     torch.testing.assert_close(found, wanted, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(torch.ops.nmfx.average(x.nan_to_num()), x.nan_to_num().mean((2, 3), keepdim=True))
 
 
 def many(count: int) -> None:
@@ -138,7 +151,7 @@ def test_depthwise_convolutions_follow_float64(seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_max_pooling_is_pytorchs(seed: int) -> None:
+def test_pooling_is_pytorchs(seed: int) -> None:
     pool_case(seed)
 
 
@@ -192,24 +205,14 @@ def test_plain_pytorch_says_the_same() -> None:
     make = torch.Generator().manual_seed(0)
     x, weight = torch.randn(2, 12, 9, 9, generator=make), masked(torch.randn(8, 6, 3, 3, generator=make), "2:4")
     packed, bias = pack(weight, 2, chunk=16), torch.randn(8, generator=make)
-    arguments = (
-        packed.values,
-        packed.columns,
-        packed.pointers,
-        bias,
-        None,
-        8,
-        (3, 3),
-        (2, 2),
-        (1, 1),
-        (1, 1),
-        2,
-        0.0,
-        6.0,
-        16,
-        4,
-    )
-    torch.testing.assert_close(operators._conv2d(x, *arguments), torch.ops.nmfx.sparse_conv2d(x, *arguments))
+    weights = (packed.values, packed.columns, packed.pointers, bias, None, 8)
+    for padding in [(1, 1), (0, 1, 2, 0)]:
+        arguments = (*weights, (3, 3), (2, 2), padding, (1, 1), 2, 0.0, 6.0, 16, 4)
+        torch.testing.assert_close(operators._conv2d(x, *arguments), torch.ops.nmfx.sparse_conv2d(x, *arguments))
+        kernels, options = torch.randn(12, 1, 3, 3, generator=make), (None, (2, 1), padding, (1, 1), 0.0, 6.0)
+        found = torch.ops.nmfx.depthwise_conv2d(x, kernels, None, *options)
+        torch.testing.assert_close(operators._depthwise(x, kernels, None, *options), found)
+    torch.testing.assert_close(operators._average(x), torch.ops.nmfx.average(x))
     flat = pack(weight[:, :, 0, 0].contiguous(), chunk=4)
     tokens, rest = torch.randn(3, 5, 6, generator=make), (flat.values, flat.columns, flat.pointers, bias, 8, 0.0, INF, 4, 4)
     torch.testing.assert_close(operators._linear(tokens, *rest), torch.ops.nmfx.sparse_linear(tokens, *rest))
@@ -217,10 +220,24 @@ def test_plain_pytorch_says_the_same() -> None:
 
 def test_torch_sees_the_shapes() -> None:
     make = torch.Generator().manual_seed(0)
-    for kernel, stride in itertools.product([(1, 1), (3, 2)], [(1, 1), (2, 3)]):
+    for kernel, stride, padding in itertools.product([(1, 1), (3, 2)], [(1, 1), (2, 3)], [(1, 0), (0, 1, 1, 0)]):
         weight = masked(torch.randn(8, 6, *kernel, generator=make), "2:4")
         packed = pack(weight)
-        arguments = (packed.values, packed.columns, packed.pointers, None, None, 8, kernel, stride, (1, 0), (1, 1), 1, 0.0, INF)
+        arguments = (
+            packed.values,
+            packed.columns,
+            packed.pointers,
+            None,
+            None,
+            8,
+            kernel,
+            stride,
+            padding,
+            (1, 1),
+            1,
+            0.0,
+            INF,
+        )
         torch.library.opcheck(
             torch.ops.nmfx.sparse_conv2d,
             (torch.randn(2, 6, 9, 11, generator=make), *arguments, 64, 8),
