@@ -122,10 +122,11 @@ struct Room {
 };
 thread_local Room packed_room, sums_room, plane_room;
 
-// sums[r][tile] (+)= the kept weights of chunk c of row r times their rows of `packed`; after the last chunk, rows go to `leave`.
-template <int NV, class Leave>
-inline void multiply(const Weights& w, const float* packed, float* sums, const float* bias, int64_t c, int64_t first,
-                     int64_t last, const Leave& leave) {
+// sums[r][tile] (+)= the kept weights of chunk c of row r times their rows of `packed`, which are `pitch` floats apart; after the
+// last chunk, rows go to `leave`.
+template <int NV, class Pitch, class Leave>
+inline void multiply(const Weights& w, const float* packed, Pitch pitch, float* sums, const float* bias, int64_t c,
+                     int64_t first, int64_t last, const Leave& leave) {
   constexpr int64_t T = NV * VL;
   const int32_t* at = w.pointers + c * w.rows;
   const bool opens = c == 0, closes = c + 1 == w.chunks();
@@ -140,7 +141,7 @@ inline void multiply(const Weights& w, const float* packed, float* sums, const f
     }
     const auto add = [&](int32_t j, int64_t column) {
       const vec value = w.values[j] - vec{};
-      const float* x = packed + column * T;
+      const float* x = packed + column * pitch;
       for (int i = 0; i < NV; ++i) acc[i] += value * *reinterpret_cast<const tight*>(x + i * VL);
     };
     const int32_t end = at[r + 1];
@@ -198,7 +199,9 @@ inline void multiply_dense(const Weights& w, const float* packed, float* sums, c
                            int64_t last, const Leave& leave) {
   constexpr int REGISTERS = VL == 16 ? 24 : 12;  // for sums
   constexpr int R = std::clamp(REGISTERS / NV, 1, 8);
-  const int64_t r = multiply_rows<NV, R>(w, packed, sums, bias, c, first, first, last, leave);
+  int64_t r = multiply_rows<NV, R>(w, packed, sums, bias, c, first, first, last, leave);
+  if constexpr (R > 4) r = multiply_rows<NV, 4>(w, packed, sums, bias, c, first, r, last, leave);
+  if constexpr (R > 2) r = multiply_rows<NV, 2>(w, packed, sums, bias, c, first, r, last, leave);
   multiply_rows<NV, 1>(w, packed, sums, bias, c, first, r, last, leave);
 }
 
@@ -299,9 +302,10 @@ inline void emit(float* y, const float* line, const float* residual, int64_t n, 
 }
 
 // The kept weights of rows [first, last) over one tile of lanes; `fill(chunk)` packs what lies under a chunk's columns.
+// Without a `pitch` of its own they are packed as the tile is wide.
 template <int NV, class Fill>
 inline void compute(const Pictures& io, const Weights& w, const float* bias, const Clamp& limits, int64_t plane,
-                    const std::vector<Run>& runs, int64_t first, int64_t last, float* packed, const Fill& fill) {
+                    const std::vector<Run>& runs, int64_t first, int64_t last, int64_t pitch, const Fill& fill) {
   constexpr int64_t T = NV * VL;
   float* sums = sums_room.get((last - first) * T);
   const bool whole = runs.size() == 1 && runs[0].length == T;
@@ -322,11 +326,13 @@ inline void compute(const Pictures& io, const Weights& w, const float* bias, con
     }
   };
   for (int64_t c = 0; c < w.chunks(); ++c) {
-    fill(c * w.chunk, std::min(w.chunk, w.width - c * w.chunk));
-    if (w.dense()) {
+    const float* packed = fill(c * w.chunk, std::min(w.chunk, w.width - c * w.chunk));
+    if (pitch) {
+      multiply<NV>(w, packed, pitch, sums, bias, c, first, last, leave);
+    } else if (w.dense()) {
       multiply_dense<NV>(w, packed, sums, bias, c, first, last, leave);
     } else {
-      multiply<NV>(w, packed, sums, bias, c, first, last, leave);
+      multiply<NV>(w, packed, std::integral_constant<int64_t, T>(), sums, bias, c, first, last, leave);
     }
   }
 }
@@ -352,8 +358,15 @@ void pointwise_tile(const Shape& s, const Pictures& io, const Weights& w, const 
     inputs.push_back({image, at, rows ? row * s.sh * s.w + pixel % s.ow * s.sw : pixel, count});
     at += count;
   }
+  if (inputs.size() == 1 && length == T && !rows && plane % VL == 0) {
+    const float* from = io.x + (inputs[0].image * io.channels + io.channel0) * plane + inputs[0].pixel;
+    if (reinterpret_cast<uintptr_t>(from) % (VL * 4) == 0) {  // as good as packed, and nothing to do
+      return compute<NV>(io, w, bias, limits, plane, outputs, first, last, plane,
+                         [&](int64_t column, int64_t) { return from + column * plane; });
+    }
+  }
   float* packed = packed_room.get(w.chunk * T + SLACK);
-  compute<NV>(io, w, bias, limits, plane, outputs, first, last, packed, [&](int64_t column, int64_t count) {
+  compute<NV>(io, w, bias, limits, plane, outputs, first, last, 0, [&](int64_t column, int64_t count) {
     for (int64_t k = 0; k < count; ++k) {
       for (const Run& run : inputs) {
         const float* from = io.x + (run.image * io.channels + io.channel0 + column + k) * s.h * s.w + run.pixel;
@@ -367,6 +380,7 @@ void pointwise_tile(const Shape& s, const Pictures& io, const Weights& w, const 
         }
       }
     }
+    return packed;
   });
 }
 
@@ -423,7 +437,7 @@ void window_tile(const Shape& s, const Pictures& io, const Weights& w, const flo
   std::memset(planes[0], 0, 2 * room * sizeof(float));
   float* packed = packed_room.get(w.chunk * T + SLACK);
   const float* picture = io.x + (image * io.channels + io.channel0) * s.h * s.w;
-  compute<NV>(io, w, bias, limits, s.oh * s.ow, runs, first, last, packed, [&](int64_t column, int64_t count) {
+  compute<NV>(io, w, bias, limits, s.oh * s.ow, runs, first, last, 0, [&](int64_t column, int64_t count) {
     int64_t channel = column / taps, tap = column % taps;
     const int64_t stop = (column + count - 1) / taps;
     halo.fill(s, picture + channel * s.h * s.w, planes[channel & 1]);
@@ -434,6 +448,7 @@ void window_tile(const Shape& s, const Pictures& io, const Weights& w, const flo
         for (int i = 0; i < NV; ++i) store(packed + k * T + i * VL, load(from + i * VL));
       }
     }
+    return packed;
   });
 }
 
@@ -494,7 +509,7 @@ void project_tile(const float* x, const Weights& w, const float* bias, Clamp lim
   for (int64_t c = 0; c < w.chunks(); ++c) {
     const int64_t count = std::min(w.chunk, w.width - c * w.chunk);
     transpose(x + start * w.width + c * w.chunk, w.width, length, count, packed, T);
-    multiply<NV>(w, packed, sums, bias, c, first, last, leave);
+    multiply<NV>(w, packed, std::integral_constant<int64_t, T>(), sums, bias, c, first, last, leave);
   }
 }
 
