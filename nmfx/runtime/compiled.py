@@ -122,7 +122,7 @@ def compile(model: nn.Module, example_input: Tensor, *, batch: int | None = None
     passes = _passes(len(example), batch, free, alone=not kernel)
     for number, (size, alone) in enumerate(passes):
         report = part(progress, number, len(passes))
-        mine = graph if number + 1 == len(passes) else _twin(graph)
+        mine = graph if number + 1 == len(passes) else copy_of(graph)
         with _one_thread() if alone else contextlib.nullcontext():
             times = Times()
             choices = choose(mine, sites, example[:size], times, sparse=not kernel, progress=report)
@@ -156,7 +156,7 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _twin(graph: fx.GraphModule) -> fx.GraphModule:
+def copy_of(graph: fx.GraphModule) -> fx.GraphModule:
     """The same graph over the same tensors, with sites of its own."""
     return fx.GraphModule(graph, copy.deepcopy(graph.graph))
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from nmfx.passes.baking import bake
 from nmfx.runtime.building import load_kernel, quiet
-from nmfx.runtime.compiled import CompiledModel, choose, compile, inputs_of, time_site
+from nmfx.runtime.chain import link
+from nmfx.runtime.compiled import CompiledModel, choose, compile, copy_of, inputs_of, time_site
 from nmfx.runtime.layers import Fused
 from nmfx.runtime.lowering import export, lower
 from nmfx.runtime.timing import Advance, Times, ignore, measure
@@ -30,13 +31,16 @@ class Latency:
     Attributes:
         prices: nanoseconds of a site under each of its patterns, dense among them; never rising as weights are dropped, since
             the runtime takes the dense operator where that is faster.
-        rest: nanoseconds of all that is between the sites.
+        rest: nanoseconds of all that is between the sites, in a sparse network; below zero where calls measured one by one
+            take longer than in a chain.
         baseline: nanoseconds of the best dense run: of `dense_runs`, and lowered by nmfx.
+        run: that run, to measure others beside it.
     """
 
     prices: Mapping[str, Mapping[Pattern, int]] = field(repr=False)
     rest: int
     baseline: int
+    run: Callable[[], object] | None = field(default=None, repr=False, compare=False)
 
     @property
     def dense(self) -> int:
@@ -112,25 +116,50 @@ def measure_latency(
             found[pattern] = least
         twice = prices.get(fused.name, {})  # a weight read at two places is paid for twice
         prices[fused.name] = {pattern: price + twice.get(pattern, 0) for pattern, price in found.items()}
-    choices = choose(graph, sites, example, times, sparse=False)
+    other = copy_of(graph)
+    choose(other, sites, example, times, sparse=False)
+    dense = CompiledModel(other, (), len(example), free, kernel)
+    sparsest = [(node, _sparsest(fused, groupings.get(fused.name, {}))) for node, fused in sites]
+    choices = choose(graph, sparsest, example, times, sparse=not kernel)
     times.save()
-    dense = CompiledModel(graph, choices, len(example), free, kernel)
-    whole = measure({"dense": lambda: dense(example)})["dense"]
-    rest = max(0, round((whole - sum(choice.seconds for choice in choices)) * NANO))
+    if not kernel:
+        link(graph)
+    sparse = CompiledModel(graph, choices, len(example), free, kernel)
+    runs = dense_runs(model, example) | {"dense": lambda: dense(example), "sparse": lambda: sparse(example)}
     with torch.no_grad():
-        best = min(whole, *measure(dense_runs(model, example), rounds=11).values())
-    return Latency(prices, rest, round(best * NANO))
+        took = measure(runs, rounds=11)
+    rest = round((took.pop("sparse") - sum(choice.seconds for choice in choices)) * NANO)
+    best = min(took, key=lambda name: took[name])
+    return Latency(prices, rest, round(took[best] * NANO), runs[best])
+
+
+def _sparsest(fused: Fused, offered: Mapping[Pattern, Grouping]) -> Fused:
+    """As few weights as a search may keep: with them the time between the sites is that of a sparse network."""
+    patterns = [pattern for pattern in offered if not pattern.is_dense]
+    if not patterns:
+        return fused
+    pattern = min(patterns, key=lambda one: one.density)
+    return replace(fused, weight=fused.weight * make_mask(fused.weight, pattern.n, offered[pattern]))
 
 
 def _price(
     fused: Fused, pattern: Pattern, grouping: Grouping, inputs: tuple[Tensor, ...], times: Times, *, sparse: bool
 ) -> int:
-    mask = make_mask(fused.weight, pattern.n, grouping)
-    choice = time_site(replace(fused, weight=fused.weight * mask), inputs, times, sparse=sparse)
+    choice = time_site(_sparsest(fused, {pattern: grouping}), inputs, times, sparse=sparse)
     return round(choice.seconds * NANO)
 
 
-def measured_seconds(model: nn.Module, example: Tensor) -> float:
-    """Seconds of a pass of a converted model, compiled for this batch."""
+@torch.no_grad()
+def measured_seconds(model: nn.Module, example: Tensor, beside: Latency | None = None) -> float:
+    """Seconds of a pass of a converted model, compiled for this batch.
+
+    Args:
+        beside: measure the dense run as well, in turns, and say how long the model would have taken when that one took its
+            `baseline`: a machine that others use is not always as fast.
+    """
     compiled = compile(model, example, batch=len(example))
-    return measure({"compiled": lambda: compiled(example)}, rounds=15)["compiled"]
+    runs: dict[str, Callable[[], object]] = {"compiled": lambda: compiled(example)}
+    if beside is None or beside.run is None:
+        return measure(runs, rounds=15)["compiled"]
+    took = measure(runs | {"dense": beside.run}, rounds=15)
+    return took["compiled"] / took["dense"] * beside.baseline / NANO
