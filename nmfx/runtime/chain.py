@@ -61,6 +61,15 @@ def link(graph: fx.GraphModule, images: int = 0) -> int:
     return len(runs)
 
 
+def repeated(layer: nn.Module, inputs: int, times: int) -> Chain:
+    """A chain that does the same several times, to measure it."""
+    graph = fx.Graph()
+    given = tuple(graph.placeholder(f"x{number}") for number in range(inputs))
+    calls = [graph.call_module("layer", given) for _ in range(times)]
+    graph.output(calls[-1])
+    return Chain(fx.GraphModule({"layer": layer}, graph), 0)
+
+
 def _is_step(graph: fx.GraphModule, node: fx.Node) -> bool:
     if node.op == "call_module":
         return isinstance(graph.get_submodule(str(node.target)), SparseConv2d | SparseLinear | Depthwise)
@@ -110,13 +119,14 @@ def _write(graph: fx.GraphModule) -> tuple[Tensor, list[Tensor]]:
     nodes = [node for node in graph.graph.nodes if node.op not in ("placeholder", "output")]
     places = {node: place for place, node in enumerate(node for node in graph.graph.nodes if node.op != "output")}
     results = next(node for node in graph.graph.nodes if node.op == "output").all_input_nodes
-    last = {used: node for node in nodes for used in node.all_input_nodes if used not in results}
+    leaving = {*results, *(node.all_input_nodes[0] for node in results if node.target in FLATTENING)}  # which share memory
+    last = {used: node for node in nodes for used in (node, *node.all_input_nodes) if used not in results}
     constants: list[Tensor] = []
     numbers = [len(nodes)]
     for node in nodes:
         inputs = [places[each] for each in node.args if isinstance(each, fx.Node)]  # a residual can be the input itself
-        numbers.append(int(node in results))
-        numbers += _step(graph, node, inputs, constants, node not in results and _alone(node))
+        numbers.append(int(node in leaving))
+        numbers += _step(graph, node, inputs, constants, node not in leaving and _alone(node))
         numbers += _list(places[used] for used, reader in last.items() if reader is node)
     numbers += _list(places[node] for node in results)
     return torch.tensor(numbers, dtype=torch.int64), constants
