@@ -21,7 +21,7 @@ from nmfx.runtime.chain import link, repeated
 from nmfx.runtime.layers import Fused, dense_layers, sparse_layer
 from nmfx.runtime.lowering import export, lower
 from nmfx.runtime.packed import TILES
-from nmfx.runtime.timing import Advance, Times, ignore, measure, part
+from nmfx.runtime.timing import WHOLE, Advance, Times, ignore, measure, part
 
 SPARSE = "sparse"
 REPEATS = 4  # of a sparse way in one chain: without what a call costs from Python, which it does not cost in a network
@@ -133,7 +133,7 @@ def compile(model: nn.Module, example_input: Tensor, *, batch: int | None = None
         found.append(CompiledModel(mine, choices, len(example) if alone else size, free, kernel))
     if len(found) == 1:
         return found[0]
-    took = measure({str(index): partial(one, example) for index, one in enumerate(found)})
+    took = measure({str(index): partial(one, example) for index, one in enumerate(found)}, least=WHOLE)
     return found[min(range(len(found)), key=lambda index: took[str(index)])]
 
 

@@ -15,7 +15,7 @@ from nmfx.runtime.chain import link
 from nmfx.runtime.compiled import CompiledModel, choose, compile, copy_of, inputs_of, time_site
 from nmfx.runtime.layers import Fused
 from nmfx.runtime.lowering import export, lower
-from nmfx.runtime.timing import Advance, Times, ignore, measure
+from nmfx.runtime.timing import WHOLE, Advance, Times, ignore, measure
 from nmfx.sparsity.layout import Grouping
 from nmfx.sparsity.mask import make_mask
 from nmfx.sparsity.pattern import Pattern
@@ -127,7 +127,7 @@ def measure_latency(
     sparse = CompiledModel(graph, choices, len(example), free, kernel)
     runs = dense_runs(model, example) | {"dense": lambda: dense(example), "sparse": lambda: sparse(example)}
     with torch.no_grad():
-        took = measure(runs, rounds=11)
+        took = measure(runs, least=WHOLE)
     rest = round((took.pop("sparse") - sum(choice.seconds for choice in choices)) * NANO)
     best = min(took, key=lambda name: took[name])
     return Latency(prices, rest, round(took[best] * NANO), runs[best])
@@ -160,6 +160,6 @@ def measured_seconds(model: nn.Module, example: Tensor, beside: Latency | None =
     compiled = compile(model, example, batch=len(example))
     runs: dict[str, Callable[[], object]] = {"compiled": lambda: compiled(example)}
     if beside is None or beside.run is None:
-        return measure(runs, rounds=15)["compiled"]
-    took = measure(runs | {"dense": beside.run}, rounds=15)
+        return measure(runs, least=WHOLE)["compiled"]
+    took = measure(runs | {"dense": beside.run}, least=WHOLE)
     return took["compiled"] / took["dense"] * beside.baseline / NANO

@@ -18,6 +18,7 @@ from nmfx.runtime.building import cache_folder, identity
 
 Advance = Callable[[float, str], None]  # told the share done, and of what
 ROUNDS, LEAST_SECONDS = 7, 0.004  # turns, and time of one candidate in a turn at least
+WHOLE = 0.1  # the same of a whole network
 
 
 def ignore(share: float, what: str) -> None:
@@ -29,17 +30,25 @@ def part(progress: Advance, number: int, parts: int) -> Advance:
     return lambda share, what: progress((number + share) / parts, what)
 
 
-def measure(candidates: Mapping[str, Callable[[], Any]], *, rounds: int = ROUNDS) -> dict[str, float]:
-    """The fastest of `rounds` turns of each candidate, in seconds a call; all take turns, so that noise meets all of them."""
+def measure(
+    candidates: Mapping[str, Callable[[], Any]], *, rounds: int = ROUNDS, least: float | None = None
+) -> dict[str, float]:
+    """The fastest of `rounds` turns of each candidate, in seconds a call; all take turns, so that noise meets all of them.
+
+    Args:
+        least: seconds of a turn at least; `WHOLE` for networks, whose caches and threads want to settle.
+    """
+    least = LEAST_SECONDS if least is None else least
     repeats, best = {}, {}
     for name, run in candidates.items():
         run()
         start = time.perf_counter()
         run()
         took = time.perf_counter() - start
-        repeats[name], best[name] = max(1, min(50, int(LEAST_SECONDS / max(took, 1e-9)))), took
+        repeats[name], best[name] = max(1, min(50, int(least / max(took, 1e-9)))), took
     for _ in range(rounds):
         for name, run in candidates.items():
+            run()
             start = time.perf_counter()
             for _ in range(repeats[name]):
                 run()

@@ -37,6 +37,7 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
     monkeypatch.setattr(timing, "cache_folder", lambda: folder)
     monkeypatch.setattr(timing, "ROUNDS", 1)
     monkeypatch.setattr(timing, "LEAST_SECONDS", 0.0)
+    monkeypatch.setattr(nmfx.runtime.compiled, "WHOLE", 0.0)
 
 
 def settled(model: nn.Module, seed: int = 0) -> nn.Module:
