@@ -9,9 +9,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from nmfx.errors import NmfxError
@@ -39,6 +36,9 @@ def shard(model: nn.Module, units: Iterable[nn.Module]) -> None:
     Raises:
         NmfxError: a parameter that cannot be shared out.
     """
+    from torch.distributed.device_mesh import init_device_mesh  # here, as not every build of torch has them
+    from torch.distributed.fsdp import fully_shard
+
     if scalars := [name for name, parameter in model.named_parameters() if parameter.dim() == 0]:
         raise NmfxError(f"{', '.join(scalars)}: a parameter without dimensions cannot be shared out; train with DDP instead")
     for value in model.state_dict().values():
@@ -94,6 +94,10 @@ def gathered(tensors: Mapping[str, Tensor], *, everywhere: bool = True) -> dict[
     Args:
         everywhere: all processes get them; otherwise only the first one does, in the CPU's memory.
     """
+    if world() == 1:
+        return dict(tensors)
+    from torch.distributed.tensor import DTensor
+
     whole = {}
     for name, value in tensors.items():
         full = value.full_tensor() if isinstance(value, DTensor) else value
@@ -105,7 +109,9 @@ def gathered(tensors: Mapping[str, Tensor], *, everywhere: bool = True) -> dict[
 
 
 def as_share(value: Tensor, like: Any) -> Tensor:
-    """This process's share of a whole tensor, if `like` is shared out; all processes have the same `value`."""
-    if not isinstance(like, DTensor):
+    """This process's share of the first one's whole tensor, if `like` is shared out; every process has to ask."""
+    if world() == 1:
         return value
-    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements) if isinstance(like, DTensor) else value

@@ -119,7 +119,11 @@ def _write(graph: fx.GraphModule) -> tuple[Tensor, list[Tensor]]:
     nodes = [node for node in graph.graph.nodes if node.op not in ("placeholder", "output")]
     places = {node: place for place, node in enumerate(node for node in graph.graph.nodes if node.op != "output")}
     results = next(node for node in graph.graph.nodes if node.op == "output").all_input_nodes
-    leaving = {*results, *(node.all_input_nodes[0] for node in results if node.target in FLATTENING)}  # which share memory
+    leaving = set(results)
+    for node in results:
+        while node.target in FLATTENING:  # which shares the memory of what it flattens
+            node = node.all_input_nodes[0]
+            leaving.add(node)
     last = {used: node for node in nodes for used in (node, *node.all_input_nodes) if used not in results}
     constants: list[Tensor] = []
     numbers = [len(nodes)]

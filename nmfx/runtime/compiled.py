@@ -62,7 +62,8 @@ class CompiledModel(nn.Module):
     """A model in eval mode, lowered: pictures in, the original's outputs out, without gradients.
 
     Attributes:
-        graph: the lowered graph; its ``site0, site1, ...`` are the layers of `nmfx.runtime.layers`.
+        graph: the lowered graph; its ``site0, site1, ...`` are the layers of `nmfx.runtime.layers`, those of the kernel inside
+            its ``chain0, chain1, ...`` (`nmfx.runtime.chain`).
         choices: how each site is computed.
         batch: samples of a pass; larger batches go through in several, so that activations stay in the cache.
         kernel: why the kernel is missing; empty when it is there.
@@ -105,7 +106,7 @@ def compile(model: nn.Module, example_input: Tensor, *, batch: int | None = None
 
     Args:
         example_input: a batch of the size and shape to be fast for.
-        batch: samples of a pass; None measures 1, 2, 4, ... up to the example's.
+        batch: samples of a pass; None measures 1, 2, 4, ... up to the example's, and one at a time on each thread.
         progress: called with the share done and the site.
 
     Raises:

@@ -3,8 +3,8 @@
 // A kept weight is a number times a row of activations. For a tile of pixels the activations under a chunk of columns (input
 // channel and kernel position) are packed into rows of one length that stay in the first-level cache; every output row then adds
 // its kept weights times those rows in registers: one broadcast and `NV` fused multiply-adds a weight, all reads aligned.
-// Packing costs one copy for every column of a tile and pays for padding, stride and dilation; what it reads stays as PyTorch
-// has it, so that sparse and dense operators stand side by side without conversions.
+// Packing costs one copy for every column of a tile and pays for padding, stride and dilation; kernels of one pixel read aligned
+// tiles where they are. Activations stay as PyTorch has them, so that sparse and dense operators stand side by side.
 
 #include <ATen/Parallel.h>
 #include <torch/library.h>
@@ -12,9 +12,9 @@
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/flatten.h>
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/narrow.h>
-#include <ATen/ops/reshape.h>
 
 #include <algorithm>
 #include <bit>
@@ -396,7 +396,7 @@ struct Halo {
   }
   Halo(const Shape& s, int64_t start, int64_t length) : pitch(pitch_of(s)), shown(start / pitch) {
     rows = (start + length - 1) / pitch - shown + 1 + (s.kh - 1) * s.dh / s.sh;
-    size = rows * pitch + SLACK;  // lanes at the end look beyond
+    size = rows * pitch + SLACK + std::min(s.pw, s.right);  // lanes at the end look beyond, as the last row's right padding lies
   }
   int64_t floats(const Shape& s) const { return size * s.sh * s.sw + SLACK; }
 
@@ -606,9 +606,10 @@ Shape shape_of(const at::Tensor& x, int64_t groups, at::IntArrayRef kernel, at::
   const int64_t bottom = padding[padding.size() - 2], right = padding[padding.size() - 1];
   Shape s{x.size(0), x.size(1) / groups, x.size(2), x.size(3), 0, 0, kernel[0], kernel[1], stride[0], stride[1],
           padding[0], padding[1], dilation[0], dilation[1], right};
-  s.oh = (s.h + s.ph + bottom - s.dh * (s.kh - 1) - 1) / s.sh + 1;
-  s.ow = (s.w + s.pw + right - s.dw * (s.kw - 1) - 1) / s.sw + 1;
-  check(s.oh > 0 && s.ow > 0, "pictures no smaller than the kernel");
+  const int64_t down = s.h + s.ph + bottom - s.dh * (s.kh - 1) - 1, across = s.w + s.pw + right - s.dw * (s.kw - 1) - 1;
+  check(down >= 0 && across >= 0, "pictures no smaller than the kernel");
+  s.oh = down / s.sh + 1;
+  s.ow = across / s.sw + 1;
   return s;
 }
 
@@ -721,7 +722,7 @@ at::Tensor max_pool2d(const at::Tensor& input, at::IntArrayRef kernel, at::IntAr
   const at::Tensor x = input.contiguous();
   const int64_t h = x.size(2), w = x.size(3), kh = kernel[0], kw = kernel[1], sh = stride[0], sw = stride[1];
   const int64_t ph = padding[0], pw = padding[1], oh = (h + 2 * ph - kh) / sh + 1, ow = (w + 2 * pw - kw) / sw + 1;
-  check(oh > 0 && ow > 0 && 2 * ph <= kh && 2 * pw <= kw, "pictures no smaller than the kernel, padding of half of it at most");
+  check(h + 2 * ph >= kh && w + 2 * pw >= kw && 2 * ph <= kh && 2 * pw <= kw, "pictures no smaller than the kernel, padding of half of it at most");
   at::Tensor y = output({x.size(0), x.size(1), oh, ow}, x);
   const float* from = x.const_data_ptr<float>();
   float* to = y.mutable_data_ptr<float>();
@@ -851,8 +852,7 @@ at::Tensor step(Program& p) {
     }
     case AVERAGE: return average(p.slot());
     case FLATTEN: {
-      const at::Tensor& x = p.slot();
-      return x.reshape({x.size(0), -1});
+      return at::flatten(p.slot(), 1);
     }
     default: TORCH_CHECK(false, "nmfx runtime: a program of another version");
   }
@@ -886,7 +886,7 @@ std::vector<at::Tensor> chain(at::TensorList inputs, at::TensorList constants, c
   check(!inputs.empty() && inputs[0].dim() > 0, "inputs with a batch");
   const std::vector<at::Tensor> own = constants.vec();
   const int64_t batch = inputs[0].size(0);
-  for (const at::Tensor& input : inputs) images = input.dim() > 0 && input.size(0) == batch ? images : 0;
+  for (const at::Tensor& input : inputs) images = input.dim() > 1 && input.size(0) == batch ? images : 0;
   const int64_t passes = images > 0 ? (batch + images - 1) / images : 1;
   if (passes < 2) return pass(inputs.vec(), own, program);
   std::vector<std::vector<at::Tensor>> parts(passes);

@@ -36,7 +36,7 @@ def measure(
     """The fastest of `rounds` turns of each candidate, in seconds a call; all take turns, so that noise meets all of them.
 
     Args:
-        least: seconds of a turn at least; `WHOLE` for networks, whose caches and threads want to settle.
+        least: seconds of a turn, of 50 calls at most; `WHOLE` for networks, whose caches and threads want to settle.
     """
     least = LEAST_SECONDS if least is None else least
     repeats, best = {}, {}

@@ -192,6 +192,18 @@ def test_unpacked_is_what_was_packed(shape: tuple[int, ...], groups: int, chunk:
     assert torch.equal(unpack(packed.values, packed.columns, packed.pointers, shape, groups, chunk), weight)
 
 
+def test_padding_wider_than_pictures() -> None:
+    make = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(1, 3, 5, 6, generator=make), masked(torch.randn(4, 3, 3, 3, generator=make), "1:2")
+    packed, one = pack(weight), (1, 1)
+    options = (None, None, 4, (3, 3), one, (140, 140), one, 1, -INF, INF, packed.chunk, packed.vectors)
+    found = torch.ops.nmfx.sparse_conv2d(x, packed.values, packed.columns, packed.pointers, *options)
+    torch.testing.assert_close(found, F.conv2d(x, weight, padding=140))
+    small = (None, None, 4, (3, 3), (2, 2), (0, 0), one, 1, -INF, INF, packed.chunk, packed.vectors)
+    with pytest.raises(RuntimeError, match="pictures no smaller than the kernel"):
+        torch.ops.nmfx.sparse_conv2d(x[:, :, :2], packed.values, packed.columns, packed.pointers, *small)
+
+
 def test_columns_beyond_15_bits() -> None:
     make = torch.Generator().manual_seed(0)
     x, weight = torch.randn(3, 60_000, generator=make), masked(torch.randn(2, 60_000, generator=make), "1:32")
