@@ -109,7 +109,6 @@ def test_outputs_are_the_models(name: str) -> None:
             linked = linked_copy(compiled, images)
             assert torch.equal(linked(x), found)
             assert torch.equal(linked(x.flip(0)), found.flip(0))
-            assert linked.graph(x[:0]).shape == found[:0].shape or not compiled.free
     assert any(isinstance(module, SparseConv2d | SparseLinear) for module in compiled.modules())
 
 
@@ -221,6 +220,7 @@ def test_residual_networks_are_one_chain() -> None:
     linked = linked_copy(all_sparse(model, x))
     targets = [node.target for node in linked.graph.graph.nodes if node.op == "call_module"]
     assert targets == ["chain0"]
+    assert linked(x[:0]).shape == (0, 1000)
     chain = linked.graph.chain0
     assert isinstance(chain, Chain)
     assert not any(isinstance(module, SparseConv2d) for name, module in linked.graph.named_children())
