@@ -38,8 +38,8 @@ class Chain(nn.Module):
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
 
-def link(graph: fx.GraphModule, images: int = 0) -> int:
-    """Put a `Chain` in the place of every run of operators of the kernel, in place; how many there are.
+def link(graph: fx.GraphModule, images: int = 0) -> None:
+    """Put a `Chain` in the place of every run of operators of the kernel, in place.
 
     A node in between that needs none of them does not end a run: it comes before.
     """
@@ -58,7 +58,6 @@ def link(graph: fx.GraphModule, images: int = 0) -> int:
         _replace(graph, run, f"chain{number}", images)
     graph.delete_all_unused_submodules()
     graph.recompile()
-    return len(runs)
 
 
 def repeated(layer: nn.Module, inputs: int, times: int) -> Chain:
@@ -145,7 +144,7 @@ def _step(graph: fx.GraphModule, node: fx.Node, inputs: list[int], constants: li
 
     x, residual = inputs[0], inputs[1] if len(inputs) > 1 else -1
     if node.target == torch.ops.nmfx.max_pool2d.default:
-        return [MAX_POOL, x, *(number for each in node.args[1:4] for number in _list(each))]  # type: ignore[arg-type, union-attr]
+        return [MAX_POOL, x, *_lists(node.args[1:4])]
     if node.target == torch.ops.nmfx.average.default:
         return [AVERAGE, x]
     if node.op == "call_function":
@@ -155,14 +154,13 @@ def _step(graph: fx.GraphModule, node: fx.Node, inputs: list[int], constants: li
         layer = cast(Any, layer)
         *geometry, low, high = layer.options
         weights = [constant(layer.weight), constant(layer.bias), residual]
-        return [DEPTHWISE, x, *weights, *(number for each in geometry for number in _list(each)), _real(low), _real(high)]
+        return [DEPTHWISE, x, *weights, *_lists(geometry), _real(low), _real(high)]
     packed = [constant(each) for each in (layer.values, layer.columns, layer.pointers, layer.bias)]
     if isinstance(layer, SparseLinear):
         out, low, high, *tile = layer.options
         return [LINEAR, x, *packed, out, _real(low), _real(high), *tile]
     out, *geometry, groups, low, high = layer.options
-    shape = [number for each in geometry for number in _list(each)]
-    return [CONV, x, *packed, residual, out, *shape, groups, _real(low), _real(high), *layer.tile, int(over)]
+    return [CONV, x, *packed, residual, out, *_lists(geometry), groups, _real(low), _real(high), *layer.tile, int(over)]
 
 
 def _alone(node: fx.Node) -> bool:
@@ -174,6 +172,10 @@ def _alone(node: fx.Node) -> bool:
 def _list(numbers: Iterable[int]) -> list[int]:
     """Its length, then the numbers."""
     return [len(found := list(numbers)), *found]
+
+
+def _lists(several: Iterable[Any]) -> list[int]:
+    return [number for numbers in several for number in _list(numbers)]
 
 
 def _real(number: float) -> int:

@@ -21,8 +21,8 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <type_traits>
 #include <new>
+#include <type_traits>
 #include <vector>
 
 #ifdef __linux__
@@ -199,9 +199,7 @@ inline void multiply_dense(const Weights& w, const float* packed, float* sums, c
                            int64_t last, const Leave& leave) {
   constexpr int REGISTERS = VL == 16 ? 24 : 12;  // for sums
   constexpr int R = std::clamp(REGISTERS / NV, 1, 8);
-  int64_t r = multiply_rows<NV, R>(w, packed, sums, bias, c, first, first, last, leave);
-  if constexpr (R > 4) r = multiply_rows<NV, 4>(w, packed, sums, bias, c, first, r, last, leave);
-  if constexpr (R > 2) r = multiply_rows<NV, 2>(w, packed, sums, bias, c, first, r, last, leave);
+  const int64_t r = multiply_rows<NV, R>(w, packed, sums, bias, c, first, first, last, leave);
   multiply_rows<NV, 1>(w, packed, sums, bias, c, first, r, last, leave);
 }
 
@@ -358,7 +356,7 @@ void pointwise_tile(const Shape& s, const Pictures& io, const Weights& w, const 
     inputs.push_back({image, at, rows ? row * s.sh * s.w + pixel % s.ow * s.sw : pixel, count});
     at += count;
   }
-  if (inputs.size() == 1 && length == T && !rows && plane % VL == 0) {
+  if (inputs.size() == 1 && length == T && !rows && plane % VL == 0 && !w.dense()) {
     const float* from = io.x + (inputs[0].image * io.channels + io.channel0) * plane + inputs[0].pixel;
     if (reinterpret_cast<uintptr_t>(from) % (VL * 4) == 0) {  // as good as packed, and nothing to do
       return compute<NV>(io, w, bias, limits, plane, outputs, first, last, plane,
@@ -722,7 +720,8 @@ at::Tensor max_pool2d(const at::Tensor& input, at::IntArrayRef kernel, at::IntAr
   const at::Tensor x = input.contiguous();
   const int64_t h = x.size(2), w = x.size(3), kh = kernel[0], kw = kernel[1], sh = stride[0], sw = stride[1];
   const int64_t ph = padding[0], pw = padding[1], oh = (h + 2 * ph - kh) / sh + 1, ow = (w + 2 * pw - kw) / sw + 1;
-  check(h + 2 * ph >= kh && w + 2 * pw >= kw && 2 * ph <= kh && 2 * pw <= kw, "pictures no smaller than the kernel, padding of half of it at most");
+  check(h + 2 * ph >= kh && w + 2 * pw >= kw && 2 * ph <= kh && 2 * pw <= kw,
+        "pictures no smaller than the kernel, padding of half of it at most");
   at::Tensor y = output({x.size(0), x.size(1), oh, ow}, x);
   const float* from = x.const_data_ptr<float>();
   float* to = y.mutable_data_ptr<float>();
@@ -851,9 +850,7 @@ at::Tensor step(Program& p) {
       return max_pool2d(x, kernel, stride, padding);
     }
     case AVERAGE: return average(p.slot());
-    case FLATTEN: {
-      return at::flatten(p.slot(), 1);
-    }
+    case FLATTEN: return at::flatten(p.slot(), 1);
     default: TORCH_CHECK(false, "nmfx runtime: a program of another version");
   }
 }

@@ -137,7 +137,7 @@ class Run:
         self.ema = ModelEmaV3(self.model, settings.ema, use_warmup=True, foreach=not self.sharded) if settings.ema else None
         if self.sharded:
             picture = torch.zeros(1, *config.input_size, device=self.device)
-            for each in (self.model, *([] if self.ema is None else [self.ema.module])):
+            for each in self.trained:
                 shard(each, find_units(each, picture))
         self.optimizer, self.scheduler = self._optimizer_and_scheduler()
         if folder is not None:
@@ -165,11 +165,16 @@ class Run:
         """Updates done."""
         return self.at.epoch * self.steps + self.at.step
 
+    @property
+    def trained(self) -> list[nn.Module]:
+        """What changes in training: the model, and its moving average where there is one."""
+        return [self.model] if self.ema is None else [self.model, self.ema.module]
+
     def evaluated(self) -> nn.Module:
         """The weights that count, whole in every process: the moving average where there is one."""
-        own = self.model if self.ema is None else self.ema.module
+        own = self.trained[-1]
         if not self.sharded:
-            return own  # type: ignore[no-any-return]
+            return own
         self.whole.load_state_dict(gathered(own.state_dict()))
         return self.whole
 
@@ -305,7 +310,7 @@ class Run:
             fill(self.ema.module, under("ema", tensors), path)
         restore_optimizer(self.optimizer, under("optimizer", tensors), about["optimizer"])
         masks = under("mask", tensors)
-        for model in (self.model, *([self.whole] if self.sharded else []), *([] if self.ema is None else [self.ema.module])):
+        for model in (*self.trained, *([self.whole] if self.sharded else [])):
             for site in masked_sites(model):
                 if (name := f"{site.path}.{site.attr}".lstrip(".")) in masks:
                     site.mask.copy_(masks[name])

@@ -235,21 +235,8 @@ def test_torch_sees_the_shapes() -> None:
     for kernel, stride, padding in itertools.product([(1, 1), (3, 2)], [(1, 1), (2, 3)], [(1, 0), (0, 1, 1, 0)]):
         weight = masked(torch.randn(8, 6, *kernel, generator=make), "2:4")
         packed = pack(weight)
-        arguments = (
-            packed.values,
-            packed.columns,
-            packed.pointers,
-            None,
-            None,
-            8,
-            kernel,
-            stride,
-            padding,
-            (1, 1),
-            1,
-            0.0,
-            INF,
-        )
+        weights = (packed.values, packed.columns, packed.pointers, None, None, 8)
+        arguments = (*weights, kernel, stride, padding, (1, 1), 1, 0.0, INF)
         torch.library.opcheck(
             torch.ops.nmfx.sparse_conv2d,
             (torch.randn(2, 6, 9, 11, generator=make), *arguments, 64, 8),
