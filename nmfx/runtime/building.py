@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-SOURCE = Path(__file__).with_name("kernel.cpp")
+SOURCES = Path(__file__).with_name("kernel")  # kernel.cpp and the headers it is made of
 FLAGS = ("-O3", "-std=c++20", "-fopenmp", "-fno-math-errno")  # -fopenmp: at::parallel_for runs in torch's own threads
 NATIVE = "-march=native"
 NAME = "nmfx_runtime"
@@ -47,7 +47,8 @@ def identity() -> str:
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         asked = [compiler, "--version"]
         compiler += subprocess.run(asked, capture_output=True, text=True, timeout=60, check=False).stdout  # noqa: S603
-    parts = (SOURCE.read_text(encoding="utf-8"), *flags(), torch.__version__, compiler, processor())
+    sources = (path.read_text(encoding="utf-8") for path in sorted(SOURCES.iterdir()))
+    parts = (*sources, *flags(), torch.__version__, compiler, processor())
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
@@ -86,7 +87,7 @@ def _build(path: Path) -> None:
 
             cpp_extension.load(
                 NAME,
-                [str(SOURCE)],
+                [str(SOURCES / "kernel.cpp")],
                 extra_cflags=list(flags()),
                 extra_ldflags=[flag for flag in flags() if flag.startswith("-fsanitize")],
                 build_directory=str(draft),

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from nmfx.runtime.building import load_kernel
 from nmfx.runtime.layers import Depthwise, SparseConv2d, SparseLinear
 
-CONV, LINEAR, DEPTHWISE, MAX_POOL, AVERAGE, FLATTEN = range(6)  # as in kernel.cpp
+CONV, LINEAR, DEPTHWISE, MAX_POOL, AVERAGE, FLATTEN = range(6)  # as in kernel/kernel.cpp
 FLATTENING = (torch.ops.aten.view.default, torch.ops.aten.flatten.using_ints, torch.ops.aten.reshape.default)
 
 

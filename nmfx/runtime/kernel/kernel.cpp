@@ -1,0 +1,138 @@
+// Several operators by one call, and what torch is told of all of them.
+
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/cat.h>
+#include <ATen/ops/flatten.h>
+#include <ATen/ops/narrow.h>
+#include <torch/library.h>
+
+#include <bit>
+#include <vector>
+
+#include "operators.h"
+
+namespace {
+
+// What the operators of a chain read, one number after the other: nmfx/runtime/chain.py writes it.
+struct Program {
+  const int64_t* at;
+  const std::vector<at::Tensor>& constants;
+  std::vector<at::Tensor>& slots;
+
+  int64_t number() { return *at++; }
+  double real() { return std::bit_cast<double>(*at++); }
+  at::IntArrayRef numbers() {
+    const int64_t count = *at++;
+    at += count;
+    return {at - count, static_cast<size_t>(count)};
+  }
+  const at::Tensor& slot() { return slots.at(*at++); }
+  const at::Tensor& constant() { return constants.at(*at++); }
+  std::optional<at::Tensor> optional(const std::vector<at::Tensor>& from) {
+    const int64_t place = *at++;
+    if (place < 0) return std::nullopt;
+    return from.at(place);
+  }
+};
+
+enum Operator : int64_t { CONV, LINEAR, DEPTHWISE, MAX_POOL, AVERAGE, FLATTEN };
+
+at::Tensor step(Program& p) {
+  switch (p.number()) {
+    case CONV: {
+      const at::Tensor &x = p.slot(), &values = p.constant(), &columns = p.constant(), &pointers = p.constant();
+      const auto bias = p.optional(p.constants), residual = p.optional(p.slots);
+      const int64_t out = p.number();
+      const auto kernel = p.numbers(), stride = p.numbers(), padding = p.numbers(), dilation = p.numbers();
+      const int64_t groups = p.number();
+      const double low = p.real(), high = p.real();
+      const int64_t chunk = p.number(), vectors = p.number(), over = p.number();
+      return convolution(x, values, columns, pointers, bias, residual, out, kernel, stride, padding, dilation, groups, low, high,
+                         chunk, vectors, over);
+    }
+    case LINEAR: {
+      const at::Tensor &x = p.slot(), &values = p.constant(), &columns = p.constant(), &pointers = p.constant();
+      const auto bias = p.optional(p.constants);
+      const int64_t out = p.number();
+      const double low = p.real(), high = p.real();
+      const int64_t chunk = p.number(), vectors = p.number();
+      return sparse_linear(x, values, columns, pointers, bias, out, low, high, chunk, vectors);
+    }
+    case DEPTHWISE: {
+      const at::Tensor &x = p.slot(), &weight = p.constant();
+      const auto bias = p.optional(p.constants), residual = p.optional(p.slots);
+      const auto stride = p.numbers(), padding = p.numbers(), dilation = p.numbers();
+      const double low = p.real(), high = p.real();
+      return depthwise_conv2d(x, weight, bias, residual, stride, padding, dilation, low, high);
+    }
+    case MAX_POOL: {
+      const at::Tensor& x = p.slot();
+      const auto kernel = p.numbers(), stride = p.numbers(), padding = p.numbers();
+      return max_pool2d(x, kernel, stride, padding);
+    }
+    case AVERAGE: return average(p.slot());
+    case FLATTEN: return at::flatten(p.slot(), 1);
+    default: TORCH_CHECK(false, "nmfx runtime: a program of another version");
+  }
+}
+
+// One pass: the inputs are the first slots, each step fills the next, and slots that nobody reads any more are emptied. Before
+// a step stands whether its result leaves the chain.
+std::vector<at::Tensor> pass(const std::vector<at::Tensor>& inputs, const std::vector<at::Tensor>& constants,
+                             const at::Tensor& program) {
+  const int64_t* numbers = program.const_data_ptr<int64_t>();
+  std::vector<at::Tensor> slots(inputs);
+  Program p{numbers, constants, slots};
+  const int64_t steps = p.number();
+  slots.reserve(inputs.size() + steps);  // steps hold references into it
+  const struct Closing {
+    ~Closing() { pool.open = false; }
+  } closing;
+  for (int64_t i = 0; i < steps; ++i) {
+    pool.open = !p.number();  // what leaves the chain is PyTorch's
+    slots.push_back(step(p));
+    for (const int64_t place : p.numbers()) slots.at(place) = at::Tensor();
+  }
+  std::vector<at::Tensor> outputs;
+  for (const int64_t place : p.numbers()) outputs.push_back(slots.at(place));
+  return outputs;
+}
+
+// The steps of a program, one after the other; with `images` > 0 in passes of so many, each of which stays on one thread.
+std::vector<at::Tensor> chain(at::TensorList inputs, at::TensorList constants, const at::Tensor& program, int64_t images) {
+  check(program.scalar_type() == at::kLong && program.is_contiguous(), "a program of int64");
+  check(!inputs.empty() && inputs[0].dim() > 0, "inputs with a batch");
+  const std::vector<at::Tensor> own = constants.vec();
+  const int64_t batch = inputs[0].size(0);
+  for (const at::Tensor& input : inputs) images = input.dim() > 1 && input.size(0) == batch ? images : 0;
+  const int64_t passes = images > 0 ? (batch + images - 1) / images : 1;
+  if (passes < 2) return pass(inputs.vec(), own, program);
+  std::vector<std::vector<at::Tensor>> parts(passes);
+  at::parallel_for(0, passes, 1, [&](int64_t begin, int64_t end) {
+    at::NoGradGuard guard;
+    for (int64_t part = begin; part < end; ++part) {
+      std::vector<at::Tensor> mine;
+      const int64_t start = part * images;
+      for (const at::Tensor& input : inputs) mine.push_back(input.narrow(0, start, std::min(images, batch - start)));
+      parts[part] = pass(mine, own, program);
+    }
+  });
+  std::vector<at::Tensor> outputs;
+  for (size_t i = 0; i < parts[0].size(); ++i) {
+    std::vector<at::Tensor> pieces;
+    for (const auto& part : parts) pieces.push_back(part[i]);
+    outputs.push_back(at::cat(pieces));
+  }
+  return outputs;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(nmfx, CPU, m) {
+  m.impl("sparse_conv2d", &sparse_conv2d);
+  m.impl("sparse_linear", &sparse_linear);
+  m.impl("depthwise_conv2d", &depthwise_conv2d);
+  m.impl("max_pool2d", &max_pool2d);
+  m.impl("average", &average);
+  m.impl("chain", &chain);
+}

@@ -1,0 +1,154 @@
+// Products of kept weights with rows of activations, in registers, and how the work is cut.
+//
+// A kept weight is a number times a row of activations. What lies under a chunk of columns (input channel and kernel position)
+// for a tile of pixels stays in the first-level cache; every output row adds its kept weights times those rows in registers: one
+// broadcast and `NV` fused multiply-adds a weight, all reads aligned.
+
+#pragma once
+
+#include <ATen/Parallel.h>
+
+#include <cstring>
+#include <type_traits>
+
+#include "vectors.h"
+
+namespace {
+
+// Kept weights of `rows` output rows, chunk after chunk of `chunk` columns: pointers[c * rows + r] is where those of row r begin.
+// A column is (input channel, kernel row, kernel column), as PyTorch flattens them; its number counts from its chunk's start.
+struct Weights {
+  const float* values;
+  const uint16_t* columns;
+  const int32_t* pointers;
+  int64_t rows, width, chunk;
+  int64_t chunks() const { return (width + chunk - 1) / chunk; }
+  bool dense() const { return pointers[chunks() * rows] - pointers[0] == rows * width; }
+};
+
+// sums[r][tile] (+)= the kept weights of chunk c of row r times their rows of `packed`, which are `pitch` floats apart; after the
+// last chunk, rows go to `leave`.
+template <int NV, class Pitch, class Leave>
+inline void multiply(const Weights& w, const float* packed, Pitch pitch, float* sums, const float* bias, int64_t c,
+                     int64_t first, int64_t last, const Leave& leave) {
+  constexpr int64_t T = NV * VL;
+  const int32_t* at = w.pointers + c * w.rows;
+  const bool opens = c == 0, closes = c + 1 == w.chunks();
+  for (int64_t r = first; r < last; ++r) {
+    vec acc[NV];
+    float* own = sums + (r - first) * T;
+    if (opens) {
+      const vec start = (bias ? bias[r] : 0.0f) - vec{};
+      for (int i = 0; i < NV; ++i) acc[i] = start;
+    } else {
+      for (int i = 0; i < NV; ++i) acc[i] = load(own + i * VL);
+    }
+    const auto add = [&](int32_t j, int64_t column) {
+      const vec value = w.values[j] - vec{};
+      const float* x = packed + column * pitch;
+      for (int i = 0; i < NV; ++i) acc[i] += value * *reinterpret_cast<const tight*>(x + i * VL);
+    };
+    const int32_t end = at[r + 1];
+    int32_t j = at[r];
+    for (; j + 4 <= end; j += 4) {  // the loads are what limits this loop: four column numbers by one of them
+      uint64_t four;
+      std::memcpy(&four, w.columns + j, 8);
+      add(j, four & 0xFFFF);
+      add(j + 1, four >> 16 & 0xFFFF);
+      add(j + 2, four >> 32 & 0xFFFF);
+      add(j + 3, four >> 48);
+    }
+    for (; j < end; ++j) add(j, w.columns[j]);
+    if (closes) {
+      leave(r, acc);
+    } else {
+      for (int i = 0; i < NV; ++i) store(own + i * VL, acc[i]);
+    }
+  }
+}
+
+// The same where all weights are kept, as in a stem: several rows share what they read.
+template <int NV, int R, class Leave>
+inline int64_t multiply_rows(const Weights& w, const float* packed, float* sums, const float* bias, int64_t c, int64_t first,
+                             int64_t r, int64_t last, const Leave& leave) {
+  constexpr int64_t T = NV * VL;
+  const int64_t count = std::min(w.chunk, w.width - c * w.chunk);
+  for (; r + R <= last; r += R) {
+    const float* values = w.values + w.pointers[c * w.rows + r];
+    float* own = sums + (r - first) * T;
+    vec acc[R][NV];
+    for (int q = 0; q < R; ++q)
+      for (int i = 0; i < NV; ++i) acc[q][i] = c ? load(own + q * T + i * VL) : (bias ? bias[r + q] : 0.0f) - vec{};
+    for (int64_t k = 0; k < count; ++k) {
+      vec x[NV];
+      for (int i = 0; i < NV; ++i) x[i] = *reinterpret_cast<const tight*>(packed + k * T + i * VL);
+      for (int q = 0; q < R; ++q) {
+        const vec value = values[q * count + k] - vec{};
+        for (int i = 0; i < NV; ++i) acc[q][i] += value * x[i];
+      }
+    }
+    for (int q = 0; q < R; ++q) {
+      if (c + 1 == w.chunks()) {
+        leave(r + q, acc[q]);
+      } else {
+        for (int i = 0; i < NV; ++i) store(own + q * T + i * VL, acc[q][i]);
+      }
+    }
+  }
+  return r;
+}
+
+template <int NV, class Leave>
+inline void multiply_dense(const Weights& w, const float* packed, float* sums, const float* bias, int64_t c, int64_t first,
+                           int64_t last, const Leave& leave) {
+  constexpr int REGISTERS = VL == 16 ? 24 : 12;  // for sums
+  constexpr int R = std::clamp(REGISTERS / NV, 1, 8);
+  const int64_t r = multiply_rows<NV, R>(w, packed, sums, bias, c, first, first, last, leave);
+  multiply_rows<NV, 1>(w, packed, sums, bias, c, first, r, last, leave);
+}
+
+// Pixels in tiles of up to WIDEST vectors, as even as can be, and rows in parts where there are too few tiles for the threads.
+constexpr int64_t WIDEST = 8;
+
+struct Tiling {
+  int64_t lanes, vectors, tiles, parts, images;
+
+  Tiling(int64_t lanes, int64_t most, int64_t rows, int64_t images = 1) : lanes(lanes), images(images) {
+    const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
+    vectors = (lanes + VL - 1) / VL;
+    tiles = (vectors + most - 1) / most;
+    parts = 1;
+    const auto items = [&] { return images * tiles * parts; };
+    while (parts < threads && items() % threads && items() < 8 * threads && rows >= 32 * parts) parts *= 2;
+  }
+  int64_t start(int64_t tile) const { return vectors * tile / tiles * VL; }
+
+  // work(image, tile, part begin, part end), each tile's parts in one go where a thread has several.
+  template <class Work>
+  void run(const Work& work) const {
+    at::parallel_for(0, images * tiles * parts, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t item = begin; item < end;) {
+        const int64_t tile = item / parts, next = std::min(end, (tile + 1) * parts);
+        work(tile / tiles, tile % tiles, item % parts, next - tile * parts);
+        item = next;
+      }
+    });
+  }
+};
+
+// f<NV>() for a number of vectors that is known at run time.
+template <class F>
+inline void with_vectors(int64_t vectors, const F& f) {
+  switch (vectors) {
+    case 1: return f(std::integral_constant<int, 1>());
+    case 2: return f(std::integral_constant<int, 2>());
+    case 3: return f(std::integral_constant<int, 3>());
+    case 4: return f(std::integral_constant<int, 4>());
+    case 5: return f(std::integral_constant<int, 5>());
+    case 6: return f(std::integral_constant<int, 6>());
+    case 7: return f(std::integral_constant<int, 7>());
+    default: return f(std::integral_constant<int, 8>());
+  }
+}
+
+}  // namespace

@@ -1,0 +1,92 @@
+// Vectors of floats, rows of them moved, and memory that a thread keeps.
+
+#pragma once
+
+#include <algorithm>
+#include <bit>
+#include <cstdint>
+#include <vector>
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int64_t VL = 16;
+#elif defined(__AVX__)
+constexpr int64_t VL = 8;
+#else
+constexpr int64_t VL = 4;
+#endif
+typedef float vec __attribute__((vector_size(VL * 4)));
+typedef float loose __attribute__((vector_size(VL * 4), aligned(4), may_alias));
+typedef float tight __attribute__((vector_size(VL * 4), may_alias));
+typedef float quad __attribute__((vector_size(16), aligned(4), may_alias));
+static_assert(std::endian::native == std::endian::little, "column numbers are read four at a time");
+constexpr int64_t SLACK = 64;  // floats that whole-vector copies may write past the end
+
+inline vec load(const float* p) { return *reinterpret_cast<const loose*>(p); }
+inline void store(float* p, vec v) { *reinterpret_cast<loose*>(p) = v; }
+
+// n floats and nothing else, in vectors that overlap at the end.
+inline void copy_exact(float* to, const float* from, int64_t n) {
+  if (n >= VL) {
+    int64_t i = 0;
+    for (; i + VL <= n; i += VL) store(to + i, load(from + i));
+    if (i < n) store(to + n - VL, load(from + n - VL));
+  } else if (n >= 4) {
+    for (int64_t i = 0; i + 4 <= n; i += 4) *reinterpret_cast<quad*>(to + i) = *reinterpret_cast<const quad*>(from + i);
+    *reinterpret_cast<quad*>(to + n - 4) = *reinterpret_cast<const quad*>(from + n - 4);
+  } else {
+    for (int64_t i = 0; i < n; ++i) to[i] = from[i];
+  }
+}
+
+// even[i] = from[2 i] and odd[i] = from[2 i + 1], of n floats; no odd ones for a null pointer.
+inline void split(const float* from, int64_t n, float* even, float* odd) {
+  typedef int places __attribute__((vector_size(VL * 4)));
+  places evens, odds;
+  for (int i = 0; i < VL; ++i) evens[i] = 2 * i, odds[i] = 2 * i + 1;
+  int64_t i = 0;
+  for (; i + 2 * VL <= n; i += 2 * VL) {
+    const vec a = load(from + i), b = load(from + i + VL);
+    store(even + i / 2, __builtin_shuffle(a, b, evens));
+    if (odd) store(odd + i / 2, __builtin_shuffle(a, b, odds));
+  }
+  for (; i < n; i += 2) {
+    even[i / 2] = from[i];
+    if (odd && i + 1 < n) odd[i / 2] = from[i + 1];
+  }
+}
+
+// A row with `pad` zeros before it: the columns of one phase of the stride after the other, `size` floats apart.
+inline void spread(const float* from, int64_t n, int64_t stride, int64_t pad, float* to, int64_t size) {
+  if (stride == 1) {
+    copy_exact(to + pad, from, n);
+  } else if (stride == 2) {
+    split(from, n, to + (pad & 1) * size + pad / 2, to + (1 - (pad & 1)) * size + (pad + 1) / 2);
+  } else {
+    for (int64_t i = 0; i < n; ++i) to[(i + pad) % stride * size + (i + pad) / stride] = from[i];
+  }
+}
+
+struct Clamp {
+  float low, high;
+};
+
+inline vec clamp(vec v, const Clamp& limits) {
+  const vec low = limits.low - vec{}, high = limits.high - vec{};
+  v = v < low ? low : v;
+  return v > high ? high : v;
+}
+
+// Aligned memory of one thread, kept between calls.
+struct Room {
+  std::vector<float> memory;
+  float* get(int64_t count) {
+    if (static_cast<int64_t>(memory.size()) < count + 16) memory.resize(count + 16);
+    auto address = reinterpret_cast<uintptr_t>(memory.data());
+    return reinterpret_cast<float*>((address + 63) & ~uintptr_t(63));
+  }
+};
+thread_local Room packed_room, sums_room, plane_room;
+
+}  // namespace
