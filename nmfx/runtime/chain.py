@@ -2,32 +2,31 @@
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Iterable
-from typing import Any, cast
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from nmfx.runtime.building import load_kernel
 from nmfx.runtime.layers import Depthwise, SparseConv2d, SparseLinear
-
-CONV, LINEAR, DEPTHWISE, MAX_POOL, AVERAGE, FLATTEN = range(6)  # as in kernel/kernel.cpp
-FLATTENING = (torch.ops.aten.view.default, torch.ops.aten.flatten.using_ints, torch.ops.aten.reshape.default)
+from nmfx.runtime.program import AVERAGING, FLATTENING, MAX_POOLING, Program
 
 
 class Chain(nn.Module):
     """A part of a lowered graph: its inputs in, its outputs out.
 
     Attributes:
-        graph: the same, operator by operator: what torch.compile sees.
+        graph: the same, operator by operator, on plain pictures: what torch.compile sees.
         images: samples of a pass that stays on one thread; 0 is all at once, with the threads inside the operators.
     """
 
     def __init__(self, graph: fx.GraphModule, images: int) -> None:
         super().__init__()
         self.graph, self.images = graph, images
-        self.program, self.constants = _write(graph)
+        written = Program(graph, threads=1 if images else torch.get_num_threads())
+        self.program, self.constants = written.numbers(), written.constants
 
     def forward(self, *inputs: Tensor) -> Any:
         """Each with the batch first."""
@@ -60,13 +59,19 @@ def link(graph: fx.GraphModule, images: int = 0) -> None:
     graph.recompile()
 
 
-def repeated(layer: nn.Module, inputs: int, times: int) -> Chain:
-    """A chain that does the same several times, to measure it."""
+def repeated(layer: nn.Module, inputs: Sequence[Tensor], times: int) -> Callable[[], Any]:
+    """A call of the kernel that computes a layer several times, to measure it; what it reads by lanes stays as lanes."""
     graph = fx.Graph()
-    given = tuple(graph.placeholder(f"x{number}") for number in range(inputs))
+    given = tuple(graph.placeholder(f"x{number}") for number in range(len(inputs)))
     calls = [graph.call_module("layer", given) for _ in range(times)]
     graph.output(calls[-1])
-    return Chain(fx.GraphModule({"layer": layer}, graph), 0)
+    for node, value in [*zip(given, inputs, strict=True), *((call, layer(*inputs)) for call in calls[:1])]:
+        node.meta["val"] = value.to("meta")
+    for call in calls:
+        call.meta = calls[0].meta
+    program = Program(fx.GraphModule({"layer": layer}, graph), threads=torch.get_num_threads(), as_lanes=True)
+    operator, numbers = torch.ops.nmfx.chain.default, program.numbers()
+    return partial(operator, program.stand_ins(inputs), program.constants, numbers, 0)
 
 
 def _is_step(graph: fx.GraphModule, node: fx.Node) -> bool:
@@ -75,7 +80,7 @@ def _is_step(graph: fx.GraphModule, node: fx.Node) -> bool:
     if node.target in FLATTENING:  # (batch, ...) to (batch, features)
         shapes = [each.meta["val"].shape for each in (node.args[0], node) if isinstance(each, fx.Node) and "val" in each.meta]
         return len(shapes) == 2 and len(shapes[1]) == 2 and len(shapes[0]) > 1 and str(shapes[0][0]) == str(shapes[1][0])
-    return node.target in (torch.ops.nmfx.max_pool2d.default, torch.ops.nmfx.average.default)
+    return node.target in (MAX_POOLING, AVERAGING)
 
 
 def _replace(graph: fx.GraphModule, run: list[fx.Node], name: str, images: int) -> None:
@@ -86,6 +91,8 @@ def _replace(graph: fx.GraphModule, run: list[fx.Node], name: str, images: int) 
     outputs = [node for node in run if any(user not in inside for user in node.users)]
     part = fx.Graph()
     known = {node: part.placeholder(node.name) for node in inputs}
+    for node, given in known.items():
+        given.meta = dict(node.meta)
     for node in run:
         if node.target in FLATTENING:
             known[node] = part.call_function(torch.ops.aten.flatten.using_ints, (known[node.all_input_nodes[0]], 1))
@@ -111,73 +118,3 @@ def _replace(graph: fx.GraphModule, run: list[fx.Node], name: str, images: int) 
 
 def _item(values: Any, number: int) -> Any:
     return values[number]
-
-
-def _write(graph: fx.GraphModule) -> tuple[Tensor, list[Tensor]]:
-    """The program of a part: the number of steps; each step, and the slots that nobody reads after it; the outputs' slots."""
-    nodes = [node for node in graph.graph.nodes if node.op not in ("placeholder", "output")]
-    places = {node: place for place, node in enumerate(node for node in graph.graph.nodes if node.op != "output")}
-    results = next(node for node in graph.graph.nodes if node.op == "output").all_input_nodes
-    leaving = set(results)
-    for node in results:
-        while node.target in FLATTENING:  # which shares the memory of what it flattens
-            node = node.all_input_nodes[0]
-            leaving.add(node)
-    last = {used: node for node in nodes for used in (node, *node.all_input_nodes) if used not in results}
-    constants: list[Tensor] = []
-    numbers = [len(nodes)]
-    for node in nodes:
-        inputs = [places[each] for each in node.args if isinstance(each, fx.Node)]  # a residual can be the input itself
-        numbers.append(int(node in leaving))
-        numbers += _step(graph, node, inputs, constants, node not in leaving and _alone(node))
-        numbers += _list(places[used] for used, reader in last.items() if reader is node)
-    numbers += _list(places[node] for node in results)
-    return torch.tensor(numbers, dtype=torch.int64), constants
-
-
-def _step(graph: fx.GraphModule, node: fx.Node, inputs: list[int], constants: list[Tensor], over: bool) -> list[int]:
-    def constant(value: Tensor | None) -> int:
-        if value is None:
-            return -1
-        constants.append(value)
-        return len(constants) - 1
-
-    x, residual = inputs[0], inputs[1] if len(inputs) > 1 else -1
-    if node.target == torch.ops.nmfx.max_pool2d.default:
-        return [MAX_POOL, x, *_lists(node.args[1:4])]
-    if node.target == torch.ops.nmfx.average.default:
-        return [AVERAGE, x]
-    if node.op == "call_function":
-        return [FLATTEN, x]
-    layer: Any = graph.get_submodule(str(node.target))
-    if isinstance(layer, Depthwise):
-        layer = cast(Any, layer)
-        *geometry, low, high = layer.options
-        weights = [constant(layer.weight), constant(layer.bias), residual]
-        return [DEPTHWISE, x, *weights, *_lists(geometry), _real(low), _real(high)]
-    packed = [constant(each) for each in (layer.values, layer.columns, layer.pointers, layer.bias)]
-    if isinstance(layer, SparseLinear):
-        out, low, high, *tile = layer.options
-        return [LINEAR, x, *packed, out, _real(low), _real(high), *tile]
-    out, *geometry, groups, low, high = layer.options
-    return [CONV, x, *packed, residual, out, *_lists(geometry), groups, _real(low), _real(high), *layer.tile, int(over)]
-
-
-def _alone(node: fx.Node) -> bool:
-    """Whether a residual is made in this part and read by this node alone, which may then write where it is."""
-    inputs = node.all_input_nodes  # only one if the residual is the input itself
-    return len(inputs) > 1 and inputs[1].op != "placeholder" and list(inputs[1].users) == [node]
-
-
-def _list(numbers: Iterable[int]) -> list[int]:
-    """Its length, then the numbers."""
-    return [len(found := list(numbers)), *found]
-
-
-def _lists(several: Iterable[Any]) -> list[int]:
-    return [number for numbers in several for number in _list(numbers)]
-
-
-def _real(number: float) -> int:
-    """The bits of a double."""
-    return int(struct.unpack("<q", struct.pack("<d", number))[0])

@@ -18,14 +18,16 @@ from nmfx.graph.modes import keep_modes
 from nmfx.passes.baking import bake
 from nmfx.runtime.building import load_kernel
 from nmfx.runtime.chain import link, repeated
-from nmfx.runtime.layers import Fused, dense_layers, sparse_layer
+from nmfx.runtime.layers import DEPTHWISE, Fused, dense_layers, sparse_layer
 from nmfx.runtime.lowering import export, lower
-from nmfx.runtime.packed import TILES
+from nmfx.runtime.operators import slid
+from nmfx.runtime.packed import LANES, SPARSE, TILES
+from nmfx.runtime.program import window_of
 from nmfx.runtime.timing import WHOLE, Advance, Times, ignore, measure, part
 
-SPARSE = "sparse"
 REPEATS = 4  # of a sparse way in one chain: without what a call costs from Python, which it does not cost in a network
-SPARSE_BELOW = 1.0  # density up to which the kernel is tried: it can win with all weights too, as in the stem of a ResNet
+BEFORE_OTHERS = 1.5  # lanes may take so many times as long as others: between operators by lanes nothing is laid out anew
+WHOLE_FROM = 0.4  # density from which the kernel is also tried with all weights, whose rows then share what they read
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,9 @@ class Choice:
         shape: of the weight.
         kept: weights that are not zero.
         dense, sparse: seconds of the fastest dense and sparse way for one pass; `sparse` is None where it was not tried.
-        chosen: ``dense``, ``dense, channels last``, ``dense, depthwise``, or ``sparse CHUNKxVECTORS``.
+        plain: the fastest sparse way on plain pictures, for where there are no lanes.
+        chosen: ``dense``, ``dense, channels last``, ``dense, depthwise``, or ``sparse CHUNKxVECTORS``; the last two also by
+            ``lanes``, and the last ``with zeros`` where the kernel takes all weights.
     """
 
     name: str
@@ -46,6 +50,7 @@ class Choice:
     dense: float
     sparse: float | None
     chosen: str
+    plain: str | None = None
 
     @property
     def is_sparse(self) -> bool:
@@ -122,13 +127,15 @@ def compile(model: nn.Module, example_input: Tensor, *, batch: int | None = None
     sites = lower(graph)
     found = list[CompiledModel]()
     passes = _passes(len(example), batch, free, alone=not kernel)
-    for number, (size, alone) in enumerate(passes):
-        report = part(progress, number, len(passes))
-        mine = graph if number + 1 == len(passes) else copy_of(graph)
+    ways = [(*one, lanes) for one in passes for lanes in (False, True) if not (lanes and kernel)]
+    for number, (size, alone, lanes) in enumerate(ways):
+        report, mine = part(progress, number, len(ways)), copy_of(graph)
         with _one_thread() if alone else contextlib.nullcontext():
             times = Times()
-            choices = choose(mine, sites, example[:size], times, sparse=not kernel, progress=report)
+            choices = choose(mine, sites, example[:size], times, sparse=not kernel, lanes=lanes, progress=report)
             times.save()
+        if lanes and not any(LANES in choice.chosen for choice in choices):
+            continue
         if not kernel:
             link(mine, size if alone else 0)
         found.append(CompiledModel(mine, choices, len(example) if alone else size, free, kernel))
@@ -170,14 +177,15 @@ def choose(
     times: Times,
     *,
     sparse: bool = True,
+    lanes: bool = True,
     progress: Advance = ignore,
 ) -> tuple[Choice, ...]:
-    """Put a layer into every site of a lowered graph: the fastest for the example."""
+    """Put a layer into every site of a lowered graph: the fastest for the example, lanes even where a little slower."""
     seen, choices = inputs_of(graph, sites, example), []
     for index, (node, fused) in enumerate(sites):
         progress(index / len(sites), fused.name)
-        choice = time_site(fused, seen[str(node.target)], times, sparse=sparse)
-        graph.add_submodule(str(node.target), layer_for(fused, choice.chosen))
+        choice = time_site(fused, seen[str(node.target)], times, sparse=sparse, lanes=lanes)
+        graph.add_submodule(str(node.target), layer_for(fused, choice.chosen, choice.plain))
         choices.append(choice)
     graph.recompile()
     return tuple(choices)
@@ -195,36 +203,47 @@ def inputs_of(graph: fx.GraphModule, sites: list[tuple[fx.Node, Fused]], example
 
 
 @torch.no_grad()
-def time_site(fused: Fused, inputs: tuple[Tensor, ...], times: Times, *, sparse: bool = True) -> Choice:
+def time_site(fused: Fused, inputs: tuple[Tensor, ...], times: Times, *, sparse: bool = True, lanes: bool = True) -> Choice:
     """Time the ways to compute a site on these inputs, and choose."""
-    kept, dense = fused.kept, dense_layers(fused)
-    tiles = [tile for tile in TILES if tile[0] < 2 * fused.weight[0].numel() or tile == TILES[0]]
-    if not sparse or fused.depthwise or kept > SPARSE_BELOW * fused.weight.numel():
-        tiles = []
-    ways = {f"{SPARSE} {chunk}x{vectors}": (chunk, vectors) for chunk, vectors in tiles}
+    kept, lanes = fused.kept, lanes and sparse and _has_lanes(fused, inputs)
+    whole = fused.is_conv and kept >= WHOLE_FROM * fused.weight.numel()
+    fitting = [tile for tile in TILES if tile.chunk < 2 * fused.weight[0].numel() or tile.chunk <= 128]
+    tiles = [tile for tile in fitting if tile.lanes <= lanes and tile.whole <= whole and sparse and not fused.depthwise]
+    names = [*dense_layers(fused, lanes=lanes), *map(str, tiles)]
+    chained = {name for name in names if DEPTHWISE in name or name.startswith(SPARSE)} if not load_kernel() else set()
     geometry = (fused.geometry, fused.groups, fused.residual, fused.low, fused.high, fused.bias is not None)
     seen = [(tuple(one.shape), one.stride()) for one in inputs]
-    what = ("site", tuple(fused.weight.shape), kept, geometry, seen, [*dense, *ways], REPEATS)
+    what = ("site", tuple(fused.weight.shape), kept, geometry, seen, names, REPEATS)
 
-    def candidates() -> dict[str, Callable[[], Tensor]]:
-        chains = {name: repeated(sparse_layer(fused, *tile), len(inputs), REPEATS) for name, tile in ways.items()}
-        return {name: partial(layer, *inputs) for name, layer in (dense | chains).items()}
+    def candidates() -> dict[str, Callable[[], Any]]:
+        layers = {name: layer_for(fused, name) for name in names}
+        chains = {name: repeated(layers[name], inputs, REPEATS) for name in names if name in chained}
+        return {name: partial(layer, *inputs) for name, layer in layers.items()} | chains
 
-    took = {name: seconds / (REPEATS if name in ways else 1) for name, seconds in times.get(what, candidates).items()}
+    took = {name: seconds / (REPEATS if name in chained else 1) for name, seconds in times.get(what, candidates).items()}
     return Choice(
         name=fused.name,
         shape=tuple(fused.weight.shape),
         kept=kept,
-        dense=min(took[name] for name in dense),
-        sparse=min((took[name] for name in ways), default=None),
-        chosen=min(took, key=lambda name: took[name]),
+        dense=min(took[name] for name in took if not name.startswith(SPARSE)),
+        sparse=min((took[name] for name in took if name.startswith(SPARSE)), default=None),
+        chosen=min(took, key=lambda name: took[name] / (BEFORE_OTHERS if LANES in name else 1.0)),
+        plain=min((name for name in map(str, tiles) if LANES not in name), key=lambda name: took[name], default=None),
     )
 
 
-def layer_for(fused: Fused, chosen: str) -> nn.Module:
+def _has_lanes(fused: Fused, inputs: tuple[Tensor, ...]) -> bool:
+    """Whether a site could be computed on pictures as lanes."""
+    if not fused.is_conv or inputs[0].dim() != 4:
+        return False
+    kernel = tuple(fused.weight.shape[2:])
+    out = slid(inputs[0], kernel, *fused.geometry)
+    return window_of(inputs[0].shape[2:], out, kernel, *fused.geometry) is not None
+
+
+def layer_for(fused: Fused, chosen: str, plain: str | None = None) -> nn.Module:
     """The layer of a choice."""
-    dense = dense_layers(fused)
-    if chosen in dense:
-        return dense[chosen]
-    chunk, vectors = map(int, chosen.removeprefix(SPARSE).split("x"))
-    return sparse_layer(fused, chunk, vectors)
+    if chosen.startswith(SPARSE):
+        tiles = {str(tile): tile for tile in TILES}
+        return sparse_layer(fused, tiles[chosen], tiles.get(plain or ""))
+    return dense_layers(fused, lanes=True)[chosen]

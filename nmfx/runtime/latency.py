@@ -109,7 +109,7 @@ def measure_latency(
     for index, (node, fused) in enumerate(sites):
         progress(index / len(sites), fused.name)
         inputs, offered = seen[str(node.target)], groupings.get(fused.name, {})
-        least = round(time_site(fused, inputs, times, sparse=False).dense * NANO)
+        least = round(time_site(fused, inputs, times, sparse=not kernel).seconds * NANO)
         found = {Pattern.DENSE: least}
         for pattern in sorted((p for p in offered if not p.is_dense), key=lambda p: p.density, reverse=True):
             least = min(least, _price(fused, pattern, offered[pattern], inputs, times, sparse=not kernel))

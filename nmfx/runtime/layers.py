@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nmfx.runtime.operators import padded
-from nmfx.runtime.packed import Packed, pack
+from nmfx.runtime.packed import LANES, Packed, Tile, pack
 
 INF = math.inf
+DEPTHWISE = "dense, depthwise"
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,10 +54,15 @@ class Fused:
 
 
 class SparseConv2d(nn.Module):
-    """Kept weights only; `residual` is added before the clamp."""
+    """Kept weights only; `residual` is added before the clamp.
 
-    def __init__(self, fused: Fused, packed: Packed) -> None:
+    Attributes:
+        lanes: how a chain cuts it, if by lanes.
+    """
+
+    def __init__(self, fused: Fused, packed: Packed, lanes: Tile | None = None) -> None:
         super().__init__()
+        self.lanes, self.shape = lanes, packed.shape
         for name in ("values", "columns", "pointers"):
             self.register_buffer(name, getattr(packed, name))
         self.register_buffer("bias", fused.bias)
@@ -125,10 +131,15 @@ class DenseConv2d(nn.Module):
 
 
 class Depthwise(nn.Module):
-    """A kernel of its own for every channel, dense, by the kernel."""
+    """A kernel of its own for every channel, dense, by the kernel.
 
-    def __init__(self, fused: Fused) -> None:
+    Attributes:
+        lanes: whether by lanes in a chain.
+    """
+
+    def __init__(self, fused: Fused, *, lanes: bool = False) -> None:
         super().__init__()
+        self.lanes = lanes
         self.register_buffer("weight", fused.weight.contiguous())
         self.register_buffer("bias", fused.bias)
         self.options = (*map(list, fused.geometry), fused.low, fused.high)
@@ -154,17 +165,22 @@ class DenseLinear(nn.Module):
         return y if self.limits == (-INF, INF) else y.clamp_(*self.limits)
 
 
-def dense_layers(fused: Fused) -> dict[str, nn.Module]:
+def dense_layers(fused: Fused, *, lanes: bool = False) -> dict[str, nn.Module]:
     """The dense ways to compute a site, by name."""
     if not fused.is_conv:
         return {"dense": DenseLinear(fused)}
     found: dict[str, nn.Module] = {"dense": DenseConv2d(fused), "dense, channels last": DenseConv2d(fused, channels_last=True)}
     if fused.depthwise:
-        found["dense, depthwise"] = Depthwise(fused)
+        found[DEPTHWISE] = Depthwise(fused)
+    if fused.depthwise and lanes:
+        found[f"{DEPTHWISE}, {LANES}"] = Depthwise(fused, lanes=True)
     return found
 
 
-def sparse_layer(fused: Fused, chunk: int, vectors: int) -> nn.Module:
-    """The sparse way, with a chunk of columns and a tile of pixels."""
-    packed = pack(fused.weight, fused.groups, chunk=chunk, vectors=vectors)
-    return SparseConv2d(fused, packed) if fused.is_conv else SparseLinear(fused, packed)
+def sparse_layer(fused: Fused, tile: Tile, plain: Tile | None = None) -> nn.Module:
+    """The sparse way; by lanes only in a chain that has them, and by `plain` elsewhere."""
+    cut = (plain or Tile()) if tile.lanes else tile
+    packed = pack(fused.weight, fused.groups, chunk=cut.chunk, vectors=cut.vectors, whole=cut.whole)
+    if not fused.is_conv:
+        return SparseLinear(fused, packed)
+    return SparseConv2d(fused, packed, tile if tile.lanes else None)

@@ -120,17 +120,17 @@ for _name, _plain in _PLAIN.items():
 
 @torch.library.register_fake("nmfx::sparse_conv2d")  # type: ignore[untyped-decorator]
 def _conv2d_shape(input: Tensor, *args: object) -> Tensor:
-    return input.new_empty((input.shape[0], args[5], *_slid(input, *args[6:10])))  # type: ignore[arg-type]
+    return input.new_empty((input.shape[0], args[5], *slid(input, *args[6:10])))  # type: ignore[arg-type]
 
 
 @torch.library.register_fake("nmfx::depthwise_conv2d")  # type: ignore[untyped-decorator]
 def _depthwise_shape(input: Tensor, weight: Tensor, bias: Any, residual: Any, *geometry: Any) -> Tensor:
-    return input.new_empty((*input.shape[:2], *_slid(input, weight.shape[2:], *geometry[:3])))
+    return input.new_empty((*input.shape[:2], *slid(input, weight.shape[2:], *geometry[:3])))
 
 
 @torch.library.register_fake("nmfx::max_pool2d")  # type: ignore[untyped-decorator]
 def _max_pool2d_shape(input: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> Tensor:
-    return input.new_empty((*input.shape[:2], *_slid(input, kernel, stride, padding, (1, 1))))
+    return input.new_empty((*input.shape[:2], *slid(input, kernel, stride, padding, (1, 1))))
 
 
 @torch.library.register_fake("nmfx::average")  # type: ignore[untyped-decorator]
@@ -138,7 +138,7 @@ def _average_shape(input: Tensor) -> Tensor:
     return input.new_empty((*input.shape[:2], 1, 1))
 
 
-def _slid(input: Tensor, kernel: Any, stride: Any, padding: Any, dilation: Any) -> list[int]:
+def slid(input: Tensor, kernel: Any, stride: Any, padding: Any, dilation: Any) -> list[int]:
     """Height and width of what a window gives that slides over pictures."""
     both = [first + last for first, last in zip(padding[:2], padding[-2:], strict=True)]
     sizes = zip(input.shape[2:], kernel, stride, both, dilation, strict=True)

@@ -21,8 +21,10 @@ from nmfx.errors import ModelError, NmfxError
 from nmfx.runtime.building import load_kernel
 from nmfx.runtime.chain import Chain, link
 from nmfx.runtime.compiled import CompiledModel, choose
-from nmfx.runtime.layers import SparseConv2d, SparseLinear, sparse_layer
+from nmfx.runtime.layers import Depthwise, SparseConv2d, SparseLinear, sparse_layer
 from nmfx.runtime.lowering import export, lower
+from nmfx.runtime.packed import Tile
+from nmfx.runtime.program import steps_by_lanes
 from nmfx.runtime.timing import Times
 
 ROOT = Path(__file__).parents[2]
@@ -50,15 +52,22 @@ def settled(model: nn.Module, seed: int = 0) -> nn.Module:
     return model.eval()
 
 
-def all_sparse(model: nn.Module, x: Tensor) -> CompiledModel:
+def all_sparse(model: nn.Module, x: Tensor, *, lanes: bool = False) -> CompiledModel:
     """Every site by the kernel, whatever is faster: what is tested must not hang on a clock."""
     assert load_kernel() == ""
     graph, free = export(nmfx.bake(model).eval(), x)
     sites = lower(graph)
     for node, fused in sites:
-        graph.add_submodule(str(node.target), sparse_layer(fused, 64, 8))
+        by_channel = lanes and fused.depthwise
+        layer = Depthwise(fused, lanes=True) if by_channel else sparse_layer(fused, Tile(lanes=lanes))
+        graph.add_submodule(str(node.target), layer)
     graph.recompile()
     return CompiledModel(graph, (), len(x), free, "")
+
+
+def by_lanes(compiled: CompiledModel) -> int:
+    """Operators that work on lanes."""
+    return sum(len(steps_by_lanes(module.graph)) for module in compiled.modules() if isinstance(module, Chain))
 
 
 def linked_copy(compiled: CompiledModel, images: int = 0) -> CompiledModel:
@@ -89,6 +98,16 @@ MODELS = {
 }
 
 
+LANES = (  # whose convolutions follow one another
+    "timm convnext_atto",
+    "torchvision resnet18",
+    "torchvision mobilenet_v3_small",
+    "torchvision googlenet",
+    "torchvision regnet_x_400mf",
+    "torchvision densenet121",
+    "timm efficientnet_lite0",
+    "timm tf_efficientnet_lite0 (same padding)",
+)
 SLOW = ("torchvision densenet121", "timm resnetv2_50x1 (standardised weights)", "torchvision googlenet", "timm swin_s3_tiny")
 
 
@@ -109,6 +128,10 @@ def test_outputs_are_the_models(name: str) -> None:
             linked = linked_copy(compiled, images)
             assert torch.equal(linked(x), found)
             assert torch.equal(linked(x.flip(0)), found.flip(0))
+            laid = linked_copy(all_sparse(converted, x, lanes=True), images)
+            close(laid(x), wanted)
+            close(laid(x[:1]), wanted[:1])
+            assert (by_lanes(laid) > 0) == (name in LANES)
     assert any(isinstance(module, SparseConv2d | SparseLinear) for module in compiled.modules())
 
 

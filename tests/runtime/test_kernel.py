@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from networks import lanes_case
 from torch.nn import functional as F
 
 import nmfx.runtime.operators as operators
@@ -127,6 +128,8 @@ def many(count: int) -> None:
         linear_case(seed)
         pool_case(seed)
         depthwise_case(seed)
+        if seed % 5 == 0:
+            lanes_case(seed)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -162,7 +165,7 @@ def test_other_instruction_sets_follow_float64(flags: str, tmp_path: Path) -> No
     environment = os.environ | {
         "NMFX_CXXFLAGS": flags,
         "NMFX_CACHE": str(tmp_path),
-        "PYTHONPATH": f"{ROOT}:{ROOT}/tests/runtime",
+        "PYTHONPATH": f"{ROOT}:{ROOT}/tests:{ROOT}/tests/runtime",
     }
     command = [sys.executable, "-c", "import test_kernel; test_kernel.many(60)"]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)

@@ -28,6 +28,29 @@ struct Program {
   }
   const at::Tensor& slot() { return slots.at(*at++); }
   const at::Tensor& constant() { return constants.at(*at++); }
+  Lanes lanes() {
+    Lanes found{};
+    for (int64_t* one : {&found.rows, &found.width, &found.pitch, &found.length, &found.before, &found.vectors, &found.strips,
+                         &found.left, &found.right}) {
+      *one = number();
+    }
+    return found;
+  }
+  Stride stride() {
+    const int64_t down = number(), across = number();
+    return {down, across, numbers()};
+  }
+  Laid picture() {
+    const at::Tensor& x = slot();
+    return laid(x, lanes());
+  }
+  After after() {
+    std::optional<Laid> residual;
+    if (number()) residual = picture();
+    const auto mask = optional(constants);
+    const double low = real(), high = real();
+    return {residual, mask, low, high, number() != 0};
+  }
   std::optional<at::Tensor> optional(const std::vector<at::Tensor>& from) {
     const int64_t place = *at++;
     if (place < 0) return std::nullopt;
@@ -35,7 +58,7 @@ struct Program {
   }
 };
 
-enum Operator : int64_t { CONV, LINEAR, DEPTHWISE, MAX_POOL, AVERAGE, FLATTEN };
+enum Operator : int64_t { CONV, LINEAR, DEPTHWISE, MAX_POOL, AVERAGE, FLATTEN, REARRANGE, LANES_CONV, LANES_DEPTHWISE, LANES_MAX_POOL, LANES_AVERAGE };
 
 at::Tensor step(Program& p) {
   switch (p.number()) {
@@ -72,6 +95,38 @@ at::Tensor step(Program& p) {
     }
     case AVERAGE: return average(p.slot());
     case FLATTEN: return at::flatten(p.slot(), 1);
+    case REARRANGE: {
+      const at::Tensor &x = p.slot(), &index = p.constant();
+      const bool plain = p.number() != 0;
+      return rearrange(x, index, p.numbers(), plain);
+    }
+    case LANES_CONV: {
+      const Laid x = p.picture();
+      const at::Tensor &values = p.constant(), &columns = p.constant(), &pointers = p.constant(), &starts = p.constant();
+      const auto bias = p.optional(p.constants);
+      const int64_t out = p.number(), width = p.number(), groups = p.number(), chunk = p.number(), vectors = p.number();
+      const Stride stride = p.stride();
+      const Lanes lanes = p.lanes();
+      return lanes_conv2d(x, values, columns, pointers, starts, bias, out, width, groups, chunk, vectors, stride, lanes, p.after());
+    }
+    case LANES_DEPTHWISE:
+    case LANES_MAX_POOL: {
+      const Laid x = p.picture();
+      std::optional<Lanes> local;
+      if (p.number()) local = p.lanes();
+      const auto pixels = p.optional(p.constants), sources = p.optional(p.constants);
+      const at::Tensor& offsets = p.constant();
+      const auto weight = p.optional(p.constants), bias = p.optional(p.constants);
+      const int64_t planes = p.number();
+      const Stride stride = p.stride();
+      const Lanes lanes = p.lanes();
+      return lanes_by_channel(x, local, pixels, sources, offsets, weight, bias, planes, stride, lanes, p.after());
+    }
+    case LANES_AVERAGE: {
+      const Laid x = p.picture();
+      const at::Tensor& mask = p.constant();
+      return lanes_average(x, mask, p.number());
+    }
     default: TORCH_CHECK(false, "nmfx runtime: a program of another version");
   }
 }
@@ -86,7 +141,7 @@ std::vector<at::Tensor> pass(const std::vector<at::Tensor>& inputs, const std::v
   const int64_t steps = p.number();
   slots.reserve(inputs.size() + steps);  // steps hold references into it
   const struct Closing {
-    ~Closing() { pool.open = false; }
+    ~Closing() { pool.rest(); }
   } closing;
   for (int64_t i = 0; i < steps; ++i) {
     pool.open = !p.number();  // what leaves the chain is PyTorch's
@@ -127,6 +182,10 @@ std::vector<at::Tensor> chain(at::TensorList inputs, at::TensorList constants, c
 }
 
 }  // namespace
+
+TORCH_LIBRARY_FRAGMENT(nmfx, m) {
+  m.def("vector_length() -> int", [] { return VL; });
+}
 
 TORCH_LIBRARY_IMPL(nmfx, CPU, m) {
   m.impl("sparse_conv2d", &sparse_conv2d);

@@ -23,8 +23,10 @@ void check(bool holds, const char* expected) { TORCH_CHECK(holds, "nmfx runtime:
 struct Pool {
   struct Buffer {
     float* data;
-    int64_t size;
+    int64_t size, used;  // in which pass it was last
   };
+  static constexpr int64_t IDLE = 32;  // passes after which a buffer is given back
+  int64_t passes = 0;
   static constexpr int64_t HUGE_PAGE = 1 << 21;  // bytes
   std::vector<Buffer> free;
   bool open = false;
@@ -36,13 +38,23 @@ struct Pool {
   ~Pool() {
     for (const Buffer& buffer : free) release(buffer);
   }
+  // After a pass: what was made for others does not keep memory and caches from what runs now.
+  void rest() {
+    open = false;
+    ++passes;
+    std::erase_if(free, [&](const Buffer& buffer) {
+      const bool idle = passes - buffer.used > IDLE;
+      if (idle) release(buffer);
+      return idle;
+    });
+  }
   // The smallest that is large enough, of equals the one used last; a new one takes the place of one that is too small.
   Buffer take(int64_t size) {
     auto best = free.end();
     for (auto it = free.begin(); it != free.end(); ++it)
       if (it->size >= size && (best == free.end() || it->size <= best->size)) best = it;
     if (best != free.end()) {
-      const Buffer found = *best;
+      const Buffer found{best->data, best->size, passes};
       free.erase(best);
       return found;
     }
@@ -57,7 +69,7 @@ struct Pool {
 #ifdef __linux__
     if (bytes >= HUGE_PAGE) madvise(data, room * sizeof(float), MADV_HUGEPAGE);
 #endif
-    return {static_cast<float*>(data), room};
+    return {static_cast<float*>(data), room, passes};
   }
 };
 thread_local Pool pool;
@@ -69,6 +81,22 @@ at::Tensor output(at::IntArrayRef sizes, const at::Tensor& like) {
   for (const int64_t one : sizes) size *= one;
   const Pool::Buffer buffer = pool.take(size);
   return at::from_blob(buffer.data, sizes, [buffer](void*) { pool.free.push_back(buffer); }, like.options());
+}
+
+// The same of strips, the first of the sizes: each has its share of the buffer, however much of it is used, so that a thread that
+// works on one strip always writes lines that it wrote before.
+at::Tensor output_strips(std::vector<int64_t> sizes, const at::Tensor& like) {
+  constexpr int64_t PAGE = 1024;  // floats
+  int64_t size = 1;
+  std::vector<int64_t> strides(sizes.size());
+  for (int64_t i = static_cast<int64_t>(sizes.size()) - 1; i >= 0; --i) {
+    strides[i] = size;
+    size *= sizes[i];
+  }
+  if (!pool.open) return at::empty(sizes, like.options());
+  const Pool::Buffer buffer = pool.take((strides[0] + PAGE - 1) / PAGE * PAGE * sizes[0]);
+  strides[0] = buffer.size / sizes[0] / PAGE * PAGE;
+  return at::from_blob(buffer.data, sizes, strides, [buffer](void*) { pool.free.push_back(buffer); }, like.options());
 }
 
 }  // namespace

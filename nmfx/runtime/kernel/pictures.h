@@ -69,17 +69,17 @@ inline void compute(const Pictures& io, const Weights& w, const float* bias, con
   constexpr int64_t T = NV * VL;
   float* sums = sums_room.get((last - first) * T);
   const bool whole = runs.size() == 1 && runs[0].length == T;
-  const auto leave = [&](int64_t r, vec* acc) {
+  const auto leave = [&](int64_t r, vec* acc) INLINE {
     if (whole) {
       const int64_t place = (runs[0].image * io.y_channels + io.y_channel0 + r) * plane + runs[0].pixel;
-      for (int i = 0; i < NV; ++i) {
+      each<NV>([&](auto i) INLINE {
         if (io.residual) acc[i] += load(io.residual + place + i * VL);
         store(io.y + place + i * VL, clamp(acc[i], limits));
-      }
+      });
       return;
     }
     alignas(64) float line[T];
-    for (int i = 0; i < NV; ++i) store(line + i * VL, acc[i]);
+    each<NV>([&](auto i) INLINE { store(line + i * VL, acc[i]); });
     for (const Run& run : runs) {
       const int64_t place = (run.image * io.y_channels + io.y_channel0 + r) * plane + run.pixel;
       emit(io.y + place, line + run.lane, io.residual ? io.residual + place : nullptr, run.length, limits);
@@ -90,7 +90,7 @@ inline void compute(const Pictures& io, const Weights& w, const float* bias, con
     if (pitch) {
       multiply<NV>(w, packed, pitch, sums, bias, c, first, last, leave);
     } else if (w.dense()) {
-      multiply_dense<NV>(w, packed, sums, bias, c, first, last, leave);
+      multiply_dense<NV>(w, [&](int64_t k) { return packed + k * T; }, sums, bias, c, first, last, leave);
     } else {
       multiply<NV>(w, packed, std::integral_constant<int64_t, T>(), sums, bias, c, first, last, leave);
     }
@@ -205,7 +205,7 @@ void window_tile(const Shape& s, const Pictures& io, const Weights& w, const flo
       if (channel < stop) halo.fill(s, picture + (channel + 1) * s.h * s.w, planes[(channel + 1) & 1]);
       for (; tap < taps && k < count; ++tap, ++k) {
         const float* from = planes[channel & 1] + offsets[tap];
-        for (int i = 0; i < NV; ++i) store(packed + k * T + i * VL, load(from + i * VL));
+        each<NV>([&](auto i) INLINE { store(packed + k * T + i * VL, load(from + i * VL)); });
       }
     }
     return packed;

@@ -26,9 +26,9 @@ struct Weights {
   bool dense() const { return pointers[chunks() * rows] - pointers[0] == rows * width; }
 };
 
-// sums[r][tile] (+)= the kept weights of chunk c of row r times their rows of `packed`, which are `pitch` floats apart; after the
-// last chunk, rows go to `leave`.
-template <int NV, class Pitch, class Leave>
+// sums[r][tile] (+)= the kept weights of chunk c of row r times their rows of `packed`, which are `pitch` floats apart, their vectors
+// `STEP` vectors; after the last chunk, rows go to `leave`.
+template <int NV, int STEP = 1, class Pitch, class Leave>
 inline void multiply(const Weights& w, const float* packed, Pitch pitch, float* sums, const float* bias, int64_t c,
                      int64_t first, int64_t last, const Leave& leave) {
   constexpr int64_t T = NV * VL;
@@ -39,14 +39,14 @@ inline void multiply(const Weights& w, const float* packed, Pitch pitch, float* 
     float* own = sums + (r - first) * T;
     if (opens) {
       const vec start = (bias ? bias[r] : 0.0f) - vec{};
-      for (int i = 0; i < NV; ++i) acc[i] = start;
+      each<NV>([&](auto i) INLINE { acc[i] = start; });
     } else {
-      for (int i = 0; i < NV; ++i) acc[i] = load(own + i * VL);
+      each<NV>([&](auto i) INLINE { acc[i] = load(own + i * VL); });
     }
     const auto add = [&](int32_t j, int64_t column) {
       const vec value = w.values[j] - vec{};
       const float* x = packed + column * pitch;
-      for (int i = 0; i < NV; ++i) acc[i] += value * *reinterpret_cast<const tight*>(x + i * VL);
+      each<NV>([&](auto i) INLINE { acc[i] += value * *reinterpret_cast<const tight*>(x + i * STEP * VL); });
     };
     const int32_t end = at[r + 1];
     int32_t j = at[r];
@@ -62,14 +62,15 @@ inline void multiply(const Weights& w, const float* packed, Pitch pitch, float* 
     if (closes) {
       leave(r, acc);
     } else {
-      for (int i = 0; i < NV; ++i) store(own + i * VL, acc[i]);
+      each<NV>([&](auto i) INLINE { store(own + i * VL, acc[i]); });
     }
   }
 }
 
-// The same where all weights are kept, as in a stem: several rows share what they read.
-template <int NV, int R, class Leave>
-inline int64_t multiply_rows(const Weights& w, const float* packed, float* sums, const float* bias, int64_t c, int64_t first,
+// The same where all weights are kept, as in a stem: several rows share what they read. `place(k)` is where the row of activations
+// of the chunk's column k begins.
+template <int NV, int R, class Place, class Leave>
+inline int64_t multiply_rows(const Weights& w, const Place& place, float* sums, const float* bias, int64_t c, int64_t first,
                              int64_t r, int64_t last, const Leave& leave) {
   constexpr int64_t T = NV * VL;
   const int64_t count = std::min(w.chunk, w.width - c * w.chunk);
@@ -77,34 +78,37 @@ inline int64_t multiply_rows(const Weights& w, const float* packed, float* sums,
     const float* values = w.values + w.pointers[c * w.rows + r];
     float* own = sums + (r - first) * T;
     vec acc[R][NV];
-    for (int q = 0; q < R; ++q)
-      for (int i = 0; i < NV; ++i) acc[q][i] = c ? load(own + q * T + i * VL) : (bias ? bias[r + q] : 0.0f) - vec{};
+    each<R>([&](auto q) INLINE {
+      each<NV>([&](auto i) INLINE { acc[q][i] = c ? load(own + q * T + i * VL) : (bias ? bias[r + q] : 0.0f) - vec{}; });
+      });
     for (int64_t k = 0; k < count; ++k) {
       vec x[NV];
-      for (int i = 0; i < NV; ++i) x[i] = *reinterpret_cast<const tight*>(packed + k * T + i * VL);
-      for (int q = 0; q < R; ++q) {
+      each<NV>([&](auto i) INLINE { x[i] = *reinterpret_cast<const tight*>(place(k) + i * VL); });
+      each<R>([&](auto q) INLINE {
         const vec value = values[q * count + k] - vec{};
-        for (int i = 0; i < NV; ++i) acc[q][i] += value * x[i];
-      }
+        each<NV>([&](auto i) INLINE { acc[q][i] += value * x[i]; });
+      });
     }
-    for (int q = 0; q < R; ++q) {
+    each<R>([&](auto q) INLINE {
       if (c + 1 == w.chunks()) {
         leave(r + q, acc[q]);
       } else {
-        for (int i = 0; i < NV; ++i) store(own + q * T + i * VL, acc[q][i]);
+        each<NV>([&](auto i) INLINE { store(own + q * T + i * VL, acc[q][i]); });
       }
-    }
+    });
   }
   return r;
 }
 
-template <int NV, class Leave>
-inline void multiply_dense(const Weights& w, const float* packed, float* sums, const float* bias, int64_t c, int64_t first,
+template <int NV, class Place, class Leave>
+inline void multiply_dense(const Weights& w, const Place& place, float* sums, const float* bias, int64_t c, int64_t first,
                            int64_t last, const Leave& leave) {
   constexpr int REGISTERS = VL == 16 ? 24 : 12;  // for sums
   constexpr int R = std::clamp(REGISTERS / NV, 1, 8);
-  const int64_t r = multiply_rows<NV, R>(w, packed, sums, bias, c, first, first, last, leave);
-  multiply_rows<NV, 1>(w, packed, sums, bias, c, first, r, last, leave);
+  int64_t r = multiply_rows<NV, R>(w, place, sums, bias, c, first, first, last, leave);
+  if constexpr (R > 4) r = multiply_rows<NV, 4>(w, place, sums, bias, c, first, r, last, leave);
+  if constexpr (R > 2) r = multiply_rows<NV, 2>(w, place, sums, bias, c, first, r, last, leave);
+  multiply_rows<NV, 1>(w, place, sums, bias, c, first, r, last, leave);
 }
 
 // Pixels in tiles of up to WIDEST vectors, as even as can be, and rows in parts where there are too few tiles for the threads.
@@ -114,12 +118,16 @@ struct Tiling {
   int64_t lanes, vectors, tiles, parts, images;
 
   Tiling(int64_t lanes, int64_t most, int64_t rows, int64_t images = 1) : lanes(lanes), images(images) {
-    const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
     vectors = (lanes + VL - 1) / VL;
     tiles = (vectors + most - 1) / most;
-    parts = 1;
-    const auto items = [&] { return images * tiles * parts; };
-    while (parts < threads && items() % threads && items() < 8 * threads && rows >= 32 * parts) parts *= 2;
+    parts = parts_of(images * tiles, rows);
+  }
+  static int64_t threads() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
+  static int64_t parts_of(int64_t tiles, int64_t rows) {
+    const int64_t threads = Tiling::threads();
+    int64_t parts = 1;
+    while (parts < threads && tiles * parts % threads && tiles * parts < 8 * threads && rows >= 32 * parts) parts *= 2;
+    return parts;
   }
   int64_t start(int64_t tile) const { return vectors * tile / tiles * VL; }
 

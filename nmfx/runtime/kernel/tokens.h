@@ -39,9 +39,9 @@ void project_tile(const float* x, const Weights& w, const float* bias, Clamp lim
   float* sums = sums_room.get((last - first) * T);
   alignas(64) float lines[BLOCK * T];  // finished rows, on their way out
   if (length < T) std::memset(packed, 0, w.chunk * T * sizeof(float));
-  const auto leave = [&](int64_t r, vec* acc) {
+  const auto leave = [&](int64_t r, vec* acc) INLINE {
     const int64_t place = (r - first) % BLOCK;
-    for (int i = 0; i < NV; ++i) store(lines + place * T + i * VL, clamp(acc[i], limits));
+    each<NV>([&](auto i) INLINE { store(lines + place * T + i * VL, clamp(acc[i], limits)); });
     if (place + 1 == BLOCK || r + 1 == last) transpose(lines, T, place + 1, length, y + start * w.rows + r - place, w.rows);
   };
   for (int64_t c = 0; c < w.chunks(); ++c) {

@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <bit>
 #include <cstdint>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
 namespace {
@@ -19,9 +21,22 @@ constexpr int64_t VL = 4;
 typedef float vec __attribute__((vector_size(VL * 4)));
 typedef float loose __attribute__((vector_size(VL * 4), aligned(4), may_alias));
 typedef float tight __attribute__((vector_size(VL * 4), may_alias));
+typedef int places __attribute__((vector_size(VL * 4)));
 typedef float quad __attribute__((vector_size(16), aligned(4), may_alias));
 static_assert(std::endian::native == std::endian::little, "column numbers are read four at a time");
 constexpr int64_t SLACK = 64;  // floats that whole-vector copies may write past the end
+
+// f(0), f(1), ... f(N - 1) with numbers that the compiler knows: arrays of vectors that are used so are registers.
+// For that all that touches them has to be INLINE.
+#define INLINE __attribute__((always_inline))
+template <int... I, class F>
+INLINE inline void each_of(std::integer_sequence<int, I...>, const F& f) {
+  (f(std::integral_constant<int, I>()), ...);
+}
+template <int N, class F>
+INLINE inline void each(const F& f) {
+  each_of(std::make_integer_sequence<int, N>(), f);
+}
 
 inline vec load(const float* p) { return *reinterpret_cast<const loose*>(p); }
 inline void store(float* p, vec v) { *reinterpret_cast<loose*>(p) = v; }
@@ -42,7 +57,6 @@ inline void copy_exact(float* to, const float* from, int64_t n) {
 
 // even[i] = from[2 i] and odd[i] = from[2 i + 1], of n floats; no odd ones for a null pointer.
 inline void split(const float* from, int64_t n, float* even, float* odd) {
-  typedef int places __attribute__((vector_size(VL * 4)));
   places evens, odds;
   for (int i = 0; i < VL; ++i) evens[i] = 2 * i, odds[i] = 2 * i + 1;
   int64_t i = 0;
@@ -71,6 +85,21 @@ inline void spread(const float* from, int64_t n, int64_t stride, int64_t pad, fl
 struct Clamp {
   float low, high;
 };
+
+// Moves vectors along their lanes: lane i is lane i + `by` of what is given, or zero where that has none.
+struct Shift {
+  places from, inside;
+
+  explicit Shift(int64_t by) {
+    for (int i = 0; i < VL; ++i) from[i] = i;
+    from += static_cast<int>(by);
+    inside = (from >= 0) & (from < static_cast<int>(VL));
+  }
+  vec operator()(vec v) const { return reinterpret_cast<vec>(reinterpret_cast<places>(__builtin_shuffle(v, from)) & inside); }
+};
+
+// NaN wins, as in PyTorch.
+inline vec larger(vec a, vec b) { return (b > a) | (b != b) ? b : a; }
 
 inline vec clamp(vec v, const Clamp& limits) {
   const vec low = limits.low - vec{}, high = limits.high - vec{};

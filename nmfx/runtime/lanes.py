@@ -1,0 +1,417 @@
+"""Pictures as lanes: how the operators of a chain lay out what goes from one to the next (nmfx/runtime/kernel/lanes.h).
+
+The rows of a picture are dealt out to the lanes of vectors, so that the next pixel is the next vector and every shift of a
+window an aligned vector somewhere else. All pictures of one size that convolutions of stride 1 and residuals connect are laid
+out alike; a stride of two keeps rows in their lanes where they divide. Where they do not, the output is laid out anew, or the
+input is, as one picture for each phase of the stride. For several threads pictures are cut into strips, one for each.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Hashable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+LEAST = 3  # vectors of a strip
+NONE = 1 << 20  # lanes: no pixel
+IN_STRIP = 1 << 22  # floats of a channel at most; an index counts strips above them
+FULL = 0.7  # share of the lanes that hold whole rows, or rows are cut where lanes end
+
+
+@dataclass(frozen=True)
+class Window:
+    """What a convolution reads of a picture ``height x width``, to make one ``ceil(height / stride) x ceil(width / stride)``.
+
+    Attributes:
+        kernel, dilation: of height and width.
+        padding: above and to the left; what lies below and to the right follows from the sizes.
+    """
+
+    height: int
+    width: int
+    kernel: tuple[int, int]
+    stride: int
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+
+    @staticmethod
+    def of(
+        shape: tuple[int, int],
+        out: tuple[int, int],
+        kernel: tuple[int, int],
+        stride: tuple[int, int],
+        padding: tuple[int, ...],
+        dilation: tuple[int, int],
+    ) -> Window | None:
+        """None where lanes cannot: strides above 2 or of two kinds, outputs of other sizes."""
+        step = stride[0]
+        window = Window(*shape, kernel, step, (padding[0], padding[1]), dilation)
+        return window if stride[1] == step <= 2 and out == window.out and (step == 1 or out != shape) else None
+
+    @property
+    def taps(self) -> list[tuple[int, int]]:
+        """Where each weight of a filter looks, from the output pixel times the stride: rows down and columns to the right."""
+        (kh, kw), (dh, dw), (ph, pw) = self.kernel, self.dilation, self.padding
+        return [(y * dh - ph, x * dw - pw) for y in range(kh) for x in range(kw)]
+
+    @property
+    def phases(self) -> tuple[tuple[int, int], ...]:
+        """Rows and columns, modulo a stride of two, on which it looks."""
+        return tuple(sorted({(row % 2, column % 2) for row, column in self.taps}))
+
+    def gap(self, strips: int) -> tuple[int, int]:
+        """Columns that it looks at to the left and to the right of any of so many strips."""
+        first, last = min(x for _, x in self.taps), max(x for _, x in self.taps)
+        read, made = (_columns(size, strips) for size in (self.width, self.out[1]))
+        left = max(begin - self.stride * there for begin, there in zip(read[:-1], made[:-1], strict=True))
+        right = max(self.stride * (there - 1) + 1 - end for end, there in zip(read[1:], made[1:], strict=True))
+        return max(0, left - first), max(0, right + last)
+
+    @property
+    def out(self) -> tuple[int, int]:
+        """Height and width of what it makes."""
+        return -(-self.height // self.stride), -(-self.width // self.stride)
+
+
+@dataclass(frozen=True)
+class Lanes:
+    """How the channels of a picture lie in memory.
+
+    Attributes:
+        picture: height and width in pixels.
+        line: pixels from one row of a strip to the next, the zeros between them counted.
+        size: lanes of a vector.
+        strips: from left to right, each with all its channels behind one another.
+        rows, width, pitch: rows of a lane, vectors of each, and from one to the next. Where a lane begins anywhere in a row
+            there is one "row", of all vectors.
+        length: vectors of a lane.
+        left, right: columns beyond a strip that windows look at.
+        before, vectors: of a channel of a strip, those before the first pixel and all.
+    """
+
+    picture: tuple[int, int]
+    line: int
+    size: int
+    strips: int
+    rows: int
+    width: int
+    pitch: int
+    length: int
+    left: int = 0
+    right: int = 0
+    before: int = 0
+    vectors: int = 0
+
+    @staticmethod
+    def of(picture: tuple[int, int], gap: tuple[int, int], size: int, rows: int, strips: int) -> Lanes:
+        """Without a halo; with `rows` in a lane, or as many pixels as fit when that is 0."""
+        height, width = picture
+        left, right = gap
+        between = left + right if strips > 1 else max(gap)  # at the ends of rows the same zeros serve both
+        if rows:
+            line = width // strips + between
+            return Lanes(picture, line, size, strips, rows, width // strips, line, rows * line, left, right)
+        line = width + between
+        length = -(-((height - 1) * line + width) // size)
+        return Lanes(picture, line, size, 1, 1, length, length, length)
+
+    @staticmethod
+    def in_place(picture: tuple[int, int], source: Lanes) -> tuple[int, Lanes]:
+        """Where a stride of two leads when rows stay in their lanes and columns in their strips: rows of a lane from one that
+        is read to the next, and the output's lanes, of which every second one is empty where a single row cannot be halved.
+        """
+        width = -(-picture[1] // source.strips)
+        down, rows, line = (2, source.rows // 2, width) if source.rows % 2 == 0 else (1, source.rows, 2 * width)
+        return down, Lanes(picture, line, source.size, source.strips, rows, width, width, rows * width)
+
+    @property
+    def numbers(self) -> list[int]:
+        """As the kernel reads them."""
+        counts = [self.rows, self.width, self.pitch, self.length, self.before, self.vectors]
+        return [*counts, self.strips, self.left, self.right]
+
+    @property
+    def whole(self) -> bool:
+        """Whether lanes hold whole rows."""
+        return self.length == self.rows * self.line and self.strips * self.width == self.picture[1]
+
+    @property
+    def columns(self) -> list[int]:
+        """Of the picture, where each strip begins, and its end."""
+        return _columns(self.picture[1], self.strips)
+
+    def seen_by(self, windows: Iterable[tuple[list[int], int]]) -> Lanes:
+        """With the halo for windows: their taps' offsets in vectors, and the last vector they are set on."""
+        before = after = 0
+        for offsets, last in windows:
+            before, after = max(before, -min(offsets)), max(after, last + max(offsets) - self.length + 1)
+        vectors = before + self.length + after
+        return replace(self, before=before, vectors=vectors + (vectors % 16 == 0))  # channels in all sets of the cache
+
+    def offset(self, row: int, column: int) -> int:
+        """Vectors to the pixel so far down and to the right."""
+        return row * self.line + column
+
+    def last(self, down: int, across: int, out: Lanes) -> int:
+        """The last vector that a window is set on, so many rows and vectors from one to the next."""
+        late = max(self.late(across, out)) if out.strips == self.strips else 0
+        return down * (out.rows - 1) * self.pitch + across * (out.width - 1) + max(0, late)
+
+    def late(self, across: int, out: Lanes) -> list[int]:
+        """Vectors that windows of each strip begin late, as strips of odd width do not halve."""
+        return [across * there - here for here, there in zip(self.columns[:-1], out.columns[:-1], strict=True)]
+
+    def places(self) -> Tensor:
+        """Row and column of the picture for every float of a channel of every strip, ``(2, strips, vectors, size)``; -1 where
+        there is no pixel. Columns of the neighbouring strips are counted, where windows look at them.
+        """
+        height, width = self.picture
+        vectors = torch.arange(-self.before, self.vectors - self.before)[:, None]
+        place = torch.arange(self.size) * self.length + vectors + self.left * (self.strips > 1)
+        row, column = place.div(self.line, rounding_mode="floor"), place.remainder(self.line)
+        column = column - self.left * (self.strips > 1) + torch.tensor(self.columns[:-1])[:, None, None]
+        row = row.expand(column.shape)
+        inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
+        return torch.where(inside, torch.stack([row, column]), -1)
+
+    def mask(self) -> Tensor:
+        """-1 where a lane holds a pixel: ``(rows, 1, size)`` for whole rows, else ``(1, width, size)``."""
+        held = (self.places()[0, 0, self.before : self.before + self.length] >= 0).int().neg()
+        held = held.reshape(self.rows, self.pitch, self.size)[:, : self.width]
+        return (held[:, :1] if self.whole else held).contiguous()
+
+
+def sources(local: Lanes, source: Lanes) -> Tensor:
+    """Where every vector of a channel with its halo comes from, ``(strips, vectors, 4)``: strips to the right, vectors from the
+    first pixel of the channel, lanes to shift by (NONE for zeros), and floats from where the mask of `source` begins.
+    """
+    found = []
+    for strip in range(local.strips):
+        for vector in range(-local.before, local.vectors - local.before):
+            if not source.whole:
+                lanes, there = divmod(vector, source.length)
+                found.append((0, there, lanes, there * source.size) if there < source.width else (0, 0, NONE, 0))
+                continue
+            line, column = divmod(vector + local.left * (local.strips > 1), local.pitch)
+            column -= local.left * (local.strips > 1)
+            lanes, row = divmod(line, local.rows)
+            beside, there = divmod(column, source.width)
+            inside = 0 <= strip + beside < local.strips
+            found.append((beside, row * source.pitch + there, lanes, row * source.size) if inside else (0, 0, NONE, 0))
+    return torch.tensor(found, dtype=torch.int32).reshape(local.strips, local.vectors, 4)
+
+
+def _columns(width: int, strips: int) -> list[int]:
+    return [-(-width * strip // strips) for strip in range(strips + 1)]
+
+
+def from_plain(lanes: Lanes, window: Window | None = None) -> Tensor:
+    """An index ``(strips, floats)`` from a plain plane (`rearrange` in the kernel); of a window with stride 2 to its phases."""
+    height, width = (window.height, window.width) if window else lanes.picture
+    stride = window.stride if window else 1
+    row, column = lanes.places()
+    found = []
+    for a, b in window.phases if window else ((0, 0),):
+        y, x = row * stride + a, column * stride + b
+        found.append(torch.where((row >= 0) & (y < height) & (x < width), y * width + x, -1))
+    return torch.stack(found, 1).int().flatten(1).contiguous()
+
+
+def to_plain(lanes: Lanes) -> Tensor:
+    """An index ``(1, pixels)`` from lanes to a plain plane."""
+    height, width = lanes.picture
+    starts = torch.tensor(lanes.columns)
+    columns = torch.arange(width)
+    strip = torch.searchsorted(starts, columns, right=True) - 1
+    place = torch.arange(height)[:, None] * lanes.line + columns - starts[strip]
+    lane, vector = place.div(lanes.length, rounding_mode="floor"), place.remainder(lanes.length)
+    channel = (lanes.before + vector) * lanes.size + lane
+    return (strip * IN_STRIP + channel).int().reshape(1, -1).contiguous()
+
+
+def between(first: Lanes, index: Tensor) -> Tensor:
+    """An index from lanes, where `index` is from a plain plane."""
+    plain = to_plain(first)[0]
+    return torch.where(index >= 0, plain[index.clamp_min(0).long()], -1).int()
+
+
+@dataclass(frozen=True)
+class Step:
+    """An operator of a chain by lanes.
+
+    Attributes:
+        window: what it reads; None for means of planes, whose source is an operator by lanes.
+        source: the node that is read.
+        residual: the node that is added.
+        by_channel: channels are computed by themselves, so that their halo can be made on the way.
+    """
+
+    window: Window | None
+    source: Hashable
+    residual: Hashable | None = None
+    by_channel: bool = False
+
+
+@dataclass(frozen=True)
+class Copy:
+    """A picture in memory: what a node gives, laid out as all of a kind are; or `phases` of it, for a stride of two."""
+
+    node: Hashable
+    kind: Hashable
+    phases: tuple[tuple[int, int], ...] = ()
+
+
+@dataclass
+class Plan:
+    """Where the operators read and write.
+
+    Attributes:
+        out, source, residual: by operator. What is written as `out` may not be what others read.
+        down: rows of a lane from one that an operator reads to the next.
+        lanes: of all these copies.
+        edged: copies that a window looks at beyond their pixels, where zeros must be.
+        local: of operators by channel, a channel with the halo that is made on the way.
+    """
+
+    out: dict[Hashable, Copy] = field(default_factory=dict)
+    source: dict[Hashable, Copy] = field(default_factory=dict)
+    residual: dict[Hashable, Copy] = field(default_factory=dict)
+    down: dict[Hashable, int] = field(default_factory=dict)
+    lanes: dict[Copy, Lanes] = field(default_factory=dict)
+    edged: set[Copy] = field(default_factory=set)
+    local: dict[Hashable, Lanes] = field(default_factory=dict)
+
+    def planes(self, node: Hashable) -> int:
+        """Pictures that an operator reads for each channel."""
+        return max(1, len(self.source[node].phases))
+
+    def step(self, node: Hashable, window: Window) -> int:
+        """Vectors from one that it reads to the next."""
+        return 1 if self.source[node].phases else window.stride
+
+    def late(self, node: Hashable, window: Window) -> list[int]:
+        """Vectors that windows of each strip begin late."""
+        out = self.lanes[self.out[node]]
+        return [0] * out.strips if self.source[node].phases else self.lanes[self.source[node]].late(window.stride, out)
+
+    def offsets(self, node: Hashable, window: Window) -> list[int]:
+        """Of the taps, in vectors from where a channel begins."""
+        copy = self.source[node]
+        lanes = self.local.get(node) or self.lanes[copy]
+        phases = [copy.phases.index((row % 2, column % 2)) if copy.phases else 0 for row, column in window.taps]
+        shifts = _shifts(lanes, window, phases=bool(copy.phases))
+        return [phase * lanes.vectors + lanes.before + shift for phase, shift in zip(phases, shifts, strict=True)]
+
+
+def lay_out(steps: Mapping[Hashable, Step], size: int, threads: int = 1) -> Plan:
+    """Lanes for the operators of a chain.
+
+    Args:
+        steps: by node; sources and residuals that are no key are plain pictures, of which copies are made.
+        size: lanes of a vector.
+        threads: that share an operator; as many strips, where pictures divide.
+    """
+    kinds, pictures = _kinds(steps)
+    rows = _rows(steps, kinds, pictures, size)
+    strips = {kind: _strips(picture[1], threads) if rows[kind] else 1 for kind, picture in pictures.items()}
+    plan, gaps = Plan(), dict.fromkeys(pictures, (0, 0))
+    windows, in_place = defaultdict[Copy, list[tuple[Hashable, Window]]](list), set[Hashable]()
+    sizes = {node: step.window.out for node, step in steps.items() if step.window is not None}
+    for node, step in steps.items():
+        if step.window is None:
+            plan.source[node] = Copy(step.source, kinds[step.source])
+            continue
+        kind, window = kinds[node], step.window
+        theirs = kinds.get(step.source, kind)
+        plan.out[node], plan.source[node] = Copy(node, kind), Copy(step.source, theirs)
+        plan.down[node] = window.stride
+        if step.residual is not None:
+            plan.residual[node] = Copy(step.residual, kind)
+        alike = rows[kind] and rows[theirs] == 2 * rows[kind] and strips[theirs] == strips[kind]
+        if window.stride == 2 and not (step.source in kinds and alike):
+            if step.source in kinds and rows[theirs] and step.residual is None and len(window.taps) > 1:
+                plan.out[node] = Copy(node, (node, "in place"))  # and laid out anew after that
+                in_place.add(node)
+            else:
+                plan.source[node] = Copy(step.source, kind, window.phases)
+                plan.down[node] = 1
+        seen, phases = plan.source[node].kind, plan.source[node].phases
+        if not step.by_channel or phases:
+            windows[plan.source[node]].append((node, window))
+        elif rows[seen]:
+            continue  # which needs no gap in memory
+        left, right = (_phased(window) if phases else window).gap(strips[seen])
+        gaps[seen] = max(gaps[seen][0], left), max(gaps[seen][1], right)
+    bare = {kind: Lanes.of(picture, gaps[kind], size, rows[kind], strips[kind]) for kind, picture in pictures.items()}
+    for node in in_place:
+        plan.down[node], bare[plan.out[node].kind] = Lanes.in_place(sizes[node], bare[plan.source[node].kind])
+    for copy in {*plan.out.values(), *plan.source.values(), *plan.residual.values()}:
+        lanes, seen_by = bare[copy.kind], list[tuple[list[int], int]]()
+        for node, window in windows[copy]:
+            last = lanes.last(plan.down[node], plan.step(node, window), bare[plan.out[node].kind])
+            seen_by.append((_shifts(lanes, window, phases=bool(copy.phases)), last))
+            if len(window.taps) > 1 or window.padding != (0, 0):
+                plan.edged.add(copy)
+        plan.lanes[copy] = lanes.seen_by(seen_by)
+    for node, step in steps.items():
+        if step.by_channel and step.window is not None and not plan.source[node].phases:
+            lanes = bare[plan.source[node].kind]
+            if lanes.whole:
+                lanes = Lanes.of(lanes.picture, step.window.gap(lanes.strips), size, lanes.rows, lanes.strips)
+            last = lanes.last(plan.down[node], step.window.stride, bare[plan.out[node].kind])
+            plan.local[node] = lanes.seen_by([(_shifts(lanes, step.window, phases=False), last)])
+    return plan
+
+
+def _strips(width: int, threads: int) -> int:
+    """A strip for each thread, or one where pictures do not divide or are narrow."""
+    return threads if width % threads == 0 and width >= LEAST * threads else 1
+
+
+def _kinds(steps: Mapping[Hashable, Step]) -> tuple[dict[Hashable, Hashable], dict[Hashable, tuple[int, int]]]:
+    """The kind of every operator's output (an operator that stands for all), and the pictures' sizes by kind."""
+    kinds: dict[Hashable, Hashable] = {}
+    for node, step in steps.items():
+        if step.window is None:
+            continue
+        kinds[node] = node
+        joined = [step.source] if step.window.stride == 1 else []
+        for other in [*joined, step.residual]:
+            if other in kinds:
+                old, new = kinds[other], kinds[node]
+                kinds = {each: new if kind == old else kind for each, kind in kinds.items()}
+    sizes = {node: step.window.out for node, step in steps.items() if step.window is not None}
+    return kinds, {kind: sizes[kind] for kind in kinds.values()}
+
+
+def _rows(
+    steps: Mapping[Hashable, Step], kinds: Mapping[Hashable, Hashable], pictures: Mapping[Hashable, tuple[int, int]], size: int
+) -> dict[Hashable, int]:
+    """Rows of the picture in each lane by kind: twice those of where a stride of two leads, if that leaves few lanes empty."""
+    found: dict[Hashable, int] = {}
+    for kind in sorted(pictures, key=lambda one: pictures[one]):  # the smaller before the larger
+        height = pictures[kind][0]
+        ends = [
+            2 * found[kinds[node]]
+            for node, step in steps.items()
+            if step.window is not None and step.window.stride == 2 and kinds.get(step.source) == kind
+        ]
+        fitting = [rows for rows in (*ends, -(-height // size)) if rows and height >= FULL * rows * size]
+        found[kind] = next((rows for rows in fitting if rows * size >= height), 0)
+    return found
+
+
+def _phased(window: Window) -> Window:
+    """What a window with a stride of two is on each of the four phases: as wide as the furthest of its taps."""
+    rows, columns = ([tap[axis] // 2 for tap in window.taps] for axis in (0, 1))
+    return Window(
+        *window.out, (max(rows) - min(rows) + 1, max(columns) - min(columns) + 1), 1, (-min(rows), -min(columns)), (1, 1)
+    )
+
+
+def _shifts(lanes: Lanes, window: Window, *, phases: bool) -> list[int]:
+    """Of the taps, in vectors from the pixel they are set on."""
+    return [lanes.offset(row // 2, column // 2) if phases else lanes.offset(row, column) for row, column in window.taps]
