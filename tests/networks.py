@@ -27,7 +27,7 @@ class Branch(nn.Module):
 
 def convolution(pick: random.Random, width: int, out: int, stride: int = 1) -> nn.Conv2d:
     """Any kernel and dilation that keep the size, but for the stride; now and then by groups, or each channel by itself."""
-    kernel, dilation = (pick.choice([1, 3, 5]), pick.choice([1, 1, 3])), (pick.randint(1, 2), pick.randint(1, 2))
+    kernel, dilation = (pick.choice([1, 3, 5]), pick.choice([1, 1, 3, 7])), (pick.randint(1, 2), pick.randint(1, 2))
     padding = tuple(d * (k - 1) // 2 for k, d in zip(kernel, dilation, strict=True))
     groups = pick.choice([1, 1, 2, width if width == out else 1])
     return nn.Conv2d(width, out, kernel, stride, padding, dilation, groups, bias=pick.random() < 0.7)

@@ -316,7 +316,7 @@ def lay_out(steps: Mapping[Hashable, Step], size: int, threads: int = 1) -> Plan
     """
     kinds, pictures = _kinds(steps)
     rows = _rows(steps, kinds, pictures, size)
-    strips = {kind: _strips(picture[1], threads) if rows[kind] else 1 for kind, picture in pictures.items()}
+    strips = {kind: count if rows[kind] else 1 for kind, count in _strips(steps, kinds, pictures, threads).items()}
     plan, gaps = Plan(), dict.fromkeys(pictures, (0, 0))
     windows, in_place = defaultdict[Copy, list[tuple[Hashable, Window]]](list), set[Hashable]()
     sizes = {node: step.window.out for node, step in steps.items() if step.window is not None}
@@ -366,9 +366,21 @@ def lay_out(steps: Mapping[Hashable, Step], size: int, threads: int = 1) -> Plan
     return plan
 
 
-def _strips(width: int, threads: int) -> int:
-    """A strip for each thread, or one where pictures do not divide or are narrow."""
-    return threads if width % threads == 0 and width >= LEAST * threads else 1
+def _strips(
+    steps: Mapping[Hashable, Step],
+    kinds: Mapping[Hashable, Hashable],
+    pictures: Mapping[Hashable, tuple[int, int]],
+    threads: int,
+) -> dict[Hashable, int]:
+    """By kind a strip for each thread; one where pictures do not divide, are narrow, or windows look beyond the next strip."""
+    widest = dict.fromkeys(pictures, LEAST)
+    for node, step in steps.items():
+        if step.window is not None:
+            reach = max(abs(column) + 1 for _, column in step.window.taps)
+            for kind in (kinds[node], kinds.get(step.source, kinds[node])):
+                widest[kind] = max(widest[kind], reach)
+    fits = {kind: width % threads == 0 and width >= widest[kind] * threads for kind, (_, width) in pictures.items()}
+    return {kind: threads if fit else 1 for kind, fit in fits.items()}
 
 
 def _kinds(steps: Mapping[Hashable, Step]) -> tuple[dict[Hashable, Hashable], dict[Hashable, tuple[int, int]]]:
