@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -28,6 +28,8 @@ from nmfx.runtime.timing import WHOLE, Advance, Times, ignore, measure, part
 REPEATS = 4  # of a sparse way in one chain: without what a call costs from Python, which it does not cost in a network
 BEFORE_OTHERS = 1.5  # lanes may take so many times as long as others: between operators by lanes nothing is laid out anew
 WHOLE_FROM = 0.4  # density from which the kernel is also tried with all weights, whose rows then share what they read
+
+Sites = list[tuple[fx.Node, Fused]]
 
 
 @dataclass(frozen=True)
@@ -127,18 +129,20 @@ def compile(model: nn.Module, example_input: Tensor, *, batch: int | None = None
     sites = lower(graph)
     found = list[CompiledModel]()
     passes = _passes(len(example), batch, free, alone=not kernel)
-    ways = [(*one, lanes) for one in passes for lanes in (False, True) if not (lanes and kernel)]
-    for number, (size, alone, lanes) in enumerate(ways):
-        report, mine = part(progress, number, len(ways)), copy_of(graph)
+    for number, (size, alone) in enumerate(passes):
         with _one_thread() if alone else contextlib.nullcontext():
             times = Times()
-            choices = choose(mine, sites, example[:size], times, sparse=not kernel, lanes=lanes, progress=report)
+            timed = time_sites(copy_of(graph), sites, example[:size], times, part(progress, number, len(passes)))
             times.save()
-        if lanes and not any(LANES in choice.chosen for choice in choices):
-            continue
-        if not kernel:
-            link(mine, size if alone else 0)
-        found.append(CompiledModel(mine, choices, len(example) if alone else size, free, kernel))
+            for lanes in (False, True):
+                choices = tuple(one.choice(lanes=lanes) for one in timed)
+                if lanes and not any(LANES in choice.chosen for choice in choices):
+                    continue
+                mine = copy_of(graph)
+                put(mine, sites, choices)
+                if not kernel:
+                    link(mine, size if alone else 0)
+                found.append(CompiledModel(mine, choices, len(example) if alone else size, free, kernel))
     if len(found) == 1:
         return found[0]
     took = measure({str(index): partial(one, example) for index, one in enumerate(found)}, least=WHOLE)
@@ -170,28 +174,49 @@ def copy_of(graph: fx.GraphModule) -> fx.GraphModule:
     return fx.GraphModule(graph, copy.deepcopy(graph.graph))
 
 
-def choose(
-    graph: fx.GraphModule,
-    sites: list[tuple[fx.Node, Fused]],
-    example: Tensor,
-    times: Times,
-    *,
-    sparse: bool = True,
-    lanes: bool = True,
-    progress: Advance = ignore,
-) -> tuple[Choice, ...]:
-    """Put a layer into every site of a lowered graph: the fastest for the example, lanes even where a little slower."""
-    seen, choices = inputs_of(graph, sites, example), []
+@dataclass(frozen=True)
+class TimedSite:
+    """A site, and the seconds of every way to compute it, for one pass."""
+
+    fused: Fused
+    took: Mapping[str, float]
+
+    def choice(self, *, sparse: bool = True, lanes: bool = True) -> Choice:
+        """The fastest of the dense ways, and of the sparse ones and those by lanes, lanes even where a little slower."""
+        dense = {name: took for name, took in self.took.items() if not name.startswith(SPARSE)}
+        products = {name: took for name, took in self.took.items() if name.startswith(SPARSE) and sparse}
+        plain = [name for name in products if LANES not in name]
+        allowed = {name: took for name, took in (dense | products).items() if (lanes and sparse) or LANES not in name}
+        return Choice(
+            name=self.fused.name,
+            shape=tuple(self.fused.weight.shape),
+            kept=self.fused.kept,
+            dense=min(dense[name] for name in dense if name in allowed),
+            sparse=min((products[name] for name in products if name in allowed), default=None),
+            chosen=min(allowed, key=lambda name: allowed[name] / (BEFORE_OTHERS if LANES in name else 1.0)),
+            plain=min(plain, key=lambda name: products[name], default=None),
+        )
+
+
+def time_sites(
+    graph: fx.GraphModule, sites: Sites, example: Tensor, times: Times, progress: Advance = ignore
+) -> list[TimedSite]:
+    """Time every way to compute each site of a lowered graph on what an example gives it; dense layers are put in."""
+    seen, timed = inputs_of(graph, sites, example), []
     for index, (node, fused) in enumerate(sites):
         progress(index / len(sites), fused.name)
-        choice = time_site(fused, seen[str(node.target)], times, sparse=sparse, lanes=lanes)
+        timed.append(time_site(fused, seen[str(node.target)], times))
+    return timed
+
+
+def put(graph: fx.GraphModule, sites: Sites, choices: Iterable[Choice]) -> None:
+    """Put the chosen layer into every site of a lowered graph."""
+    for (node, fused), choice in zip(sites, choices, strict=True):
         graph.add_submodule(str(node.target), layer_for(fused, choice.chosen, choice.plain))
-        choices.append(choice)
     graph.recompile()
-    return tuple(choices)
 
 
-def inputs_of(graph: fx.GraphModule, sites: list[tuple[fx.Node, Fused]], example: Tensor) -> dict[str, tuple[Tensor, ...]]:
+def inputs_of(graph: fx.GraphModule, sites: Sites, example: Tensor) -> dict[str, tuple[Tensor, ...]]:
     """What every site of a lowered graph is given for an example, by the name of its module; dense layers are put in."""
     seen: dict[str, tuple[Tensor, ...]] = {}
     for node, fused in sites:
@@ -203,14 +228,15 @@ def inputs_of(graph: fx.GraphModule, sites: list[tuple[fx.Node, Fused]], example
 
 
 @torch.no_grad()
-def time_site(fused: Fused, inputs: tuple[Tensor, ...], times: Times, *, sparse: bool = True, lanes: bool = True) -> Choice:
-    """Time the ways to compute a site on these inputs, and choose."""
-    kept, lanes = fused.kept, lanes and sparse and _has_lanes(fused, inputs)
+def time_site(fused: Fused, inputs: tuple[Tensor, ...], times: Times) -> TimedSite:
+    """Time all ways that this machine has to compute a site on these inputs."""
+    kept, kernel = fused.kept, not load_kernel()
+    lanes = kernel and _has_lanes(fused, inputs)
     whole = fused.is_conv and kept >= WHOLE_FROM * fused.weight.numel()
     fitting = [tile for tile in TILES if tile.chunk < 2 * fused.weight[0].numel() or tile.chunk <= 128]
-    tiles = [tile for tile in fitting if tile.lanes <= lanes and tile.whole <= whole and sparse and not fused.depthwise]
+    tiles = [tile for tile in fitting if tile.lanes <= lanes and tile.whole <= whole and kernel and not fused.depthwise]
     names = [*dense_layers(fused, lanes=lanes), *map(str, tiles)]
-    chained = {name for name in names if DEPTHWISE in name or name.startswith(SPARSE)} if not load_kernel() else set()
+    chained = {name for name in names if kernel and (DEPTHWISE in name or name.startswith(SPARSE))}
     geometry = (fused.geometry, fused.groups, fused.residual, fused.low, fused.high, fused.bias is not None)
     seen = [(tuple(one.shape), one.stride()) for one in inputs]
     what = ("site", tuple(fused.weight.shape), kept, geometry, seen, names, REPEATS)
@@ -220,16 +246,8 @@ def time_site(fused: Fused, inputs: tuple[Tensor, ...], times: Times, *, sparse:
         chains = {name: repeated(layers[name], inputs, REPEATS) for name in names if name in chained}
         return {name: partial(layer, *inputs) for name, layer in layers.items()} | chains
 
-    took = {name: seconds / (REPEATS if name in chained else 1) for name, seconds in times.get(what, candidates).items()}
-    return Choice(
-        name=fused.name,
-        shape=tuple(fused.weight.shape),
-        kept=kept,
-        dense=min(took[name] for name in took if not name.startswith(SPARSE)),
-        sparse=min((took[name] for name in took if name.startswith(SPARSE)), default=None),
-        chosen=min(took, key=lambda name: took[name] / (BEFORE_OTHERS if LANES in name else 1.0)),
-        plain=min((name for name in map(str, tiles) if LANES not in name), key=lambda name: took[name], default=None),
-    )
+    took = times.get(what, candidates)
+    return TimedSite(fused, {name: seconds / (REPEATS if name in chained else 1) for name, seconds in took.items()})
 
 
 def _has_lanes(fused: Fused, inputs: tuple[Tensor, ...]) -> bool:

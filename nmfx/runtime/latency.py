@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from nmfx.passes.baking import bake
 from nmfx.runtime.building import load_kernel, quiet
 from nmfx.runtime.chain import link
-from nmfx.runtime.compiled import CompiledModel, choose, compile, copy_of, inputs_of, time_site
+from nmfx.runtime.compiled import CompiledModel, compile, copy_of, inputs_of, put, time_site
 from nmfx.runtime.layers import Fused
 from nmfx.runtime.lowering import export, lower
 from nmfx.runtime.timing import WHOLE, Advance, Times, ignore, measure
@@ -109,18 +109,19 @@ def measure_latency(
     for index, (node, fused) in enumerate(sites):
         progress(index / len(sites), fused.name)
         inputs, offered = seen[str(node.target)], groupings.get(fused.name, {})
-        least = round(time_site(fused, inputs, times, sparse=not kernel).seconds * NANO)
+        least = _price(fused, inputs, times)
         found = {Pattern.DENSE: least}
         for pattern in sorted((p for p in offered if not p.is_dense), key=lambda p: p.density, reverse=True):
-            least = min(least, _price(fused, pattern, offered[pattern], inputs, times, sparse=not kernel))
+            least = min(least, _price(_sparsest(fused, {pattern: offered[pattern]}), inputs, times))
             found[pattern] = least
         twice = prices.get(fused.name, {})  # a weight read at two places is paid for twice
         prices[fused.name] = {pattern: price + twice.get(pattern, 0) for pattern, price in found.items()}
     other = copy_of(graph)
-    choose(other, sites, example, times, sparse=False)
+    put(other, sites, [time_site(fused, seen[str(node.target)], times).choice(sparse=False) for node, fused in sites])
     dense = CompiledModel(other, (), len(example), free, kernel)
     sparsest = [(node, _sparsest(fused, groupings.get(fused.name, {}))) for node, fused in sites]
-    choices = choose(graph, sparsest, example, times, sparse=not kernel)
+    choices = tuple(time_site(fused, seen[str(node.target)], times).choice() for node, fused in sparsest)
+    put(graph, sparsest, choices)
     times.save()
     if not kernel:
         link(graph)
@@ -142,11 +143,8 @@ def _sparsest(fused: Fused, offered: Mapping[Pattern, Grouping]) -> Fused:
     return replace(fused, weight=fused.weight * make_mask(fused.weight, pattern.n, offered[pattern]))
 
 
-def _price(
-    fused: Fused, pattern: Pattern, grouping: Grouping, inputs: tuple[Tensor, ...], times: Times, *, sparse: bool
-) -> int:
-    choice = time_site(_sparsest(fused, {pattern: grouping}), inputs, times, sparse=sparse)
-    return round(choice.seconds * NANO)
+def _price(fused: Fused, inputs: tuple[Tensor, ...], times: Times) -> int:
+    return round(time_site(fused, inputs, times).choice().seconds * NANO)
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,6 +20,7 @@ from nmfx.runtime.building import cache_folder, identity
 Advance = Callable[[float, str], None]  # told the share done, and of what
 ROUNDS, LEAST_SECONDS = 7, 0.004  # turns, and time of one candidate in a turn at least
 WHOLE = 0.1  # the same of a whole network
+HOPELESS = 1.6  # times the fastest: more than what a choice between ways to compute a site forgives
 
 
 def ignore(share: float, what: str) -> None:
@@ -31,12 +33,17 @@ def part(progress: Advance, number: int, parts: int) -> Advance:
 
 
 def measure(
-    candidates: Mapping[str, Callable[[], Any]], *, rounds: int = ROUNDS, least: float | None = None
+    candidates: Mapping[str, Callable[[], Any]],
+    *,
+    rounds: int = ROUNDS,
+    least: float | None = None,
+    hopeless: float = math.inf,
 ) -> dict[str, float]:
     """The fastest of `rounds` turns of each candidate, in seconds a call; all take turns, so that noise meets all of them.
 
     Args:
         least: seconds of a turn, of 50 calls at most; `WHOLE` for networks, whose caches and threads want to settle.
+        hopeless: who takes so many times as long as the fastest, has no more turns after the first.
     """
     least = LEAST_SECONDS if least is None else least
     repeats, best = {}, {}
@@ -46,8 +53,11 @@ def measure(
         run()
         took = time.perf_counter() - start
         repeats[name], best[name] = max(1, min(50, int(least / max(took, 1e-9)))), took
-    for _ in range(rounds):
+    for turn in range(rounds):
+        limit = hopeless * min(best.values())
         for name, run in candidates.items():
+            if turn and best[name] > limit:
+                continue
             run()
             start = time.perf_counter()
             for _ in range(repeats[name]):
@@ -70,7 +80,7 @@ class Times:
         """Seconds of each candidate for the question `what`, measured if nobody has asked it before."""
         key = hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()[:24]
         if key not in self.known:
-            self.known[key] = measure(candidates())
+            self.known[key] = measure(candidates(), hopeless=HOPELESS)
         return self.known[key]
 
     def save(self) -> None:

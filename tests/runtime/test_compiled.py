@@ -20,7 +20,7 @@ import nmfx
 from nmfx.errors import ModelError, NmfxError
 from nmfx.runtime.building import load_kernel
 from nmfx.runtime.chain import Chain, link
-from nmfx.runtime.compiled import CompiledModel, choose
+from nmfx.runtime.compiled import CompiledModel, time_sites
 from nmfx.runtime.layers import Depthwise, SparseConv2d, SparseLinear, sparse_layer
 from nmfx.runtime.lowering import export, lower
 from nmfx.runtime.packed import Tile
@@ -295,9 +295,9 @@ def test_times_are_measured_once(tmp_path: Path) -> None:
     torch.manual_seed(0)
     graph, _ = export(settled(Odd()), x := torch.randn(3, 3, 17, 23))
     sites, times = lower(graph), Times()
-    first = choose(graph, sites, x, times)
+    first = time_sites(graph, sites, x, times)
     times.save()
-    again = choose(graph, sites, x, Times())
+    again = time_sites(graph, sites, x, Times())
     assert first == again
     Times().path.write_text("{")
     assert Times().known == {}
