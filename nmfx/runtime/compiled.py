@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -29,7 +29,7 @@ REPEATS = 4  # of a sparse way in one chain: without what a call costs from Pyth
 BEFORE_OTHERS = 1.5  # lanes may take so many times as long as others: between operators by lanes nothing is laid out anew
 WHOLE_FROM = 0.4  # density from which the kernel is also tried with all weights, whose rows then share what they read
 
-Sites = list[tuple[fx.Node, Fused]]
+Sites = list[tuple[fx.Node, Fused]]  # with the nodes of a lowered graph that call them
 
 
 @dataclass(frozen=True)
@@ -134,19 +134,9 @@ def compile(model: nn.Module, example_input: Tensor, *, batch: int | None = None
             times = Times()
             timed = time_sites(copy_of(graph), sites, example[:size], times, part(progress, number, len(passes)))
             times.save()
-            for lanes in (False, True):
-                choices = tuple(one.choice(lanes=lanes) for one in timed)
-                if lanes and not any(LANES in choice.chosen for choice in choices):
-                    continue
-                mine = copy_of(graph)
-                put(mine, sites, choices)
-                if not kernel:
-                    link(mine, size if alone else 0)
+            for mine, choices in with_and_without_lanes(graph, timed, images=size if alone else 0):
                 found.append(CompiledModel(mine, choices, len(example) if alone else size, free, kernel))
-    if len(found) == 1:
-        return found[0]
-    took = measure({str(index): partial(one, example) for index, one in enumerate(found)}, least=WHOLE)
-    return found[min(range(len(found)), key=lambda index: took[str(index)])]
+    return fastest(found, example)
 
 
 def _passes(count: int, batch: int | None, free: bool, *, alone: bool) -> list[tuple[int, bool]]:
@@ -178,6 +168,7 @@ def copy_of(graph: fx.GraphModule) -> fx.GraphModule:
 class TimedSite:
     """A site, and the seconds of every way to compute it, for one pass."""
 
+    node: fx.Node
     fused: Fused
     took: Mapping[str, float]
 
@@ -205,14 +196,36 @@ def time_sites(
     seen, timed = inputs_of(graph, sites, example), []
     for index, (node, fused) in enumerate(sites):
         progress(index / len(sites), fused.name)
-        timed.append(time_site(fused, seen[str(node.target)], times))
+        timed.append(time_site(node, fused, seen[str(node.target)], times))
     return timed
 
 
-def put(graph: fx.GraphModule, sites: Sites, choices: Iterable[Choice]) -> None:
+def with_and_without_lanes(
+    graph: fx.GraphModule, timed: Sequence[TimedSite], *, images: int = 0
+) -> Iterator[tuple[fx.GraphModule, tuple[Choice, ...]]]:
+    """A lowered graph with the fastest layers and its chains: a copy without lanes, and one with them if a site has any."""
+    for lanes in (False, True):
+        choices = tuple(one.choice(lanes=lanes) for one in timed)
+        if not lanes or any(LANES in choice.chosen for choice in choices):
+            mine = copy_of(graph)
+            put(mine, timed, choices)
+            if not load_kernel():
+                link(mine, images)
+            yield mine, choices
+
+
+def fastest(models: Sequence[CompiledModel], example: Tensor) -> CompiledModel:
+    """Of several ways to compile one model, measured on an example."""
+    if len(models) == 1:
+        return models[0]
+    took = measure({str(index): partial(one, example) for index, one in enumerate(models)}, least=WHOLE)
+    return models[min(range(len(models)), key=lambda index: took[str(index)])]
+
+
+def put(graph: fx.GraphModule, timed: Iterable[TimedSite], choices: Iterable[Choice]) -> None:
     """Put the chosen layer into every site of a lowered graph."""
-    for (node, fused), choice in zip(sites, choices, strict=True):
-        graph.add_submodule(str(node.target), layer_for(fused, choice.chosen, choice.plain))
+    for one, choice in zip(timed, choices, strict=True):
+        graph.add_submodule(str(one.node.target), layer_for(one.fused, choice.chosen, choice.plain))
     graph.recompile()
 
 
@@ -228,7 +241,7 @@ def inputs_of(graph: fx.GraphModule, sites: Sites, example: Tensor) -> dict[str,
 
 
 @torch.no_grad()
-def time_site(fused: Fused, inputs: tuple[Tensor, ...], times: Times) -> TimedSite:
+def time_site(node: fx.Node, fused: Fused, inputs: tuple[Tensor, ...], times: Times) -> TimedSite:
     """Time all ways that this machine has to compute a site on these inputs."""
     kept, kernel = fused.kept, not load_kernel()
     lanes = kernel and _has_lanes(fused, inputs)
@@ -247,7 +260,7 @@ def time_site(fused: Fused, inputs: tuple[Tensor, ...], times: Times) -> TimedSi
         return {name: partial(layer, *inputs) for name, layer in layers.items()} | chains
 
     took = times.get(what, candidates)
-    return TimedSite(fused, {name: seconds / (REPEATS if name in chained else 1) for name, seconds in took.items()})
+    return TimedSite(node, fused, {name: seconds / (REPEATS if name in chained else 1) for name, seconds in took.items()})
 
 
 def _has_lanes(fused: Fused, inputs: tuple[Tensor, ...]) -> bool:

@@ -7,12 +7,11 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from nmfx.passes.baking import bake
 from nmfx.runtime.building import load_kernel, quiet
-from nmfx.runtime.chain import link
-from nmfx.runtime.compiled import CompiledModel, compile, copy_of, inputs_of, put, time_site
+from nmfx.runtime.compiled import CompiledModel, compile, copy_of, fastest, inputs_of, put, time_site, with_and_without_lanes
 from nmfx.runtime.layers import Fused
 from nmfx.runtime.lowering import export, lower
 from nmfx.runtime.timing import WHOLE, Advance, Times, ignore, measure
@@ -109,27 +108,26 @@ def measure_latency(
     for index, (node, fused) in enumerate(sites):
         progress(index / len(sites), fused.name)
         inputs, offered = seen[str(node.target)], groupings.get(fused.name, {})
-        least = _price(fused, inputs, times)
+        least = _price(node, fused, inputs, times)
         found = {Pattern.DENSE: least}
         for pattern in sorted((p for p in offered if not p.is_dense), key=lambda p: p.density, reverse=True):
-            least = min(least, _price(_sparsest(fused, {pattern: offered[pattern]}), inputs, times))
+            least = min(least, _price(node, _sparsest(fused, {pattern: offered[pattern]}), inputs, times))
             found[pattern] = least
         twice = prices.get(fused.name, {})  # a weight read at two places is paid for twice
         prices[fused.name] = {pattern: price + twice.get(pattern, 0) for pattern, price in found.items()}
     other = copy_of(graph)
-    put(other, sites, [time_site(fused, seen[str(node.target)], times).choice(sparse=False) for node, fused in sites])
+    timed = [time_site(node, fused, seen[str(node.target)], times) for node, fused in sites]
+    put(other, timed, [one.choice(sparse=False) for one in timed])
     dense = CompiledModel(other, (), len(example), free, kernel)
     sparsest = [(node, _sparsest(fused, groupings.get(fused.name, {}))) for node, fused in sites]
-    choices = tuple(time_site(fused, seen[str(node.target)], times).choice() for node, fused in sparsest)
-    put(graph, sparsest, choices)
+    timed = [time_site(node, fused, seen[str(node.target)], times) for node, fused in sparsest]
     times.save()
-    if not kernel:
-        link(graph)
-    sparse = CompiledModel(graph, choices, len(example), free, kernel)
+    built = with_and_without_lanes(graph, timed)
+    sparse = fastest([CompiledModel(mine, choices, len(example), free, kernel) for mine, choices in built], example)
     runs = dense_runs(model, example) | {"dense": lambda: dense(example), "sparse": lambda: sparse(example)}
     with torch.no_grad():
         took = measure(runs, least=WHOLE)
-    rest = round((took.pop("sparse") - sum(choice.seconds for choice in choices)) * NANO)
+    rest = round((took.pop("sparse") - sum(one.choice().seconds for one in timed)) * NANO)
     best = min(took, key=lambda name: took[name])
     return Latency(prices, rest, round(took[best] * NANO), runs[best])
 
@@ -143,8 +141,8 @@ def _sparsest(fused: Fused, offered: Mapping[Pattern, Grouping]) -> Fused:
     return replace(fused, weight=fused.weight * make_mask(fused.weight, pattern.n, offered[pattern]))
 
 
-def _price(fused: Fused, inputs: tuple[Tensor, ...], times: Times) -> int:
-    return round(time_site(fused, inputs, times).choice().seconds * NANO)
+def _price(node: fx.Node, fused: Fused, inputs: tuple[Tensor, ...], times: Times) -> int:
+    return round(time_site(node, fused, inputs, times).choice().seconds * NANO)
 
 
 @torch.no_grad()

@@ -82,9 +82,7 @@ def pack(weight: Tensor, groups: int = 1, *, chunk: int = 64, vectors: int = 8, 
     kept = lines != 0
     if whole:
         kept = (torch.arange(chunks * chunk) < width).reshape(1, chunks, 1, chunk).expand(kept.shape)
-    places = torch.arange(chunk, dtype=torch.int32).to(
-        torch.int16
-    )  # above 32,767 they wrap, and the kernel reads them unsigned
+    places = torch.arange(chunk, dtype=torch.int32).to(torch.int16)  # wrap above 32,767: the kernel reads them unsigned
     counts = F.pad(kept.sum(3).flatten().cumsum(0), (1, 0)).int()
     columns = places.expand(kept.shape)[kept]
     return Packed(lines[kept].contiguous(), columns, counts, tuple(weight.shape), groups, chunk, vectors)

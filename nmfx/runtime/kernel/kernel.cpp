@@ -13,7 +13,7 @@
 
 namespace {
 
-// What the operators of a chain read, one number after the other: nmfx/runtime/chain.py writes it.
+// What the operators of a chain read, one number after the other: nmfx/runtime/program.py writes it.
 struct Program {
   const int64_t* at;
   const std::vector<at::Tensor>& constants;
@@ -58,7 +58,10 @@ struct Program {
   }
 };
 
-enum Operator : int64_t { CONV, LINEAR, DEPTHWISE, MAX_POOL, AVERAGE, FLATTEN, REARRANGE, LANES_CONV, LANES_DEPTHWISE, LANES_MAX_POOL, LANES_AVERAGE };
+enum Operator : int64_t {  // nmfx/runtime/program.py counts the same
+  CONV, LINEAR, DEPTHWISE, MAX_POOL, AVERAGE, FLATTEN,
+  REARRANGE, LANES_CONV, LANES_DEPTHWISE, LANES_MAX_POOL, LANES_AVERAGE,
+};
 
 at::Tensor step(Program& p) {
   switch (p.number()) {
@@ -107,7 +110,8 @@ at::Tensor step(Program& p) {
       const int64_t out = p.number(), width = p.number(), groups = p.number(), chunk = p.number(), vectors = p.number();
       const Stride stride = p.stride();
       const Lanes lanes = p.lanes();
-      return lanes_conv2d(x, values, columns, pointers, starts, bias, out, width, groups, chunk, vectors, stride, lanes, p.after());
+      return lanes_conv2d(x, values, columns, pointers, starts, bias, out, width, groups, chunk, vectors, stride, lanes,
+                          p.after());
     }
     case LANES_DEPTHWISE:
     case LANES_MAX_POOL: {

@@ -27,6 +27,14 @@ struct Lanes {
   int64_t floats() const { return vectors * VL; }
 };
 
+// Which lanes hold pixels, by rows and vectors of a row of which all of one kind are alike; without data nobody asks.
+struct Mask {
+  const int32_t* data;
+  int64_t row, step;  // floats from row to row and from vector to vector: one of them is 0
+
+  places at(int64_t y, int64_t x) const { return *reinterpret_cast<const places*>(data + y * row + x * step); }
+};
+
 // Where finished vectors go: first a residual, then limits, then the lanes that hold pixels, then copies for others to see.
 struct Shore {
   Lanes lanes;
@@ -34,8 +42,7 @@ struct Shore {
   const float* residual;  // the same of another picture, or null
   int64_t residual_floats, residual_strip_floats;
   Clamp limits;
-  const int32_t* mask;          // which lanes hold pixels, for picture rows and vectors of a row; null where nobody asks
-  int64_t mask_row, mask_step;  // floats of the mask from row to row and from vector to vector: one of them is 0
+  Mask mask;
   int64_t strip, strip_floats;  // this one, and the distance to the next
 
   Shore of(int64_t other) const {
@@ -56,18 +63,13 @@ struct Shore {
       each<NV>([&](auto i) INLINE { v[i] += *reinterpret_cast<const tight*>(other + i * VL); });
     }
     each<NV>([&](auto i) INLINE { v[i] = clamp(v[i], limits); });
-    if (mask) {
-      each<NV>([&](auto i) INLINE {
-        v[i] = reinterpret_cast<vec>(reinterpret_cast<places>(v[i]) & mask_at(row, x + i));
-      });
+    if (mask.data) {
+      each<NV>([&](auto i) INLINE { v[i] = reinterpret_cast<vec>(reinterpret_cast<places>(v[i]) & mask.at(row, x + i)); });
     }
     each<NV>([&](auto i) INLINE { *reinterpret_cast<tight*>(own + i * VL) = v[i]; });
-    if (!mask) return;
+    if (!mask.data) return;
     if (spills(j) || spills(j + NV - 1)) each<NV>([&](auto i) INLINE { spill(base, j + i, v[i]); });
     if (x <= lanes.right || x + NV >= lanes.width - lanes.left) edges(base, row, x, NV, own);
-  }
-  places mask_at(int64_t row, int64_t x) const {
-    return *reinterpret_cast<const places*>(mask + row * mask_row + x * mask_step);
   }
 
  private:

@@ -26,8 +26,8 @@ struct Pool {
     int64_t size, used;  // in which pass it was last
   };
   static constexpr int64_t IDLE = 32;  // passes after which a buffer is given back
-  int64_t passes = 0;
   static constexpr int64_t HUGE_PAGE = 1 << 21;  // bytes
+  int64_t passes = 0;
   std::vector<Buffer> free;
   bool open = false;
 
@@ -86,6 +86,7 @@ at::Tensor output(at::IntArrayRef sizes, const at::Tensor& like) {
 // The same of strips, the first of the sizes: each has its share of the buffer, however much of it is used, so that a thread that
 // works on one strip always writes lines that it wrote before.
 at::Tensor output_strips(std::vector<int64_t> sizes, const at::Tensor& like) {
+  if (!pool.open) return at::empty(sizes, like.options());
   constexpr int64_t PAGE = 1024;  // floats
   int64_t size = 1;
   std::vector<int64_t> strides(sizes.size());
@@ -93,7 +94,6 @@ at::Tensor output_strips(std::vector<int64_t> sizes, const at::Tensor& like) {
     strides[i] = size;
     size *= sizes[i];
   }
-  if (!pool.open) return at::empty(sizes, like.options());
   const Pool::Buffer buffer = pool.take((strides[0] + PAGE - 1) / PAGE * PAGE * sizes[0]);
   strides[0] = buffer.size / sizes[0] / PAGE * PAGE;
   return at::from_blob(buffer.data, sizes, strides, [buffer](void*) { pool.free.push_back(buffer); }, like.options());

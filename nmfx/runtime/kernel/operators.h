@@ -3,7 +3,6 @@
 #pragma once
 
 #include <cmath>
-#include <tuple>
 
 #include "lanes.h"
 #include "memory.h"
@@ -213,8 +212,7 @@ at::Tensor average(const at::Tensor& input) {
       vec sums = {};
       int64_t i = 0;
       for (; i + VL <= plane; i += VL) sums += load(own + i);
-      float sum = 0.0f;
-      for (int64_t j = 0; j < VL; ++j) sum += sums[j];
+      float sum = total(sums);
       for (; i < plane; ++i) sum += own[i];
       to[item] = sum / static_cast<float>(plane);
     }
@@ -258,19 +256,13 @@ struct After {
   bool over;  // the output is written where the residual is
 };
 
-// Which lanes hold pixels: (rows, 1, VL) or (1, width, VL), and the floats from row to row and from vector to vector.
-struct Mask {
-  const int32_t* data;
-  int64_t row, step;
-
-  Mask(const at::Tensor& mask, const Lanes& lanes) : data(mask.const_data_ptr<int32_t>()) {
-    check(mask.scalar_type() == at::kInt && mask.is_contiguous() && mask.dim() == 3 && mask.size(2) == VL &&
-              (mask.size(0) == lanes.rows || mask.size(0) == 1) && (mask.size(1) == lanes.width || mask.size(1) == 1),
-          "a mask of these lanes");
-    row = mask.size(0) > 1 ? mask.size(1) * VL : 0;
-    step = mask.size(1) > 1 ? VL : 0;
-  }
-};
+// Of a tensor (rows, 1, VL) or (1, width, VL).
+Mask mask_of(const at::Tensor& mask, const Lanes& lanes) {
+  check(mask.scalar_type() == at::kInt && mask.is_contiguous() && mask.dim() == 3 && mask.size(2) == VL &&
+            (mask.size(0) == lanes.rows || mask.size(0) == 1) && (mask.size(1) == lanes.width || mask.size(1) == 1),
+        "a mask of these lanes");
+  return {mask.const_data_ptr<int32_t>(), mask.size(0) > 1 ? mask.size(1) * VL : 0, mask.size(1) > 1 ? VL : 0};
+}
 
 // An output, where its vectors go, and how the input is read.
 struct Work {
@@ -292,11 +284,7 @@ struct Work {
     shore = {lanes, y.tensor.mutable_data_ptr<float>() + lanes.before * VL,
              residual ? residual->data() + residual->lanes.before * VL : nullptr, residual ? residual->lanes.floats() : 0,
              residual ? residual->strip_floats() : 0, {static_cast<float>(after.low), static_cast<float>(after.high)},
-             nullptr, 0, 0, 0, y.strip_floats()};
-    if (after.mask) {
-      const Mask mask(*after.mask, lanes);
-      std::tie(shore.mask, shore.mask_row, shore.mask_step) = std::tuple(mask.data, mask.row, mask.step);
-    }
+             after.mask ? mask_of(*after.mask, lanes) : Mask{}, 0, y.strip_floats()};
     for (int64_t strip = 0; strip < lanes.strips; ++strip) {
       strips.push_back(strip * x.strip_floats() + stride.late[strip] * VL);
     }
@@ -337,13 +325,13 @@ at::Tensor lanes_conv2d(const Laid& x, const at::Tensor& values, const at::Tenso
   return work.y.tensor;
 }
 
-// Every channel by itself: a depthwise convolution, or without a weight the largest of pictures without negative pixels. Its halo
-// is made on the way as `local` and `sources` (strips, vectors, 4) say, with the mask `pixels`, or is in memory. There are `planes` of the input, the phases of a
-// stride, for each channel of the output.
+// Every channel by itself: a depthwise convolution, or without a weight the largest of pictures without negative pixels. Its
+// halo is made on the way as `local` and `sources` (strips, vectors, 4) say, with the mask `pixels`, or is in memory. There are
+// `planes` of the input, the phases of a stride, for each channel of the output.
 at::Tensor lanes_by_channel(const Laid& x, const std::optional<Lanes>& local, const std::optional<at::Tensor>& pixels,
-                            const std::optional<at::Tensor>& sources, const at::Tensor& offsets, const std::optional<at::Tensor>& weight,
-                            const std::optional<at::Tensor>& bias, int64_t planes, const Stride& stride, const Lanes& lanes,
-                            const After& after) {
+                            const std::optional<at::Tensor>& sources, const at::Tensor& offsets,
+                            const std::optional<at::Tensor>& weight, const std::optional<at::Tensor>& bias, int64_t planes,
+                            const Stride& stride, const Lanes& lanes, const After& after) {
   const int64_t channels = x.channels() / planes, taps = offsets.numel();
   check(offsets.scalar_type() == at::kInt && offsets.is_contiguous(), "offsets of taps");
   check(!weight || (weight->is_contiguous() && weight->scalar_type() == at::kFloat && weight->numel() == channels * taps),
@@ -362,8 +350,8 @@ at::Tensor lanes_by_channel(const Laid& x, const std::optional<Lanes>& local, co
       const int64_t strip = item / channels / x.images(), image = item / channels % x.images(), channel = item % channels;
       const float* from = x.data() + image * x.image_floats() + channel * planes * x.lanes.floats();
       if (local) {
-        const auto* of_strip = reinterpret_cast<const Local::Source*>(sources->const_data_ptr<int32_t>()) + strip * local->vectors;
-        const Local halo{*local, pixels->const_data_ptr<int32_t>(), of_strip};
+        const auto* all = reinterpret_cast<const Local::Source*>(sources->const_data_ptr<int32_t>());
+        const Local halo{*local, pixels->const_data_ptr<int32_t>(), all + strip * local->vectors};
         halo.fill(from + strip * x.strip_floats() + x.lanes.before * VL, x.strip_floats(), room);
       }
       const float* read = local ? room + stride.late[strip] * VL : from + work.reading.strips[strip];
@@ -386,7 +374,7 @@ at::Tensor lanes_average(const Laid& x, const at::Tensor& mask, int64_t pixels) 
   const Lanes& lanes = x.lanes;
   const int64_t channels = x.channels();
   at::Tensor y = output({x.images(), channels, 1, 1}, x.tensor);
-  const Mask held(mask, lanes);
+  const Mask held = mask_of(mask, lanes);
   float* to = y.mutable_data_ptr<float>();
   at::parallel_for(0, y.numel(), 256, [&](int64_t begin, int64_t end) {
     for (int64_t item = begin; item < end; ++item) {
@@ -396,28 +384,26 @@ at::Tensor lanes_average(const Laid& x, const at::Tensor& mask, int64_t pixels) 
         for (int64_t row = 0; row < lanes.rows; ++row) {
           for (int64_t at = 0; at < lanes.width; ++at) {
             const places pixel = *reinterpret_cast<const places*>(own + (row * lanes.pitch + at) * VL);
-            sums += reinterpret_cast<vec>(pixel & *reinterpret_cast<const places*>(held.data + row * held.row + at * held.step));
+            sums += reinterpret_cast<vec>(pixel & held.at(row, at));
           }
         }
       }
-      float sum = 0.0f;
-      for (int64_t i = 0; i < VL; ++i) sum += sums[i];
-      to[item] = sum / static_cast<float>(pixels);
+      to[item] = total(sums) / static_cast<float>(pixels);
     }
   });
   return y;
 }
 
-// Pictures anew, from plain to lanes or back or from lanes to lanes. `index` is (strips, floats of a channel) of the output; it says
-// where in a channel of the input each float is, with the strip it is in above that, or is negative for a zero. `sizes` are those
-// of the output behind its channels: two for plain pictures, else vectors and VL; where the index is longer, there are several
-// channels for each of the input's.
+// Pictures anew, from plain to lanes or back or from lanes to lanes. `index` is (strips, floats of a channel) of the output; it
+// says where in a channel of the input each float is, with the strip it is in above that, or is negative for a zero. `sizes` are
+// those of the output behind its channels: height and width of plain pictures, else vectors and VL; where the index is longer,
+// there are several channels for each of the input's.
 constexpr int32_t IN_STRIP = 1 << 22;
 
 #ifdef __clang__
 #define SCALAR
 #else
-#define SCALAR __attribute__((optimize("no-tree-vectorize")))  // loads of sixteen lanes by one instruction take several times longer
+#define SCALAR __attribute__((optimize("no-tree-vectorize")))  // a gather of sixteen lanes takes several times longer
 #endif
 SCALAR void pick(const float* from, const int32_t* places, int64_t count, float* to) {
   for (int64_t k = 0; k < count; ++k) to[k] = places[k] < 0 ? 0.0f : from[places[k]];

@@ -107,6 +107,13 @@ inline vec clamp(vec v, const Clamp& limits) {
   return v > high ? high : v;
 }
 
+// The sum of all lanes.
+inline float total(vec v) {
+  float sum = 0.0f;
+  for (int64_t i = 0; i < VL; ++i) sum += v[i];
+  return sum;
+}
+
 // Aligned memory of one thread, kept between calls.
 struct Room {
   std::vector<float> memory;
