@@ -18,7 +18,7 @@ from nmfx.search.budget import parse_target
 from nmfx.search.finder import SearchResult
 from nmfx.search.problem import pose
 
-ROUNDS = 4  # searches, each with what the one before it measured
+ROUNDS = 6  # searches, each with what the one before it measured
 NEAR = 0.05  # of the predicted time: near enough to stop
 MARGIN = Fraction(1, 50)  # of the time wanted: a scheme that just reaches it is measured above it every other time
 
