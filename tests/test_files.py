@@ -8,14 +8,13 @@ import signal
 import sys
 import threading
 import time
-import traceback
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import pytest
+from children import forked
 
 from nmfx import files
 from nmfx.errors import NmfxError
@@ -118,21 +117,6 @@ def test_a_mode_is_never_wider_than_asked_for(tmp_path: Path) -> None:
     finally:
         os.umask(before)
     assert (tmp_path / "kernel.so").stat().st_mode & 0o777 == 0o644
-
-
-def forked(work: Callable[[], object]) -> int:
-    """Run `work` in a forked process; its number."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # torch has threads; the child touches none of them
-        child = os.fork()
-    if child:
-        return child
-    try:
-        work()
-    except BaseException:
-        traceback.print_exc()
-        os._exit(1)
-    os._exit(0)
 
 
 def survived(work: Callable[[], object], line: int) -> bool:
