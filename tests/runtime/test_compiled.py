@@ -302,7 +302,7 @@ def test_without_a_compiler_it_is_right_and_says_so(tmp_path: Path) -> None:
         "from torch import nn\n"
         "model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Flatten(), nn.Linear(1024, 8)).eval()\n"
         "x = torch.randn(1, 3, 10, 10)\n"
-        "model = nmfx.transform(model, nmfx.find_scheme(model, target=0.5, example_input=x).scheme)\n"
+        "model = nmfx.transform(model, nmfx.find_scheme(model, target=0.5, example_input=x).scheme, example_input=x)\n"
         "compiled = nmfx.compile(model, x)\n"
         "assert torch.allclose(compiled(x), model(x), atol=1e-4)\n"
         "assert not any(choice.sparse for choice in compiled.choices)\n"
