@@ -20,7 +20,7 @@ import torch
 import yaml
 from torch import nn
 
-from nmfx import text
+from nmfx import parsing, text
 from nmfx.cli.console import warn
 from nmfx.errors import NmfxError
 from nmfx.export.plain import save_baked
@@ -226,7 +226,7 @@ def open_work(path: Path) -> Work:
         raise NmfxError(f"{path}: not a work directory (it has no work.yaml); make one with `nmfx convert MODEL`") from None
     except UnicodeDecodeError as error:
         raise NmfxError(f"{path / 'work.yaml'}: not written by nmfx convert: {error}") from None
-    tree: dict[str, Any] = text.load_yaml(content, str(path / "work.yaml"), NmfxError)
+    tree: dict[str, Any] = parsing.yaml_tree(content, str(path / "work.yaml"), NmfxError)
     text.check_keys(tree, KEYS, str(path / "work.yaml"), NmfxError)
     if tree.get("nmfx") != "work" or "model" not in tree or "weights" not in tree:
         raise NmfxError(f"{path / 'work.yaml'}: not written by nmfx convert")
