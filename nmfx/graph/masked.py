@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from nmfx.errors import NmfxError
+from nmfx.graph.reading import STATES as STATES
 from nmfx.graph.reading import MaskSpec, MaskState, mask_name, write_mask
-
-STATES = "_masked_sites"  # in the owner's __dict__: attribute -> MaskState
+from nmfx.graph.updates import follow
 
 
 @cache
@@ -60,7 +60,9 @@ def _masked_class(base: type[nn.Module], attrs: tuple[str, ...]) -> type[nn.Modu
 
 def _rebuild(base: type[nn.Module], attrs: tuple[str, ...]) -> nn.Module:
     cls = _masked_class(base, attrs)  # type: ignore[arg-type]
-    return cls.__new__(cls)
+    module = cls.__new__(cls)
+    follow(module)
+    return module
 
 
 def is_masked(module: nn.Module) -> bool:
@@ -96,6 +98,7 @@ def mask_attribute(owner: nn.Module, attr: str, spec: MaskSpec, twin: tuple[nn.M
     states[attr] = MaskState(spec) if twin is None else twin[0].__dict__[STATES][twin[1]]
     owner.__dict__.pop("_flat_weights", None)
     owner.__class__ = _masked_class(plain_class(owner), attrs)  # type: ignore[arg-type]
+    follow(owner)
 
 
 def unmask(module: nn.Module, *, keep_masked: bool) -> None:

@@ -18,6 +18,7 @@ from nmfx.sparsity.mask import make_mask, update_mask
 from nmfx.sparsity.pattern import Pattern
 from nmfx.sparsity.ste import MaskedCompute, MaskedRead
 
+STATES = "_masked_sites"  # in an owner's __dict__: attribute -> MaskState
 PROBE = 64  # weights compared on a cached read: writes through .data and fused optimisers leave the version as it was
 
 
@@ -25,7 +26,8 @@ PROBE = 64  # weights compared on a cached read: writes through .data and fused 
 class MaskSpec:
     """What is asked of one masked attribute: its pattern, its groups, and how it trains.
 
-    ``decay`` is the SR-STE factor (0: plain STE; None: gradients of kept weights only); ``frozen`` keeps the mask as it is.
+    ``decay`` is the SR-STE factor, applied at updates (0: plain STE; None: gradients of kept weights only); ``frozen`` keeps
+    the mask as it is.
     """
 
     name: str
@@ -154,6 +156,7 @@ class MaskState:
     def __init__(self, spec: MaskSpec) -> None:
         self.spec = spec
         self.cache: _Cache | None = None
+        self.penalty: tuple[float, Tensor] | None = None  # on the weights that a mask keeps, at the next update only
 
     def __reduce__(self) -> Any:
         return MaskState, (self.spec,)
@@ -179,7 +182,8 @@ class MaskState:
         if not (torch.is_grad_enabled() and weight.requires_grad):
             return cache.view
         if cache.live is None:
-            value = cast(Tensor, MaskedRead.apply(weight, cache.mask, cache.masked, self.spec.decay, weakref.ref(cache)))
+            kept_only = self.spec.decay is None
+            value = cast(Tensor, MaskedRead.apply(weight, cache.mask, cache.masked, kept_only, weakref.ref(cache)))
             cache.live = MaskedWeight.over(value, weight, cache.view.renew)
         return cache.live
 
@@ -251,7 +255,7 @@ class MaskState:
         mask = cast(Tensor, owner._buffers[mask_name(attr)])
         if not self.spec.frozen:
             mask = make_mask(weight, self.spec.pattern.n, self.spec.grouping)
-        return cast(Tensor, MaskedCompute.apply(weight, mask, self.spec.decay))
+        return cast(Tensor, MaskedCompute.apply(weight, mask, self.spec.decay is None))
 
 
 def write_mask(weight: Tensor, spec: MaskSpec, mask: Tensor, masked: Tensor) -> None:

@@ -46,7 +46,10 @@ def transform(
         example_input: what the forward pass takes (see `find_sites`); ignored when `sites` are given.
         training: how gradients reach dropped weights. ``sr-ste`` and ``ste`` give the dense gradient and let the masks follow
             the weights; ``fixed`` keeps today's masks and trains kept weights only (ASP).
-        decay: SR-STE's factor on dropped weights (Zhou et al., 2021: 2e-4; DominoSearch's 80 % recipe: 5e-4).
+        decay: SR-STE's factor on dropped weights (Zhou et al., 2021: 2e-4; DominoSearch's 80 % recipe: 5e-4). Every ``step``
+            of an optimiser of torch.optim updates with ``grad + decay * (1 - mask) * weight``, once, after any scaling,
+            accumulation, averaging and clipping; ``weight.grad`` stays the gradient of the loss. A loop without an optimiser
+            calls `nmfx.pull` before it updates.
         as_graph: return the fx view of the converted model instead (see `to_graph`).
         inplace: convert `model` itself, without a copy.
 
