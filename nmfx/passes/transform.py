@@ -71,7 +71,7 @@ def transform(
     try:
         for site in sites:
             if site.name in resolved:
-                spec = MaskSpec(site.name, resolved[site.name], resolved.grouping(site), factor, training == "fixed")
+                spec = MaskSpec(site.name, resolved[site.name], resolved.grouping(site), factor, training == "fixed", site.derived)
                 _mask(result, site, spec)
     except Exception:
         for module in result.modules():
@@ -133,7 +133,7 @@ def conversion_difference(model: nn.Module, sites: Sites, example: Example) -> f
         try:
             before = outputs()
             for site in sites:
-                _mask(model, site, MaskSpec(site.name, Pattern.DENSE, Grouping(site.rows, 1)))
+                _mask(model, site, MaskSpec(site.name, Pattern.DENSE, Grouping(site.rows, 1), derived=site.derived))
             after = outputs()
         finally:
             for module in model.modules():
