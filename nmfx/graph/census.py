@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from nmfx.errors import TraceError
 from nmfx.graph.following import Census, Use, plain_kernels

@@ -7,7 +7,7 @@ weight that it hands to its convolution or linear is replaced on the way.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -77,7 +77,7 @@ def plain_twin(module: nn.Module, cls: type[nn.Module]) -> type[nn.Module]:
     if getattr(module, "same_pad", False) and cls.__module__.startswith("timm."):
         from timm.layers import Conv2dSame
 
-        return Conv2dSame
+        return cast(type[nn.Module], Conv2dSame)
     return next(base for base in cls.__mro__ if base.__module__.startswith("torch.nn.modules."))
 
 

@@ -19,22 +19,20 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from nmfx.graph.places import Held, Part, held_by, is_plain, join_parts, lay, parts_of, places_in, rebase
+from nmfx.graph.places import Held, Part, held_by, is_plain, lay, parts_of, places_in, rebase
 from nmfx.graph.products import PRODUCTS, Operand
 
 log = logging.getLogger(__name__)
 
 # Elementwise operations that leave a zero zero: f(0) = 0, or 0 * x = 0.
-KEEPING = frozenset(
-    "mul div neg abs sign sqrt square pow relu leaky_relu tanh sin sinh asin atan erf gelu silu clone lift_fresh alias detach "
-    "_to_copy copy contiguous round trunc clamp hardtanh where masked_fill native_dropout _weight_norm_interface "
-    "fake_quantize_per_tensor_affine_cachemask fake_quantize_per_channel_affine_cachemask _unsafe_view".split()
-)
+_KEEPING = """mul div neg abs sign sqrt square pow relu leaky_relu tanh sin sinh asin atan erf gelu silu round trunc clamp hardtanh
+    where masked_fill native_dropout _weight_norm_interface fake_quantize_per_tensor_affine_cachemask
+    fake_quantize_per_channel_affine_cachemask clone lift_fresh alias detach _to_copy copy contiguous _unsafe_view"""
 # Operations that put entries elsewhere; run on places instead of values, they say where.
-MOVING = frozenset(
-    "flip roll index index_select gather take embedding cat stack repeat constant_pad_nd tril triu select_scatter slice_scatter "
-    "diag_embed repeat_interleave permute_copy transpose_copy view_copy expand_copy slice_copy unfold_copy".split()
-)
+_MOVING = """flip roll index index_select gather take embedding cat stack repeat constant_pad_nd tril triu select_scatter
+    slice_scatter diag_embed rot90 pixel_shuffle pixel_unshuffle channel_shuffle block_diag masked_select repeat_interleave
+    permute_copy transpose_copy view_copy expand_copy slice_copy unfold_copy"""
+KEEPING, MOVING = frozenset(_KEEPING.split()), frozenset(_MOVING.split())
 LOOKUPS = frozenset(("index", "index_select", "gather", "take", "embedding"))
 
 
@@ -43,18 +41,19 @@ class Use:
     """What one parameter was seen doing.
 
     Attributes:
-        parts: what each product with activations read; `constant` those of products with other parameters or constants.
+        parts: what each product with activations read, and `costs` its MACs; `constant` and `constant_costs` are those of
+            products with other parameters or constants, which count only if there are no others.
         altered: the operations that made another weight of it before a product read that one.
         derived: parts of products that read the altered weight, place for place, inside the forward pass of its own module.
         mixed: activations were mixed into a convolution's kernel from it.
     """
 
     kind: str = ""
-    macs: int = 0
-    calls: int = 0
     conv_groups: int = 1
     parts: list[Part] = field(default_factory=list)
+    costs: list[int] = field(default_factory=list)
     constant: list[Part] = field(default_factory=list)
+    constant_costs: list[int] = field(default_factory=list)
     altered: list[str] = field(default_factory=list)
     derived: list[Part | None] = field(default_factory=list)
     mixed: bool = False
@@ -66,9 +65,14 @@ class Use:
         return self.parts or self.constant
 
     @property
-    def part(self) -> Part | None:
-        """What all products read together; None when they sum over different dimensions."""
-        return join_parts(self.read)
+    def macs(self) -> int:
+        """Multiply-adds of the products that count, of the whole batch."""
+        return sum(self.costs or self.constant_costs)
+
+    @property
+    def calls(self) -> int:
+        """How many products count."""
+        return len(self.costs or self.constant_costs)
 
 
 def storage_of(tensor: Tensor) -> int:
@@ -144,7 +148,12 @@ class Census(TorchDispatchMode):
     def _record_weight(self, operand: Operand) -> None:
         held = self.held[storage_of(operand.tensor)]
         if held.altered:
-            return self._record_altered(held, operand)
+            self._record_altered(held, operand)
+        else:
+            self._record_parts(held, operand)
+
+    def _record_parts(self, held: Held, operand: Operand) -> None:
+        """A product reads entries of parameters as they are."""
         active = storage_of(operand.other) in self.tainted
         for index, part in parts_of(held, operand).items():
             use, parameter = self.uses[id(held.parameters[index])], held.parameters[index]
@@ -153,8 +162,8 @@ class Census(TorchDispatchMode):
                 use.kind = "linear" if linear else operand.kind
                 use.conv_groups = max(1, operand.conv_groups // max(1, operand.tensor.numel() // held.numel))
             (use.parts if active else use.constant).append(part)
-            use.macs += operand.macs * parameter.numel() // held.numel
-            use.calls += 1
+            macs = operand.macs * parameter.numel() // held.numel
+            (use.costs if active else use.constant_costs).append(macs)
 
     def _record_altered(self, held: Held, operand: Operand) -> None:
         """A product reads what was made of parameters; its zeros are not theirs."""
@@ -169,8 +178,8 @@ class Census(TorchDispatchMode):
             use.altered.append(held.altered)
             use.derived.append(parts_of(held, operand)[0] if own else None)
         if own:
-            use.kind, use.conv_groups, use.calls = operand.kind, operand.conv_groups, use.calls + 1
-            use.macs += operand.macs
+            use.kind, use.conv_groups = operand.kind, operand.conv_groups
+            use.costs.append(operand.macs)
 
     def _record_reads(self, name: str, inputs: list[Tensor], outputs: list[Tensor]) -> None:
         if any(storage_of(out) in map(storage_of, inputs) for out in outputs):
@@ -220,7 +229,7 @@ class Census(TorchDispatchMode):
             if active and key not in self.own:
                 self.tainted.add(key)
             return
-        source = next((t for t in inputs[1:] if (held := self.held.get(storage_of(t))) and storage_of(t) != key), None)
+        source = next((t for t in inputs[1:] if storage_of(t) in self.held and storage_of(t) != key), None)
         if active:
             self.tainted.add(key)
         if name == "copy" and source is not None and not active:

@@ -54,7 +54,7 @@ def _masked_class(base: type[nn.Module], attrs: tuple[str, ...], derived: bool =
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         (attr, state), *_ = self.__dict__[STATES].items()
-        shape = nn.Module.__getattr__(self, attr).shape
+        shape = cast(Tensor, nn.Module.__getattr__(self, attr)).shape
         with Substitute(shape, lambda value: state.read_derived(self, attr, value)):
             return base.forward(self, *args, **kwargs)
 
@@ -141,8 +141,8 @@ def unmask(module: nn.Module, *, keep_masked: bool) -> None:
     module.__class__ = plain_class(module)
     if derived and values and (off := fold(module, type(module), values["weight"])) > 1e-3:
         raise NmfxError(
-            f"{type(module).__name__}: its forward pass does more than make a weight and read it (off by {off:.1g}), so it cannot "
-            f"be baked into a plain layer"
+            f"{type(module).__name__}: its forward pass does more than make a weight and read it (off by {off:.1g}), so it "
+            f"cannot be baked into a plain layer"
         )
     with torch.no_grad():
         for attr, value in values.items():

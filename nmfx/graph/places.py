@@ -170,10 +170,14 @@ def _candidates(lines: Tensor) -> list[tuple[int, int]]:
     steps = lines.diff(dim=1)
     jumps = (steps != steps[:, :1]).any(dim=0).nonzero()
     run = int(jumps[0]) + 1 if len(jumps) else length
-    found = [(run, abs(int(steps[0, 0])))]
-    if 1 < run < length and length % run == 0:
-        found.append((length // run, abs(int(lines[0, run] - lines[0, 0]))))
-    return sorted((f for f in found if f[0] > 1 and f[1] and length % f[0] == 0), reverse=True)
+    if length % run:
+        return []
+    found = [(run, abs(int(steps[0, 0])), lines.unflatten(1, (-1, run)).amin(2))]
+    if 1 < run < length:
+        found.append((length // run, abs(int(lines[0, run] - lines[0, 0])), lines.unflatten(1, (-1, run)).amin(1)))
+    # Where a run begins inside a row (a split of unequal pieces), rows of a common length begin with it.
+    cuts = [(math.gcd(size, *(starts // step).unique().tolist()), step) for size, step, starts in found if size > 1 and step]
+    return sorted((cut for cut in cuts if cut[0] > 1), reverse=True)
 
 
 def _is_cut(lines: Tensor, length: int, step: int) -> bool:
@@ -194,13 +198,13 @@ def join_parts(parts: list[Part]) -> Part | None:
     read = None
     if all(part.read is not None for part in parts):
         read = torch.stack([part.read for part in parts if part.read is not None]).any(dim=0)
-    long = [part for part in parts if part.length != 1] or parts
-    length, step = math.gcd(*(part.length for part in parts)), long[0].step
+        read = None if bool(read.all()) else read
     if any(part.length == 0 for part in parts):
         return Part(0, 0, read)
+    long = [part for part in parts if part.length != 1] or parts
     if len({part.step for part in long}) > 1:
         return None
-    return Part(length, step, None if read is None or bool(read.all()) else read)
+    return Part(math.gcd(*(part.length for part in parts)), long[0].step, read)
 
 
 def describe(read: Tensor, shape: tuple[int, ...]) -> str:

@@ -295,12 +295,7 @@ def _is_shard(weight: Tensor) -> bool:
 
 def _can_cache(weight: Tensor) -> bool:
     """Whether this is a real parameter in eager mode: not compiled, exported, fake, meta, or inside a function transform."""
-    return (
-        not is_followed()
-        and type(weight) is nn.Parameter
-        and not weight.is_inference()
-        and weight.device.type != "meta"
-    )
+    return not is_followed() and type(weight) is nn.Parameter and not weight.is_inference() and weight.device.type != "meta"
 
 
 def is_followed() -> bool:

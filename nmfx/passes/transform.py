@@ -71,7 +71,9 @@ def transform(
     try:
         for site in sites:
             if site.name in resolved:
-                spec = MaskSpec(site.name, resolved[site.name], resolved.grouping(site), factor, training == "fixed", site.derived)
+                spec = MaskSpec(
+                    site.name, resolved[site.name], resolved.grouping(site), factor, training == "fixed", site.derived
+                )
                 _mask(result, site, spec)
     except Exception:
         for module in result.modules():

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from nmfx.errors import SearchError
 from nmfx.graph.following import Census, storage_of
 from nmfx.graph.masked import throw_away_copy
+from nmfx.graph.products import Operand
 from nmfx.passes.scoring import weight_of
 from nmfx.search.evidence import Evidence, Trial
 from nmfx.search.problem import Problem
