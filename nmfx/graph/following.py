@@ -25,8 +25,8 @@ from nmfx.graph.products import PRODUCTS, Operand
 log = logging.getLogger(__name__)
 
 # Elementwise operations that leave a zero zero: f(0) = 0, or 0 * x = 0.
-_KEEPING = """mul div neg abs sign sqrt square pow relu leaky_relu tanh sin sinh asin atan erf gelu silu round trunc clamp hardtanh
-    where masked_fill native_dropout _weight_norm_interface fake_quantize_per_tensor_affine_cachemask
+_KEEPING = """mul div neg abs sign sqrt square pow relu leaky_relu tanh sin sinh asin atan erf gelu silu round trunc clamp
+    hardtanh where masked_fill native_dropout _weight_norm_interface fake_quantize_per_tensor_affine_cachemask
     fake_quantize_per_channel_affine_cachemask clone lift_fresh alias detach _to_copy copy contiguous _unsafe_view"""
 # Operations that put entries elsewhere; run on places instead of values, they say where.
 _MOVING = """flip roll index index_select gather take embedding cat stack repeat constant_pad_nd tril triu select_scatter

@@ -20,6 +20,7 @@ from nmfx.errors import NmfxError
 from nmfx.graph.derived import Substitute, derive, fold, is_derivable
 from nmfx.graph.reading import MaskSpec, MaskState, mask_name, write_mask
 
+GIVEN = "_sites_given"  # in the __dict__ of a model: names of the sites that transform masked in it
 STATES = "_masked_sites"  # in the owner's __dict__: attribute -> MaskState
 
 
@@ -158,6 +159,14 @@ def read_masked(owner: nn.Module, attr: str) -> Tensor:
         return cast(Tensor, getattr(owner, attr))
     state: MaskState = owner.__dict__[STATES][attr]
     return state.read_derived(owner, attr, derive(owner, plain_class(owner)))
+
+
+@torch.no_grad()
+def derived_or_own(owner: nn.Module, attr: str, *, derived: bool) -> Tensor:
+    """What a product reads of an attribute, masked or plain."""
+    if derived and not masks_derived(owner):
+        return derive(owner, plain_class(owner))
+    return read_masked(owner, attr)
 
 
 def plain_class(module: nn.Module) -> type[nn.Module]:

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from nmfx.errors import SchemeError
 from nmfx.graph.census import find_sites
-from nmfx.graph.masked import deep_copy, is_masked, mask_attribute, masked_sites, unmask
+from nmfx.graph.masked import GIVEN, deep_copy, is_masked, mask_attribute, masked_sites, unmask
 from nmfx.graph.modes import keep_modes
 from nmfx.graph.reading import MaskSpec
 from nmfx.graph.site import Site, Sites
@@ -78,7 +78,9 @@ def transform(
     except Exception:
         for module in result.modules():
             unmask(module, keep_masked=False)
+        result.__dict__.pop(GIVEN, None)
         raise
+    result.__dict__[GIVEN] = tuple(name for name in resolved)
     return to_graph(result, example_input) if as_graph else result
 
 
