@@ -21,6 +21,7 @@ from nmfx.graph.derived import Substitute, derive, fold, is_derivable
 from nmfx.graph.reading import MaskSpec, MaskState, mask_name, write_mask
 
 GIVEN = "_sites_given"  # in the __dict__ of a model: names of the sites that transform masked in it
+WHOLE = "_kept_whole"  # in the __dict__ of a module of a throw-away copy: in the model, its forward pass masks its weight
 STATES = "_masked_sites"  # in the owner's __dict__: attribute -> MaskState
 
 
@@ -240,6 +241,8 @@ def throw_away_copy(model: nn.Module, device: str | None = "meta") -> nn.Module:
             memo[id(tensor)] = nn.Parameter(empty, grad) if isinstance(tensor, nn.Parameter) else empty
     result = deep_copy(model, memo)
     for module in result.modules():
+        if masks_derived(module):
+            module.__dict__[WHOLE] = True
         unmask(module, keep_masked=False)
     return result
 
