@@ -21,6 +21,7 @@ from nmfx.search.budget import Budget, BudgetKind, Prices
 from nmfx.search.domino import domino
 from nmfx.search.events import Event, Outcome, trim
 from nmfx.search.evidence import Evidence
+from nmfx.search.hull import hull
 from nmfx.search.lagrange import solve_all
 from nmfx.search.problem import Problem, make_scheme, pose
 from nmfx.search.sensitivity import SENSITIVITIES
@@ -46,6 +47,7 @@ METHODS: dict[str, Callable[..., Outcome]] = {
     "spdy": lambda problem, tables, **options: spdy(tables, **options),
 }
 MIXED = ("knapsack", "spdy")  # methods that choose among several M for one site
+STEPWISE = ("domino",)  # methods whose events are a history; those of the others say what was chosen, in model order
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,8 @@ class SearchResult:
         dense_reasons: why a site stayed dense, or took another M, whatever the budget.
         seconds: time of the search alone, sensitivities included.
         sensitivity: what a knapsack minimised.
+        curve: of a knapsack under one budget, the least summed sensitivity against it: (cost, loss), see `hull`.
+        summed: the summed sensitivity of the scheme, the loss of `curve`.
     """
 
     scheme: Scheme = field(repr=False)
@@ -77,6 +81,13 @@ class SearchResult:
     budgets: tuple[Budget, ...] = ()
     lefts: tuple[int, ...] = ()
     sensitivity: str = "weight"
+    curve: tuple[tuple[int, float], ...] = field(default=(), repr=False)
+    summed: float = 0.0
+
+    @property
+    def steps(self) -> tuple[Event, ...]:
+        """The history of a method that goes step by step; none of one that decides at once."""
+        return self.events if self.method in STEPWISE else ()
 
 
 def find_scheme(
@@ -148,6 +159,7 @@ def conclude(tables: Tables, outcome: Outcome, *, method: str, seconds: float, s
     scheme = make_scheme(tables.model, problem, patterns, method)
     loss = math.fsum(row[option] for row, option in zip(tables.squared_errors, outcome.choice, strict=True))
     optimum = solve_all(tables.squared_errors, problem.prices, [b.limit for b in problem.budgets]).loss
+    solved = method == "knapsack" and len(problem.budgets) == 1
     lefts = tuple(problem.left(outcome.choice, b) for b in range(len(problem.budgets)))
     return SearchResult(
         scheme=scheme,
@@ -164,4 +176,6 @@ def conclude(tables: Tables, outcome: Outcome, *, method: str, seconds: float, s
         budgets=problem.budgets,
         lefts=lefts,
         sensitivity=sensitivity,
+        curve=tuple(hull(tables.losses, problem.costs)) if solved else (),
+        summed=math.fsum(row[option] for row, option in zip(tables.losses, outcome.choice, strict=True)) if solved else 0.0,
     )
