@@ -19,7 +19,6 @@ from nmfx.files import write_atomic
 from nmfx.recipe.stamp import FOLDER, digest_of, read_stamp
 
 LIST = f"{FOLDER}/written.json"
-BEING_WRITTEN = "being written"  # in place of a digest: a stage was stopped, and the next one may go on over it
 EVENTS = "events.out.tfevents."  # how TensorBoard's files begin
 LOG_HEAD = "epoch,train_loss,"
 
@@ -43,21 +42,21 @@ class Written:
                 path.unlink()
             else:
                 said += set_aside(path)
-        self._save(dict.fromkeys(names, BEING_WRITTEN))
+            self.digests.pop(name, None)
+        self._save()
         return said
 
     def record(self, digests: Mapping[str, str]) -> None:
         """A stage has come to its end: note what it wrote."""
-        self.digests = {name: digest for name, digest in self.digests.items() if digest != BEING_WRITTEN}
-        self._save(digests)
+        self.digests |= digests
+        self._save()
 
     def ours(self, name: str) -> bool:
         """Whether a file is there as nmfx wrote it."""
         known, path = self.digests.get(name), self.folder / name
-        return known is not None and is_plain(path) and known in (BEING_WRITTEN, digest_of(path))
+        return known is not None and is_plain(path) and known == digest_of(path)
 
-    def _save(self, changes: Mapping[str, str]) -> None:
-        self.digests |= changes
+    def _save(self) -> None:
         content = json.dumps(self.digests, indent=1)
         write_atomic(self.folder / LIST, lambda draft: _write(draft, content))
 
