@@ -20,9 +20,11 @@ from nmfx.errors import ModelError, NmfxError, SchemeError
 from nmfx.export.checkpoint import read_checkpoint
 from nmfx.graph.census import find_sites
 from nmfx.graph.site import Site, Sites
+from nmfx.parsing import read_text
 from nmfx.passes.scoring import sorted_magnitudes, weight_of
 from nmfx.report.record import Report
 from nmfx.scheme import Scheme
+from nmfx.zoo.building import build_meta
 from nmfx.zoo.source import Source, find_source
 
 
@@ -82,7 +84,7 @@ def _of_work(path: Path) -> Network:
 
 
 def _of_source(source: Source) -> Network:
-    model = source.build_meta()
+    model = build_meta(source)
     return Network(str(source), _named(find_sites(model, work.example_of(model, None)), str(source)))
 
 
@@ -95,7 +97,7 @@ def _source(path: Path) -> Source | None:
     """What a checkpoint or a scheme says of its network; None when it says nothing that we could build."""
     if path.suffix == ".safetensors":
         return read_checkpoint(path)[0].source
-    if path.read_text(encoding="utf-8", errors="replace").lstrip().startswith("{"):
+    if read_text(path, "a scheme", SchemeError).lstrip().startswith("{"):
         return None  # the published format
     try:
         return find_source(str(Scheme.load(path).info["model"]))
