@@ -110,7 +110,8 @@ def test_every_type_is_read(write) -> None:
     recipe = load_recipe(write(
         """
 model:
-  {name: demo:resnet20, weights: none, kwargs: {num_classes: 7, in_chans: 1, drop_rate: 1e-3, qkv_bias: true}, input_size: 1x28x28}
+  {name: demo:resnet20, weights: none, input_size: 1x28x28,
+   kwargs: {num_classes: 7, in_chans: 1, drop_rate: 1e-3, qkv_bias: true}}
 data: {name: folder, held_back: .2, workers: 2}
 search:
   method: knapsack
