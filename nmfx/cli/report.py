@@ -64,7 +64,7 @@ def _report(result: SearchResult, scheme: Scheme) -> Report:
     limits = tuple(Limit(UNITS[b.kind], b.limit, b.dense, b.limit - left) for b, left in zip(budgets, lefts, strict=True))
     facts = {
         "layout": scheme.layout + (", short groups at the end of rows" if scheme.short else ""),
-        "squared weight error": f"{result.loss:.4%} of all; at best {result.optimum:.4%} at this budget",
+        "squared weight error": result.comparison,
         "model weights": str(scheme.info.get("weights", "")),
         "versions": ", ".join(f"{name} {version}" for name, version in ({"nmfx": __version__} | versions()).items()),
     }

@@ -8,11 +8,8 @@ goes above its densities), and scheme.yaml + scheme.txt once there is a scheme.
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
-import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +22,7 @@ from nmfx import parsing, text
 from nmfx.cli.console import warn
 from nmfx.errors import NmfxError
 from nmfx.export.plain import save_baked
-from nmfx.files import draft_beside
+from nmfx.files import replace_folder
 from nmfx.graph.census import find_sites
 from nmfx.graph.site import Sites
 from nmfx.scheme import Scheme
@@ -167,7 +164,7 @@ def create(
         if scheme is not None:
             save_scheme(scheme, folder / "scheme.yaml", sites)
 
-    _replace_directory(path, write)
+    replace_folder(path, write)
     return work
 
 
@@ -177,23 +174,6 @@ def check_absent(path: Path, *, force: bool) -> None:
         raise NmfxError(f"{path} exists and is no work directory of nmfx; choose another name with --out")
     if path.exists() and not force:
         raise NmfxError(f"{path} exists already; give --force to replace it, or --out for another name")
-
-
-def _replace_directory(path: Path, write: Callable[[Path], None]) -> None:
-    folder = draft_beside(path)
-    try:
-        write(folder)
-        folder.chmod(0o755)
-        old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent)) / "old" if path.exists() else None
-        if old is not None:
-            path.rename(old)
-        os.replace(folder, path)
-        if old is not None:
-            shutil.rmtree(old.parent, ignore_errors=True)
-    except OSError as error:
-        raise NmfxError(f"{path}: cannot be written: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def save_scheme(scheme: Scheme, path: Path, sites: Sites, *, force: bool = True) -> list[Path]:

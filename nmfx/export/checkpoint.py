@@ -9,7 +9,7 @@ after everything has been read, checked and tried.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from nmfx import parsing
 from nmfx.errors import CheckpointError, ModelError, NmfxError
-from nmfx.graph.masked import STATES, MaskedSite, mask_attribute, masked_sites, renew, throw_away_copy, unmask
+from nmfx.graph.masked import GIVEN, STATES, MaskedSite, mask_attribute, masked_sites, renew, throw_away_copy, unmask
 from nmfx.graph.reading import MaskSpec, mask_name
 from nmfx.parsing import Form, Size, Text
 from nmfx.scheme import Scheme
@@ -47,6 +47,12 @@ class PackedSite:
     shape: tuple[int, ...]
     decay: float | None
     frozen: bool
+    derived: bool = False
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """What is stored of it under ``NAME:``; a derived one is stored as it is, all of it counts (see `MaskSpec`)."""
+        return ("values", "positions") if not self.derived else ("mask",) if self.frozen else ()
 
     @property
     def grouping(self) -> Grouping:
@@ -90,6 +96,7 @@ class _SiteForm(Form, frozen=True):
     shape: Annotated[tuple[Size, ...], Meta(min_length=1, max_length=8)]
     decay: Decay | None
     frozen: bool
+    derived: bool = False
 
     def site(self, where: str) -> PackedSite:
         """As a value.
@@ -103,7 +110,7 @@ class _SiteForm(Form, frozen=True):
             raise CheckpointError(f"{where}: pattern: {parsing.printable(str(error))}") from error
         if math.prod(self.rows) != math.prod(self.shape):
             raise CheckpointError(f"{where}: shape {self.shape} does not fit rows {self.rows}")
-        return PackedSite(pattern, self.rows, self.flat, self.shape, self.decay, self.frozen)
+        return PackedSite(pattern, self.rows, self.flat, self.shape, self.decay, self.frozen, self.derived)
 
 
 class _HeaderForm(Form, frozen=True):
@@ -130,9 +137,14 @@ def save_checkpoint(model: nn.Module, path: str | Path, *, info: Mapping[str, st
     """
     renew(model)
     packed = {f"{site.path}.{site.attr}".lstrip("."): site for site in masked_sites(model)}
-    tensors, aliases = _unpacked(model, packed)  # first, as it refuses what cannot be saved
+    whole = {name for name, site in packed.items() if site.spec.derived}  # all of the weight is standardised
+    tensors, aliases = _unpacked(model, packed.keys() - whole)  # first, as it refuses what cannot be saved
     for name, site in packed.items():
-        if name not in aliases:
+        if name in aliases:
+            continue
+        if name in whole:
+            tensors |= {f"{name}:mask": site.mask.cpu().contiguous()} if site.spec.frozen else {}
+        else:
             values, positions = pack(site.parameter.detach().cpu(), site.mask.cpu(), site.spec.pattern.n, site.spec.grouping)
             tensors |= {f"{name}:values": values, f"{name}:positions": positions}
     sites = {name: _describe(site) for name, site in packed.items()}
@@ -155,7 +167,7 @@ def _storable(source: Source | None) -> Source | None:
     return source
 
 
-def _unpacked(model: nn.Module, packed: Mapping[str, MaskedSite]) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _unpacked(model: nn.Module, packed: Set[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """State-dict entries that are stored as they are, and names that share memory with an earlier one."""
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
@@ -176,7 +188,7 @@ def _unpacked(model: nn.Module, packed: Mapping[str, MaskedSite]) -> tuple[dict[
 
 def _describe(site: MaskedSite) -> PackedSite:
     spec, shape = site.spec, tuple(site.parameter.shape)
-    return PackedSite(spec.pattern, spec.grouping.rows, spec.grouping.flat, shape, spec.decay, spec.frozen)
+    return PackedSite(spec.pattern, spec.grouping.rows, spec.grouping.flat, shape, spec.decay, spec.frozen, spec.derived)
 
 
 def _class_name(model: nn.Module) -> str:
@@ -209,7 +221,7 @@ def _parse(content: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Path
     if form.source is not None:
         kwargs = parse_kwargs(form.source.kwargs, f"{path}: its header: source", CheckpointError)
         source = Source(form.source.library, form.source.name, kwargs)
-    parts = {f"{name}:{part}" for name in sites if name not in form.aliases for part in ("values", "positions")}
+    parts = {f"{name}:{part}" for name, site in sites.items() if name not in form.aliases for part in site.parts}
     plain = {name for name in tensors if ":" not in name}
     if odd := next(iter(sorted(parts ^ (tensors.keys() - plain))), None):
         is_there = "belongs to no site" if odd in tensors else "is missing"
@@ -218,9 +230,23 @@ def _parse(content: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Path
         mine, own = sites.get(name), sites.get(first)
         if first in form.aliases or name in plain or not (first in plain or own) or (mine is not None and mine != own):
             raise CheckpointError(f"{path}: aliases: {parsing.printable(f'{name} and {first}')} cannot share memory")
-    if twice := next((name for name in sites if name in plain), None):
-        raise CheckpointError(f"{path}: {parsing.printable(twice)} is stored twice, packed and as it is")
+    for name, site in sites.items():
+        if name not in form.aliases and (name in plain) != site.derived:
+            raise CheckpointError(
+                f"{path}: {parsing.printable(name)} is not stored once, {'as it is' if site.derived else 'packed'}"
+            )
+        if site.derived and site.frozen and name not in form.aliases:
+            _check_mask(tensors[f"{name}:mask"], site, f"{path}: {parsing.printable(name)}:mask")
     return Header(source, form.model, sites, form.aliases, form.info)
+
+
+def _check_mask(mask: Tensor, site: PackedSite, where: str) -> None:
+    if mask.dtype != torch.bool or tuple(mask.shape) != site.shape:
+        raise CheckpointError(f"{where}: expected torch.bool {site.shape}, found {mask.dtype} {tuple(mask.shape)}")
+    try:
+        pack(mask, mask, site.pattern.n, site.grouping)
+    except CheckpointError as error:
+        raise CheckpointError(f"{where}: {error}") from error
 
 
 def load_checkpoint(path: str | Path, model: nn.Module | None = None) -> nn.Module:
@@ -243,7 +269,9 @@ def load_checkpoint(path: str | Path, model: nn.Module | None = None) -> nn.Modu
     shapes |= {name: shapes[first] for name, first in header.aliases.items()}
     rebuilt = _rebuild(source, shapes, path) if source else None
     for name, site in header.sites.items():
-        if name not in header.aliases:
+        if site.derived:
+            masks |= {name: tensors[f"{name}:mask"]} if f"{name}:mask" in tensors else {}
+        elif name not in header.aliases:
             values, positions = tensors[f"{name}:values"], tensors[f"{name}:positions"]
             try:
                 state[name], masks[name] = unpack(values, positions, site.pattern.n, site.grouping, site.shape)
@@ -290,16 +318,21 @@ def _fill(model: nn.Module, header: Header, state: dict[str, Tensor], masks: dic
     load_state(model, state)  # check_state has named every difference but missing counters
     for name in sorted(header.sites, key=lambda name: name in header.aliases):  # first owners first
         site, (owner, attr) = header.sites[name], _owner(model, name)
-        spec = MaskSpec(name, site.pattern, site.grouping, site.decay, site.frozen)
+        spec = MaskSpec(name, site.pattern, site.grouping, site.decay, site.frozen, site.derived)
         if name in header.aliases:
             mask_attribute(owner, attr, spec, _owner(model, header.aliases[name]))
             continue
         mask_attribute(owner, attr, spec)
+        if spec.derived:
+            if name in masks:
+                owner._buffers[mask_name(attr)] = masks[name].to(cast(nn.Parameter, owner._parameters[attr]).device)
+            continue
         # The mask as it was, not one found anew: kept weights may be zero, and dropped ones are zero now.
         weight = cast(nn.Parameter, owner._parameters[attr])
         owner._buffers[mask_name(attr)] = masks[name].to(weight.device)
         if weight.device.type != "meta":
             owner.__dict__[STATES][attr].refresh(owner, attr, weight, update=False)
+    model.__dict__[GIVEN] = tuple(name for name in header.sites if name not in header.aliases)
     return model.eval()
 
 
