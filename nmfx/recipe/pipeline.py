@@ -26,6 +26,7 @@ from nmfx.export.start import build_start, is_compressed, take_start
 from nmfx.files import all_or_nothing, write_atomic
 from nmfx.graph.census import find_sites
 from nmfx.graph.site import Sites
+from nmfx.parsing import read_json
 from nmfx.passes.baking import bake, verify
 from nmfx.passes.transform import conversion_difference, transform
 from nmfx.processes import rank, world
@@ -335,9 +336,8 @@ def read_scores(folder: Path) -> dict[str, Evaluation]:
         CheckpointError: it has not run.
     """
     try:
-        tree = json.loads((folder / SCORES).read_text(encoding="utf-8"))
-        return {name: Evaluation(**one) for name, one in tree.items()}
-    except (OSError, ValueError, TypeError) as error:
+        return read_json(folder / SCORES, dict[str, Evaluation], "scores")
+    except NmfxError as error:
         raise CheckpointError(f"{folder / SCORES}: no scores there ({error}); run the recipe to its end") from error
 
 
