@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -31,6 +32,29 @@ def write_atomic(path: Path, write: Callable[[Path], None], *, force: bool = Tru
         raise NmfxError(f"{path}: cannot be written: {getattr(error, 'strerror', None) or error}") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def check_writable(folder: Path, names: Iterable[str], *, size: int = 0) -> None:
+    """Find out now whether these files, `size` bytes or more in all, can be written to a folder, and leave nothing behind.
+
+    Raises:
+        NmfxError: no permission, no space, a file where the folder should be, a folder where a file should be.
+    """
+    for name in names:
+        if (folder / name).is_dir():
+            raise NmfxError(f"{folder / name}: a file is to be written there, but it is a folder; move it away")
+    try:
+        here = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        if not here.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, f"{here} is not a folder")
+        with tempfile.TemporaryDirectory(prefix=".probe.", dir=here) as probe:
+            for name in names:
+                (Path(probe) / name).write_bytes(bytes(4096))
+        free = shutil.disk_usage(here).free
+    except OSError as error:
+        raise NmfxError(f"{folder}: cannot be written: {error.strerror or error}") from error
+    if free < size:
+        raise NmfxError(f"{folder}: {size:,} bytes are to be written there, and {free:,} are free; make room first")
 
 
 def draft_beside(path: Path) -> Path:

@@ -17,6 +17,7 @@ from nmfx.files import all_or_nothing
 from nmfx.graph.site import Sites
 from nmfx.passes.baking import bake, verify
 from nmfx.passes.transform import transform
+from nmfx.recipe.tuned import TUNED
 from nmfx.scheme import Scheme
 
 
@@ -34,20 +35,20 @@ def run(args: Namespace) -> None:
     paths |= {"baked": folder / f"{name}.baked.safetensors"} if args.baked else {}
     paths |= {"onnx": folder / f"{name}.onnx"} if args.onnx else {}
     work.check_free([*paths.values(), paths["scheme"].with_suffix(".txt")], force=args.force)
-    _write(found, scheme_path, paths)
+    _write(found, scheme_path, paths, args.epoch)
     for stale in (folder / f"{name}.baked.safetensors", folder / f"{name}.onnx"):
         if stale not in paths.values():  # of an earlier export, with another scheme
             stale.unlink(missing_ok=True)
 
 
-def _write(found: work.Work, scheme_path: Path, paths: Mapping[str, Path]) -> None:
+def _write(found: work.Work, scheme_path: Path, paths: Mapping[str, Path], epoch: str) -> None:
     out, folder = output(), paths["scheme"].parent
     with working(f"exporting {found.model}"):
         model = found.load()
         sites, example = found.sites(model), found.example(model)
         scheme = Scheme.load(scheme_path, sites)
         dense = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
-        weights = _convert(model, scheme, sites, found)
+        weights = _convert(model, scheme, sites, found, epoch)
         checked = verify(model) if len(scheme) else None
         with all_or_nothing(folder) as draft:
             written = work.save_scheme(scheme, draft / paths["scheme"].name, sites)
@@ -70,13 +71,16 @@ def _write(found: work.Work, scheme_path: Path, paths: Mapping[str, Path]) -> No
     found.warn()
 
 
-def _convert(model: nn.Module, scheme: Scheme, sites: Sites, found: work.Work) -> str:
+def _convert(model: nn.Module, scheme: Scheme, sites: Sites, found: work.Work, epoch: str) -> str:
     """Mask the work directory's model, with its fine-tuned weights where they were trained under this scheme; says which."""
-    if found.tuned_path.is_file():
-        header, _ = read_checkpoint(found.tuned_path)
+    tuned = found.tuned_path.with_name(TUNED[epoch])
+    if epoch == "last" and not tuned.is_file():
+        raise NmfxError(f"{tuned}: no last epoch there; `nmfx finetune` writes it")
+    if tuned.is_file():
+        header, _ = read_checkpoint(tuned)
         if header.scheme.patterns == scheme.patterns:
-            load_checkpoint(found.tuned_path, model)
+            load_checkpoint(tuned, model)
             return header.info.get("weights", "fine-tuned")
-        warn(f"{found.tuned_path} was trained under another scheme: what is exported is not fine-tuned")
+        warn(f"{tuned} was trained under another scheme: what is exported is not fine-tuned")
     transform(model, scheme, sites=sites, inplace=True)
     return found.weights
