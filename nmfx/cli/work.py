@@ -29,6 +29,7 @@ from nmfx.export.plain import save_baked
 from nmfx.files import replace_folder
 from nmfx.graph.census import find_sites
 from nmfx.graph.site import Sites
+from nmfx.recipe.tuned import TUNED
 from nmfx.scheme import Scheme
 from nmfx.zoo.arguments import is_picture, parse_kwargs
 from nmfx.zoo.building import Built, load_stored
@@ -110,9 +111,19 @@ class Work:
         named = ["--scheme", scheme] if scheme else []
         return shlex.join(["nmfx", name, str(self.path), *options, *named])
 
-    def finished(self, scheme: Scheme) -> Path | None:
-        """The fine-tuned network, or else the recalibrated one, if it is under `scheme`; says if there is one that is not."""
-        for path, how in ((self.tuned_path, "trained"), (self.recalibrated_path, "recalibrated")):
+    def finished(self, scheme: Scheme, epoch: str = "best") -> Path | None:
+        """The fine-tuned network, or else the recalibrated one, if it is under `scheme`; says if there is one that is not.
+
+        Args:
+            epoch: which of the fine-tuned network's: ``best`` or ``last``.
+
+        Raises:
+            NmfxError: the last epoch is wanted, and none is there.
+        """
+        tuned = self.tuned_path.with_name(TUNED[epoch])
+        if epoch == "last" and not tuned.is_file():
+            raise NmfxError(f"{tuned}: no last epoch there; `nmfx finetune` writes it")
+        for path, how in ((tuned, "trained"), (self.recalibrated_path, "recalibrated")):
             if path.is_file():
                 if read_checkpoint(path)[0].scheme.patterns == scheme.patterns:
                     return path
