@@ -31,8 +31,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import nmfx
-from nmfx.graph.census import Census, Operand, _plain_attention, storage_of
 from nmfx.graph.coverage import find_coverage
+from nmfx.graph.following import Census, plain_kernels
 from nmfx.graph.masked import masked_sites, throw_away_copy
 from nmfx.graph.reading import mask_name
 from nmfx.graph.tracer import to_graph
@@ -45,26 +45,13 @@ from nmfx.zoo.table import Entry, Table
 PATTERNS = ("2:4", "4:16")
 
 
-class Reads(Census):
-    """Notes every weight that an operation reads without its mask."""
-
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self.unmasked: set[int] = set()
-
-    def _record_weight(self, operand: Operand) -> None:
-        if (key := storage_of(operand.tensor)) in self.own:
-            self.unmasked |= {id(p) for p in self.sources[key]}
-        super()._record_weight(operand)
-
-
 def check_reads(converted: nn.Module, example: Example, names: set[str]) -> list[str]:
-    """Names of masked weights that the eval forward pass reads without their mask."""
+    """Names of masked weights that a product of the eval forward pass reads without their mask."""
     parameters = dict(converted.named_parameters())
-    reads = Reads(list(parameters.values()), (example.args, example.kwargs))
-    with next(iter(parameters.values())).device, torch.no_grad(), _plain_attention(), reads:
+    reads = Census(list(parameters.values()), (example.args, example.kwargs))
+    with next(iter(parameters.values())).device, torch.no_grad(), plain_kernels(), reads:
         converted.eval()(*example.args, **example.kwargs)
-    return [name for name in names if id(parameters[name]) in reads.unmasked]
+    return [name for name in names if id(parameters[name]) in reads.plain]
 
 
 def structure(source: Source) -> tuple[dict[str, Any], nmfx.Sites]:
