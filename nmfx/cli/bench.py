@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from nmfx.cli import report, work
 from nmfx.cli.console import advancing, output, warn, working
+from nmfx.cli.latency import check_kernel
 from nmfx.errors import NmfxError
 from nmfx.export.checkpoint import load_checkpoint
 from nmfx.export.plain import save_onnx
@@ -34,6 +35,7 @@ def run(args: Namespace) -> None:
     report.check(args.figure, None, force=args.force)
     batches, threads = _numbers(args.batch, "--batch"), _numbers(args.threads, "--threads") if args.threads else ()
     dense, converted, pictures, label = _models(args)
+    check_kernel()
     with _onnx(dense, pictures) as path, advancing(f"timing {label}") as advance:
         found = bench(
             dense,

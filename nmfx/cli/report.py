@@ -66,7 +66,7 @@ def _report(result: SearchResult, scheme: Scheme) -> Report:
     spare = result.budget.dense - result.budget.limit
     facts = {
         "layout": scheme.layout + (", short groups at the end of rows" if scheme.short else ""),
-        "squared weight error": f"{result.loss:.4%} of all; at best {result.optimum:.4%} at this budget",
+        "squared weight error": result.comparison,
         "model weights": str(scheme.info.get("weights", "")),
         "versions": ", ".join(f"{name} {version}" for name, version in ({"nmfx": __version__} | versions()).items()),
     }

@@ -295,7 +295,4 @@ def _show(result: SearchResult, scheme: Scheme, *, events: bool) -> None:
     for budget, left in zip(result.budgets, result.lefts, strict=True):
         share = f"{left / budget.dense:.4%} of dense"
         out.print(f"budget: {budget.limit:,} {UNITS[budget.kind]}, {left:,} left ({share}), no step fits in them")
-    gap = f"{result.loss / result.optimum - 1:.1%} above" if result.optimum else "equal to"
-    gap = "equal to" if result.loss <= result.optimum * (1 + 1e-12) else gap
-    least = "the exact optimum" if len(result.budgets) == 1 else "the least found"
-    out.print(f"squared weight error: {result.loss:.4%} of all, {gap} {least} at this budget ({result.optimum:.4%})")
+    out.print(f"squared weight error: {result.comparison}")

@@ -11,10 +11,8 @@ import json
 import math
 import os
 import shlex
-import shutil
-import tempfile
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,12 +21,12 @@ import torch
 import yaml
 from torch import nn
 
-from nmfx import text
+from nmfx import parsing, text
 from nmfx.cli.console import warn
 from nmfx.errors import NmfxError
 from nmfx.export.checkpoint import read_checkpoint
 from nmfx.export.plain import save_baked
-from nmfx.files import draft_beside
+from nmfx.files import replace_folder
 from nmfx.graph.census import find_sites
 from nmfx.graph.site import Sites
 from nmfx.scheme import Scheme
@@ -232,7 +230,7 @@ def create(
         if scheme is not None:
             save_scheme(scheme, folder / "scheme.yaml", sites)
 
-    _replace_directory(path, write)
+    replace_folder(path, write)
     return work
 
 
@@ -242,23 +240,6 @@ def check_absent(path: Path, *, force: bool) -> None:
         raise NmfxError(f"{path} exists and is no work directory of nmfx; choose another name with --out")
     if path.exists() and not force:
         raise NmfxError(f"{path} exists already; give --force to replace it, or --out for another name")
-
-
-def _replace_directory(path: Path, write: Callable[[Path], None]) -> None:
-    folder = draft_beside(path)
-    try:
-        write(folder)
-        folder.chmod(0o755)
-        old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent)) / "old" if path.exists() else None
-        if old is not None:
-            path.rename(old)
-        os.replace(folder, path)
-        if old is not None:
-            shutil.rmtree(old.parent, ignore_errors=True)
-    except OSError as error:
-        raise NmfxError(f"{path}: cannot be written: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def save_scheme(scheme: Scheme, path: Path, sites: Sites, *, force: bool = True) -> list[Path]:
@@ -294,7 +275,7 @@ def open_work(path: Path) -> Work:
         raise NmfxError(f"{path}: not a work directory (it has no work.yaml); make one with `nmfx convert MODEL`") from None
     except UnicodeDecodeError as error:
         raise NmfxError(f"{path / 'work.yaml'}: not written by nmfx convert: {error}") from None
-    tree: dict[str, Any] = text.load_yaml(content, str(path / "work.yaml"), NmfxError)
+    tree: dict[str, Any] = parsing.yaml_tree(content, str(path / "work.yaml"), NmfxError)
     text.check_keys(tree, KEYS, str(path / "work.yaml"), NmfxError)
     if tree.get("nmfx") != "work" or "model" not in tree or "weights" not in tree:
         raise NmfxError(f"{path / 'work.yaml'}: not written by nmfx convert")
