@@ -130,7 +130,7 @@ def _scheme(path: Path, network: Network) -> Scheme:
         said = str(error) if str(error).startswith(str(path)) else f"{path}: {error}"
         if network.guessed:
             said = said.removesuffix("; make it anew")
-            said += "; where it was made for more than the name says, give --model DIR, --classes N or --input-size CxHxW"
+            said += "; made for other classes or another input? say --classes N, --input-size CxHxW, or --model DIR"
         raise SchemeError(said) from error
     return scheme
 

@@ -133,7 +133,7 @@ def list_models() -> list[str]:
 def find_source(name: str) -> Source:
     """The source of a model name; torchvision is asked before timm when the name has no prefix.
 
-    Also: ``timm/NAME`` and ``hf-hub:timm/NAME.TAG`` (as the hub calls timm's models) and ``torchvision.models.NAME``.
+    Also understood: ``timm/NAME`` and ``hf-hub:timm/NAME.TAG``, as the hub has them, and ``torchvision.models.NAME``.
 
     Raises:
         ModelError: no library has it; the message lists the nearest names.
