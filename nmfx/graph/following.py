@@ -103,7 +103,7 @@ class Census(TorchDispatchMode):
         for tensor in (*parameters, *buffers):
             self.hold(tensor, held_by(tensor))
         self.own = set(self.held)
-        self.tainted = {storage_of(t) for t in _tensors(inputs)}
+        self.tainted = {storage_of(t) for t in tree_leaves(inputs) if isinstance(t, Tensor) and t.layout == torch.strided}
         self.mixtures: dict[int, tuple[Tensor, ...]] = {}
         self.running: list[nn.Module] = []
         self.plain: set[int] = set()
@@ -404,7 +404,14 @@ def _spreads(active: Tensor, weight: Tensor) -> bool:
 
 
 def _tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor) and leaf.layout == torch.strided]
+    """Dense tensors in the arguments of an operation; much faster than a general tree walk."""
+    if isinstance(tree, Tensor):
+        return [tree] if tree.layout == torch.strided else []
+    if isinstance(tree, dict):
+        tree = tree.values()
+    elif not isinstance(tree, list | tuple):
+        return []
+    return [tensor for leaf in tree for tensor in _tensors(leaf)]
 
 
 @contextlib.contextmanager
