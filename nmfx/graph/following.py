@@ -67,14 +67,23 @@ class Use:
         return self.parts or self.constant
 
     @property
+    def counted(self) -> list[int]:
+        """MACs of each product that counts: with activations, and those with constants that read the same rows."""
+        if not self.costs:
+            return self.constant_costs
+        rows = {(part.length, part.step) for part in self.parts}
+        alike = zip(self.constant, self.constant_costs, strict=True)
+        return self.costs + [macs for part, macs in alike if macs and (part.length, part.step) in rows]
+
+    @property
     def macs(self) -> int:
         """Multiply-adds of the products that count, of the whole batch."""
-        return sum(self.costs or self.constant_costs)
+        return sum(self.counted)
 
     @property
     def calls(self) -> int:
         """How many products count."""
-        return len(self.costs or self.constant_costs)
+        return len(self.counted)
 
 
 def storage_of(tensor: Tensor) -> int:
@@ -170,6 +179,8 @@ class Census(TorchDispatchMode):
             (use.parts if active else use.constant).append(part)
             use.guessed = use.guessed or held.guessed
             macs = operand.macs * parameter.numel() // held.numel
+            if not active and operand.other.dim() < 2:
+                macs = 0  # a norm by power iteration, not a part of what the model computes
             (use.costs if active else use.constant_costs).append(macs)
 
     def _record_altered(self, held: Held, operand: Operand) -> None:
