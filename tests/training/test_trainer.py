@@ -27,6 +27,7 @@ from nmfx.data.pictures import ArrayPictures
 from nmfx.demo.digits import load_demo
 from nmfx.errors import CheckpointError, DataError, NmfxError
 from nmfx.export.checkpoint import load_checkpoint, save_checkpoint
+from nmfx.files import write_atomic
 from nmfx.graph.masked import masked_sites
 from nmfx.passes.baking import bake, verify
 from nmfx.passes.transform import transform
@@ -235,8 +236,7 @@ def killed(folder: str, update: int) -> None:
 
     def progress(now: Progress) -> None:
         if now.epoch * now.steps + now.step == update:
-            (Path(folder) / f".{LAST}.half").mkdir()  # as a save would leave behind
-            os.kill(os.getpid(), signal.SIGKILL)
+            write_atomic(Path(folder) / LAST, lambda _: os.kill(os.getpid(), signal.SIGKILL))
 
     finetune(demo(), a_few(open_data("digits")), settings=QUICK, folder=Path(folder), progress=progress)
 
