@@ -23,6 +23,15 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f" (did you mean {near[0]!r}?)" if near else ""
 
 
+def sentence(error: BaseException, most: int = 240) -> str:
+    """What an error says, in one line without escape codes: whole sentences, as many as fit, or else whole words."""
+    said = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", str(error)).split()) or type(error).__name__
+    if len(said) > most:
+        ends = [found.end(1) for found in re.finditer(r"([.!?;])(?= )", said[: most + 1])]
+        said = said[: ends[-1]].rstrip(";") if ends else f"{said[:most].rpartition(' ')[0] or said[:most]} ..."
+    return said.removesuffix(".")
+
+
 def quote(word: str) -> str:
     """`word` as a YAML scalar that every YAML version reads as text."""
     return word if re.fullmatch(r"[A-Za-z_][\w.]*", word) and "." in word else json.dumps(word)

@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import nn
 
 from nmfx.cli import tables, work
-from nmfx.cli.console import heading, output, warn, working
+from nmfx.cli.console import heading, output, working
 from nmfx.errors import NmfxError
 from nmfx.export.checkpoint import load_checkpoint, read_checkpoint, save_checkpoint
 from nmfx.export.plain import save_baked, save_onnx
@@ -22,12 +22,10 @@ from nmfx.scheme import Scheme
 
 def run(args: Namespace) -> None:
     """Transform the work directory's model by its scheme and write it."""
-    found = work.find_work(args.work)
-    if found is None:
-        raise NmfxError("no work directory here; make one with `nmfx convert MODEL`, then `nmfx search`")
+    found = work.need_work(args.work, "export").check(args)
     scheme_path = Path(args.scheme) if args.scheme else found.scheme_path
     if not args.scheme and not scheme_path.is_file():
-        raise NmfxError(f"{found.path} has no scheme yet; run `nmfx search {found.path}` or give --scheme FILE")
+        raise NmfxError(f"{found.path} has no scheme yet; run `{found.command('search')}`, or give --scheme FILE")
     folder = Path(args.out) if args.out else found.path / "export"
     name = found.model.partition(":")[2]
     paths = {"scheme": folder / "scheme.yaml", "checkpoint": folder / f"{name}.safetensors"}
@@ -71,12 +69,9 @@ def _write(found: work.Work, scheme_path: Path, paths: Mapping[str, Path]) -> No
 
 
 def _convert(model: nn.Module, scheme: Scheme, sites: Sites, found: work.Work) -> str:
-    """Mask the work directory's model, with its fine-tuned weights where they were trained under this scheme; says which."""
-    if found.tuned_path.is_file():
-        header, _ = read_checkpoint(found.tuned_path)
-        if header.scheme.patterns == scheme.patterns:
-            load_checkpoint(found.tuned_path, model)
-            return header.info.get("weights", "fine-tuned")
-        warn(f"{found.tuned_path} was trained under another scheme: what is exported is not fine-tuned")
+    """Mask the work directory's model, with the fine-tuned or recalibrated weights that are under this scheme; says which."""
+    if (path := found.finished(scheme)) is not None:
+        load_checkpoint(path, model)
+        return read_checkpoint(path)[0].info.get("weights", "fine-tuned")
     transform(model, scheme, sites=sites, inplace=True)
     return found.weights

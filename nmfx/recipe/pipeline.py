@@ -43,7 +43,7 @@ from nmfx.training.record import Progress
 from nmfx.training.settings import FREE
 from nmfx.training.state import fingerprint
 from nmfx.training.trainer import BEST, LAST, LOG, finetune
-from nmfx.zoo.building import Built, build_random, load_weights
+from nmfx.zoo.building import Built, build_random, load_weights, unavailable
 from nmfx.zoo.source import SOURCE, find_source
 
 Advance = Callable[[float, str], None]
@@ -74,7 +74,7 @@ def build(section: ModelSection) -> Built:
         try:
             return Built(source.build(pretrained=True), source, "pretrained")
         except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
-            note = f"pretrained weights of {source} cannot be had: {' '.join(str(error).split())[:200]}"
+            note = f"pretrained weights of {source} cannot be had: {unavailable(error)}"
             if section.weights == "pretrained":
                 raise ModelError(f"{note}. Say weights: FILE, or weights: none for the structure only") from error
     if is_compressed(section.weights):

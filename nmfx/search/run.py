@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from nmfx.data.loader import TrainLoader
 from nmfx.data.seeding import seed_of
 from nmfx.errors import CheckpointError, SearchError
-from nmfx.graph.masked import masked_sites
+from nmfx.graph.masked import deep_copy, masked_sites
 from nmfx.graph.parallel import wrap
 from nmfx.passes.scoring import SUFFIXES
 from nmfx.processes import rank, world
@@ -55,7 +54,7 @@ def run_domino(
     Raises:
         SearchError: a checkpoint of another search, a loss that is not finite, no end after `most` iterations.
     """
-    searched = copy.deepcopy(model).to(device).train()
+    searched = deep_copy(model).to(device).train()
     search = DominoSearch(searched, target, **options)
     optimizer = torch.optim.SGD(searched.parameters(), lr=lr)
     settings = {"target": str(target), "lr": lr, "seed": seed, "batch": loader.inner.batch_sampler.batch_size}  # type: ignore

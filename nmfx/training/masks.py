@@ -1,9 +1,7 @@
-"""How masks train: chosen for a converted model, and shared out over the passes of an update."""
+"""How masks train: chosen for a converted model, and said of it."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import replace
 
 from torch import Tensor, nn
@@ -18,19 +16,6 @@ def set_training(model: nn.Module, training: Training, decay: float = 2e-4) -> N
     factor = {"sr-ste": decay, "ste": 0.0, "fixed": None}[training]
     for state in _states(model):
         _replace(state, replace(state.spec, decay=factor, frozen=training == "fixed"))
-
-
-@contextlib.contextmanager
-def shared_decay(model: nn.Module, passes: int) -> Iterator[None]:
-    """SR-STE adds its decay in every backward pass: with `passes` of them an update, give each its share."""
-    states = {} if passes == 1 else {state: state.spec for state in _states(model) if state.spec.decay}
-    for state, spec in states.items():
-        _replace(state, replace(spec, decay=(spec.decay or 0.0) / passes))
-    try:
-        yield
-    finally:
-        for state, spec in states.items():
-            _replace(state, spec)
 
 
 def describe(model: nn.Module) -> dict[str, str]:

@@ -23,11 +23,12 @@ class Settings:
         opt, sched: names of timm; ``momentum`` is SGD without Nesterov's look ahead. The schedule moves at every update.
         smoothing: label smoothing, of mixed labels too.
         amp: ``bf16`` computes under autocast; weights, masks, loss and evaluation stay in full precision.
-        accumulate: passes an update. Each adds its share of the gradient, and its share of SR-STE's decay.
+        accumulate: passes an update; each adds its share of the gradient.
         compile: a backend of torch.compile, as ``inductor``.
         ema: decay of a moving average of the dense weights (timm's ModelEmaV3, warmed up); the average is then what is
             evaluated, kept as the best, and left in the model.
-        clip_grad: largest norm of the gradient, SR-STE's decay included.
+        clip_grad: largest norm of the gradient of the loss. SR-STE's pull comes after it, at its stated size, as weight decay
+            does.
         distill, temperature: ``(1 - distill) * loss + distill * T^2 * KL(teacher / T, model / T)``.
         parallel: under several processes, ``ddp`` keeps all weights in each; ``fsdp`` shares weights, gradients, optimiser
             state and moving average out (`fully_shard`), gathers a block while it computes, and does not lay weights out anew.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -23,6 +22,7 @@ from nmfx.data.loader import train_loader, validation_loader
 from nmfx.data.seeding import seed_of
 from nmfx.data.source import Data
 from nmfx.errors import CheckpointError, NmfxError
+from nmfx.files import remove_dead_drafts
 from nmfx.graph.masked import deep_copy, masked_sites, renew
 from nmfx.graph.modes import keep_modes
 from nmfx.graph.parallel import find_units, gathered, shard, wrap
@@ -30,7 +30,7 @@ from nmfx.processes import rank, summed, world
 from nmfx.states import prefixed, under
 from nmfx.training.evaluation import evaluate
 from nmfx.training.loss import distilled, logits_of, task_loss
-from nmfx.training.masks import describe, frozen_masks, shared_decay
+from nmfx.training.masks import describe, frozen_masks
 from nmfx.training.record import Board, Epoch, Finetuned, Progress, write_log
 from nmfx.training.settings import Settings
 from nmfx.training.state import check_identity, fill, load_state, optimizer_state, restore_optimizer, save_state
@@ -63,7 +63,7 @@ def finetune(
     Under torch.distributed, started by the caller, every process takes its share of each batch and only the first one writes.
     With ``parallel="fsdp"`` a copy is trained whose weights, gradients, optimiser state and moving average are shared out
     (`fully_shard`); `model` itself stays whole in every process, for evaluation and to take the trained weights.
-    The decay of SR-STE is averaged as gradients are, so that it means the same in any number of processes and passes. Batch
+    SR-STE's pull is part of the update, once, in any number of processes and passes. Batch
     statistics are those of each process's share, averaged after every epoch: networks that have them score within 2 points.
 
     Raises:
@@ -76,7 +76,6 @@ def finetune(
         raise NmfxError("distillation needs the dense model: give finetune(..., teacher=...)")
     identity = settings.identity() | describe(model) | {"data": str(data), "processes": world()} | dict(about or {})
     with contextlib.ExitStack() as stack:
-        stack.enter_context(shared_decay(model, settings.accumulate))
         if teacher is not None:
             stack.enter_context(keep_modes(teacher))
             teacher.to(next(model.parameters()).device).eval()
@@ -299,8 +298,7 @@ class Run:
     def _resume(self, folder: Path) -> None:
         path = folder / LAST
         if rank() == 0:
-            for draft in folder.glob(f".{LAST}.*"):  # of a save that was killed
-                shutil.rmtree(draft, ignore_errors=True)
+            remove_dead_drafts(folder)
         if not path.exists():
             return
         tensors, about = load_state(path)
