@@ -4,7 +4,8 @@ VENV ?= .venv
 PYTHON ?= python3
 TORCH ?= torch==2.14.1 torchvision==0.29.1 timm==1.0.31
 BIN := $(VENV)/bin
-PYTHON310 ?= $(firstword $(shell command -v python3.10) $(wildcard $(HOME)/.pyenv/versions/3.10.*/bin/python))
+PYTHON310 ?= $(shell for one in python3.10 $(HOME)/.pyenv/versions/3.10.*/bin/python; do \
+    $$one -c '' 2>/dev/null && echo $$one && break; done)
 OLDEST := $(VENV)-oldest
 
 .PHONY: demo test lint slow oldest

@@ -1,4 +1,4 @@
-"""The main road on the lowest versions that pyproject.toml admits; `make oldest` runs it, with the tests of files, passes and data."""
+"""The main road on the lowest versions that pyproject.toml admits: `make oldest` runs it."""
 
 from __future__ import annotations
 
