@@ -19,9 +19,9 @@ PIPED_WIDTH = 160  # no terminal to fit: names stay whole
 @cache
 def output() -> Console:
     """Where results go. Without markup: names and paths may hold square brackets."""
-    from rich.console import Console
+    from nmfx.cli.terminal import Terminal
 
-    class Piped(Console):
+    class Piped(Terminal):
         def on_broken_pipe(self) -> None:
             """The reader has gone, as `| head` does: go on in silence, since what is written to disk is still wanted."""
             self.quiet = True
@@ -41,9 +41,9 @@ def heading(bold: str, rest: str = "", style: str = "bold") -> Text:
 @cache
 def errors() -> Console:
     """Where everything else goes."""
-    from rich.console import Console
+    from nmfx.cli.terminal import Terminal
 
-    return Console(stderr=True, highlight=False)
+    return Terminal(stderr=True, highlight=False)
 
 
 def warn(text: str, *, red: bool = False) -> None:
@@ -66,7 +66,7 @@ def working(text: str) -> Iterator[None]:
     """A progress line with the time elapsed while something takes long; nothing when piped."""
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
     with Progress(*columns, console=errors(), transient=True, disable=not errors().is_terminal) as progress:
         progress.add_task(text, total=None)
         yield
@@ -77,7 +77,7 @@ def advancing(text: str) -> Iterator[Callable[[float, str], None]]:
     """A progress bar; what it yields takes the share done and a line of text. Nothing when piped."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(24), TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(24), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=errors(), transient=True, disable=not errors().is_terminal) as progress:
         task = progress.add_task(text, total=1.0)
         yield lambda share, line: progress.update(task, completed=share, description=line or text)

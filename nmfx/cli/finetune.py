@@ -11,7 +11,7 @@ from torch import nn
 
 from nmfx.cli import evaluate as evaluating
 from nmfx.cli import work
-from nmfx.cli.console import advancing, hint, output, working
+from nmfx.cli.console import advancing, hint, output, warn, working
 from nmfx.cli.processes import asked_to_stop, processes
 from nmfx.data.augment import Augment
 from nmfx.data.config import PictureConfig
@@ -23,6 +23,7 @@ from nmfx.graph.census import find_sites
 from nmfx.passes.baking import verify
 from nmfx.passes.transform import scheme_of, transform
 from nmfx.processes import rank, world
+from nmfx.recipe.written import remove_state
 from nmfx.scheme import INFO, Scheme
 from nmfx.training.evaluation import evaluate
 from nmfx.training.masks import set_training
@@ -58,8 +59,8 @@ def _run(args: Namespace, device: str) -> None:
     teacher = _teacher(args, found)
     data, config = evaluating.pictures(args, model, found.input_size if found else None)
     if args.force and rank() == 0:
-        for stale in (LAST, BEST, LOG, MODEL):
-            (folder / stale).unlink(missing_ok=True)
+        for line in [line for stale in (LAST, BEST, LOG, MODEL) for line in remove_state(folder / stale)]:
+            warn(line)
     if world() > 1:
         dist.barrier()  # nobody looks for a run to resume before it is gone
     if (folder / LAST).exists():

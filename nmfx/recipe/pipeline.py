@@ -32,7 +32,7 @@ from nmfx.processes import rank, world
 from nmfx.recipe.job import SCHEME, START, WEIGHTS, WORK, Dense, Job, example_of
 from nmfx.recipe.schema import INLINE, FinetuneSection, ModelSection, Recipe, SearchSection
 from nmfx.recipe.stamp import Stamp, digest_of, digests, read_stamp, stamp, write_stamp
-from nmfx.recipe.written import Written, check_folders, is_state, remove_events, remove_state
+from nmfx.recipe.written import BOARD, Written, check_folders, is_state, remove_events, remove_state
 from nmfx.scheme import Scheme, Totals, shapes_of
 from nmfx.search.domino_loop import DominoSearch
 from nmfx.search.finder import SearchResult, conclude, find_scheme
@@ -47,7 +47,7 @@ from nmfx.zoo.building import Built, build_random, load_weights, unavailable
 from nmfx.zoo.source import SOURCE, find_source
 
 Advance = Callable[[float, str], None]
-SCHEMES, BOARD = (SCHEME, "scheme.txt"), "finetune/tensorboard"
+SCHEMES = (SCHEME, "scheme.txt")
 FOLDERS = ("stages", "export", "finetune", BOARD)
 SEARCHING, TUNED, SCORES = "scheme.search.safetensors", "finetune/model.safetensors", "evaluation.json"
 
