@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from functools import cache
 from typing import TYPE_CHECKING
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 PIPED_WIDTH = 160  # no terminal to fit: names stay whole
+PIPED_SECONDS = 30.0  # between two lines of progress where there is no bar
 
 
 @cache
@@ -73,14 +75,30 @@ def working(text: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def advancing(text: str) -> Iterator[Callable[[float, str], None]]:
-    """A progress bar; what it yields takes the share done and a line of text. Nothing when piped."""
+def advancing(text: str) -> Iterator[Callable[..., None]]:
+    """A progress bar; what it yields takes the share done and a line of text, which stays there with ``lasting=True``.
+
+    When piped there is no bar: lines that last go to standard output, and one of the others every `PIPED_SECONDS` to standard
+    error, each at once.
+    """
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}", markup=False), BarColumn(24), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=errors(), transient=True, disable=not errors().is_terminal) as progress:
-        task = progress.add_task(text, total=1.0)
-        yield lambda share, line: progress.update(task, completed=share, description=line or text)
+        task, said = progress.add_task(text, total=1.0), time.monotonic()
+
+        def advance(share: float, line: str, *, lasting: bool = False) -> None:
+            nonlocal said
+            if lasting:  # above the bar, unless standard output goes elsewhere
+                above = output().is_terminal and errors().is_terminal
+                (progress.console if above else output()).print(line, markup=False, highlight=False, soft_wrap=True)
+            elif errors().is_terminal:
+                progress.update(task, completed=share, description=line or text)
+            elif time.monotonic() - said >= PIPED_SECONDS:
+                errors().print(f"{share:.1%} done: {line or text}", markup=False, highlight=False, soft_wrap=True)
+                said = time.monotonic()
+
+        yield advance
 
 
 def silence() -> None:

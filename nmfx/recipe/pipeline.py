@@ -20,18 +20,20 @@ from torch import nn
 from nmfx.data.loader import train_loader, validation_loader
 from nmfx.data.sample import calibration
 from nmfx.errors import CheckpointError, ModelError, NmfxError, SchemeError
-from nmfx.export.checkpoint import load_checkpoint, save_checkpoint
+from nmfx.export.checkpoint import load_checkpoint, read_checkpoint, save_checkpoint
 from nmfx.export.plain import save_baked, save_onnx
 from nmfx.export.start import build_start, is_compressed, take_start
-from nmfx.files import all_or_nothing, write_atomic
+from nmfx.files import all_or_nothing, check_writable, write_atomic
 from nmfx.graph.census import find_sites
 from nmfx.graph.site import Sites
+from nmfx.parsing import read_json
 from nmfx.passes.baking import bake, verify
 from nmfx.passes.transform import conversion_difference, transform
 from nmfx.processes import rank, world
 from nmfx.recipe.job import SCHEME, START, WEIGHTS, WORK, Dense, Job, example_of
 from nmfx.recipe.schema import INLINE, FinetuneSection, ModelSection, Recipe, SearchSection
 from nmfx.recipe.stamp import Stamp, digest_of, digests, read_stamp, stamp, write_stamp
+from nmfx.recipe.tuned import TUNED, describe_epoch, save_epochs
 from nmfx.recipe.written import BOARD, Written, check_folders, is_state, remove_events, remove_state
 from nmfx.scheme import Scheme, Totals, shapes_of
 from nmfx.search.domino_loop import DominoSearch
@@ -39,17 +41,17 @@ from nmfx.search.finder import SearchResult, conclude, find_scheme
 from nmfx.search.run import run_domino
 from nmfx.search.tables import Tables
 from nmfx.training.evaluation import Evaluation, evaluate
-from nmfx.training.record import Progress
+from nmfx.training.record import Epoch, Progress
 from nmfx.training.settings import FREE
 from nmfx.training.state import fingerprint
 from nmfx.training.trainer import BEST, LAST, LOG, finetune
 from nmfx.zoo.building import Built, build_random, load_weights, unavailable
 from nmfx.zoo.source import SOURCE, find_source
 
-Advance = Callable[[float, str], None]
+Advance = Callable[..., None]  # the share done, a line of text; lasting=True: a line to keep
 SCHEMES = (SCHEME, "scheme.txt")
 FOLDERS = ("stages", "export", "finetune", BOARD)
-SEARCHING, TUNED, SCORES = "scheme.search.safetensors", "finetune/model.safetensors", "evaluation.json"
+SEARCHING, TUNING, SCORES = "scheme.search.safetensors", "finetune", "evaluation.json"
 
 
 @dataclass(frozen=True)
@@ -242,24 +244,28 @@ def _finetune(job: Job, advance: Advance) -> Done:
             now.share, f"epoch {now.epoch + 1}/{now.epochs}: loss {now.loss:.4f}{top1}, {now.images_per_second:,.0f} images/s"
         )
 
-    path = job.folder / TUNED
+    def after_epoch(done: Epoch) -> None:
+        advance((done.epoch + 1) / settings.epochs, describe_epoch(done, settings.epochs), lasting=True)
+
+    folder, start = job.folder / TUNING, dense.weights if section.weights == "model" else "random"
+    if rank() == 0:
+        check_writable(folder, TUNED.values())
     result = finetune(
         model.to(job.device),
         data,
         settings=settings,
-        folder=path.parent,
+        folder=folder,
         config=config,
         teacher=teacher,
         about=about,
         progress=progress,
+        after_epoch=after_epoch,
     )
-    kept: list[str] = []
-    if rank() == 0:
-        kept = Written(job.folder).clear(TUNED)
-        start = dense.weights if section.weights == "model" else "random"
-        save_checkpoint(model, path, info={**scheme.info, "weights": f"fine-tuned from {start}"})
+    written = tuple(f"{TUNING}/{name}" for name in TUNED.values())
+    kept = Written(job.folder).clear(*written) if rank() == 0 else []
+    save_epochs(model, result, folder, {**scheme.info, "weights": f"fine-tuned from {start}"})
     best = result.best
-    return Done((TUNED,), (f"{len(result.epochs)} epochs; best top-1 {best.top1:.2%} after epoch {best.epoch + 1}", *kept))
+    return Done(written, (f"{len(result.epochs)} epochs; best top-1 {best.top1:.2%} after epoch {best.epoch + 1}", *kept))
 
 
 def _teacher(job: Job, dense: Dense) -> nn.Module:
@@ -274,13 +280,13 @@ def _teacher(job: Job, dense: Dense) -> nn.Module:
 def _export(job: Job, advance: Advance) -> Done:
     section, dense, model = job.recipe.export, job.dense(), job.model()
     sites, example = job.sites(model), example_of(model, job.recipe.model)
-    scheme = job.scheme(sites)
+    scheme, tuned = job.scheme(sites), dense.weights
     if job.recipe.finetune is not None:
-        load_checkpoint(job.folder / TUNED, model)
+        tuned = read_checkpoint(job.folder / TUNING / TUNED[section.epoch])[0].info["weights"]
+        load_checkpoint(job.folder / TUNING / TUNED[section.epoch], model)
     else:
         transform(model, scheme, sites=sites, inplace=True)
     checked = verify(model) if len(scheme) else None
-    tuned = f"fine-tuned from {dense.weights}" if job.recipe.finetune else dense.weights
     name, written = dense.source.name, []
     with all_or_nothing(job.folder / "export") as draft:
         written += _save_scheme(scheme, draft, sites)
@@ -335,9 +341,8 @@ def read_scores(folder: Path) -> dict[str, Evaluation]:
         CheckpointError: it has not run.
     """
     try:
-        tree = json.loads((folder / SCORES).read_text(encoding="utf-8"))
-        return {name: Evaluation(**one) for name, one in tree.items()}
-    except (OSError, ValueError, TypeError) as error:
+        return read_json(folder / SCORES, dict[str, Evaluation], "scores")
+    except NmfxError as error:
         raise CheckpointError(f"{folder / SCORES}: no scores there ({error}); run the recipe to its end") from error
 
 
@@ -384,7 +389,7 @@ def _finetune_settings(recipe: Recipe) -> dict[str, Any]:
     return _flat(recipe.finetune or FinetuneSection(), *FREE) | _pictures(recipe)
 
 
-DRAFTS = tuple(f"finetune/{name}" for name in (LAST, BEST, LOG, "model.safetensors"))
+DRAFTS = tuple(f"finetune/{name}" for name in (LAST, BEST, LOG, *TUNED.values()))
 STAGES = {
     "build": Stage(_build_settings, _build),
     "search": Stage(_search_settings, _search, (SEARCHING,), together=True),
@@ -435,7 +440,7 @@ class Pipeline:
                 remove_events(folder / BOARD) if stage == "finetune" else None
             write_stamp(folder, stage, wanted)
         _together()
-        done = one.run(self.job, advance or (lambda share, line: None)) if one.together or rank() == 0 else Done(())
+        done = one.run(self.job, advance or (lambda *_, **__: None)) if one.together or rank() == 0 else Done(())
         if rank() == 0:
             outputs = digests(folder, done.outputs)
             Written(folder).record(outputs)
