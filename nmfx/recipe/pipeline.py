@@ -34,7 +34,7 @@ from nmfx.recipe.job import SCHEME, START, WEIGHTS, WORK, Dense, Job, example_of
 from nmfx.recipe.schema import INLINE, FinetuneSection, ModelSection, Recipe, SearchSection
 from nmfx.recipe.stamp import Stamp, digest_of, digests, read_stamp, stamp, write_stamp
 from nmfx.recipe.tuned import TUNED, describe_epoch, save_epochs
-from nmfx.recipe.written import Written, check_folders, is_state, remove_events, remove_state
+from nmfx.recipe.written import BOARD, Written, check_folders, is_state, remove_events, remove_state
 from nmfx.scheme import Scheme, Totals, shapes_of
 from nmfx.search.domino_loop import DominoSearch
 from nmfx.search.finder import SearchResult, conclude, find_scheme
@@ -49,7 +49,7 @@ from nmfx.zoo.building import Built, build_random, load_weights, unavailable
 from nmfx.zoo.source import SOURCE, find_source
 
 Advance = Callable[..., None]  # the share done, a line of text; lasting=True: a line to keep
-SCHEMES, BOARD = (SCHEME, "scheme.txt"), "finetune/tensorboard"
+SCHEMES = (SCHEME, "scheme.txt")
 FOLDERS = ("stages", "export", "finetune", BOARD)
 SEARCHING, TUNING, SCORES = "scheme.search.safetensors", "finetune", "evaluation.json"
 
