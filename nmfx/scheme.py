@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import yaml
 
-from nmfx import text
+from nmfx import parsing, text
 from nmfx.errors import SchemeError
 from nmfx.files import write_atomic
 from nmfx.graph.site import Site, Sites
@@ -219,7 +219,7 @@ class Scheme(Mapping[str, Pattern]):
             return Scheme.from_published(content, _needed(sites, path), origin=str(path))
         scheme = Scheme.from_yaml(content, origin=str(path))
         if sites is not None:
-            totals, said = scheme.totals(sites), text.load_yaml(content, str(path), SchemeError).get("totals", {})
+            totals, said = scheme.totals(sites), parsing.yaml_tree(content, str(path), SchemeError).get("totals", {})
             for key, value in said.items():
                 if key != "sparsity" and str(found := getattr(totals, key, None)) != value:
                     raise SchemeError(f"{path}: says {key} {value}, its patterns come to {found}; make it anew")
@@ -245,7 +245,7 @@ class Scheme(Mapping[str, Pattern]):
     @staticmethod
     def from_yaml(content: str, origin: str = "scheme") -> Scheme:
         """The scheme that `to_yaml` wrote. Unknown keys, doubled names and malformed patterns are errors."""
-        tree = text.load_yaml(content, origin, SchemeError)
+        tree = parsing.yaml_tree(content, origin, SchemeError)
         if tree.pop("nmfx", None) != "scheme":
             raise SchemeError(f"{origin}: not a scheme file (it should begin with 'nmfx: scheme')")
         if (version := tree.pop("version", "1")) != str(VERSION):

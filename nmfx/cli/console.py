@@ -23,8 +23,14 @@ def output() -> Console:
     """Where results go. Without markup: names and paths may hold square brackets."""
     from rich.console import Console
 
+    class Piped(Console):
+        def on_broken_pipe(self) -> None:
+            """The reader has gone, as `| head` does: go on in silence, since what is written to disk is still wanted."""
+            self.quiet = True
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
     piped = not sys.stdout.isatty() and "COLUMNS" not in os.environ
-    return Console(width=PIPED_WIDTH if piped else None, highlight=False, markup=False)
+    return Piped(width=PIPED_WIDTH if piped else None, highlight=False, markup=False)
 
 
 def heading(bold: str, rest: str = "", style: str = "bold") -> Text:
@@ -48,6 +54,13 @@ def warn(text: str, *, red: bool = False) -> None:
 
     color = "bold red" if red else "yellow"
     errors().print(f"[{color}]{'warning' if not red else 'WARNING'}:[/] {escape(text)}", soft_wrap=True)
+
+
+def hint(first: tuple[str, str], *others: tuple[str, str]) -> None:
+    """Commands to go on with, and what each does; they can be run as they stand."""
+    width = max(len(command) for command, _ in (first, *others))
+    for word, (command, what) in zip(("next: ", *["  or: "] * len(others)), (first, *others), strict=True):
+        output().print(f"{word}{command:<{width}}  {what}" if what else f"{word}{command}", soft_wrap=True)
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import nn
 
 from nmfx.cli import tables, work
-from nmfx.cli.console import heading, output, warn, working
+from nmfx.cli.console import heading, output, working
 from nmfx.errors import NmfxError
 from nmfx.export.checkpoint import load_checkpoint, read_checkpoint, save_checkpoint
 from nmfx.export.plain import save_baked, save_onnx
@@ -23,12 +23,10 @@ from nmfx.scheme import Scheme
 
 def run(args: Namespace) -> None:
     """Transform the work directory's model by its scheme and write it."""
-    found = work.find_work(args.work)
-    if found is None:
-        raise NmfxError("no work directory here; make one with `nmfx convert MODEL`, then `nmfx search`")
+    found = work.need_work(args.work, "export").check(args)
     scheme_path = Path(args.scheme) if args.scheme else found.scheme_path
     if not args.scheme and not scheme_path.is_file():
-        raise NmfxError(f"{found.path} has no scheme yet; run `nmfx search {found.path}` or give --scheme FILE")
+        raise NmfxError(f"{found.path} has no scheme yet; run `{found.command('search')}`, or give --scheme FILE")
     folder = Path(args.out) if args.out else found.path / "export"
     name = found.model.partition(":")[2]
     paths = {"scheme": folder / "scheme.yaml", "checkpoint": folder / f"{name}.safetensors"}
@@ -72,15 +70,12 @@ def _write(found: work.Work, scheme_path: Path, paths: Mapping[str, Path], epoch
 
 
 def _convert(model: nn.Module, scheme: Scheme, sites: Sites, found: work.Work, epoch: str) -> str:
-    """Mask the work directory's model, with its fine-tuned weights where they were trained under this scheme; says which."""
-    tuned = found.tuned_path.with_name(TUNED[epoch])
-    if epoch == "last" and not tuned.is_file():
-        raise NmfxError(f"{tuned}: no last epoch there; `nmfx finetune` writes it")
-    if tuned.is_file():
-        header, _ = read_checkpoint(tuned)
-        if header.scheme.patterns == scheme.patterns:
-            load_checkpoint(tuned, model)
-            return header.info.get("weights", "fine-tuned")
-        warn(f"{tuned} was trained under another scheme: what is exported is not fine-tuned")
+    """Mask the work directory's model, with the fine-tuned or recalibrated weights that are under this scheme; says which."""
+    path = found.finished(scheme) if epoch == "best" else found.tuned_path.with_name(TUNED[epoch])
+    if path is not None:
+        if not path.is_file() or read_checkpoint(path)[0].scheme.patterns != scheme.patterns:
+            raise NmfxError(f"{path}: no last epoch of a fine-tuning under this scheme; `nmfx finetune` writes it")
+        load_checkpoint(path, model)
+        return read_checkpoint(path)[0].info.get("weights", "fine-tuned")
     transform(model, scheme, sites=sites, inplace=True)
     return found.weights

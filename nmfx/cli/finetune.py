@@ -12,7 +12,7 @@ from torch import nn
 
 from nmfx.cli import evaluate as evaluating
 from nmfx.cli import work
-from nmfx.cli.console import advancing, output, working
+from nmfx.cli.console import advancing, hint, output, working
 from nmfx.cli.processes import asked_to_stop, processes
 from nmfx.data.augment import Augment
 from nmfx.data.config import PictureConfig
@@ -45,7 +45,9 @@ def run(args: Namespace) -> None:
 
 
 def _run(args: Namespace, device: str) -> None:
-    found = work.find_work(args.work)
+    found = work.find_work(args.work, "finetune")
+    if found is not None and not args.start:
+        work.check_random(args, found.random) if args.weights or found.weights == "random" else None
     if found is None and not args.start:
         raise NmfxError("no work directory here; make one with `nmfx convert MODEL`, then `nmfx search`, or give --from FILE")
     if found is None and not args.out:
@@ -87,6 +89,11 @@ def _run(args: Namespace, device: str) -> None:
     _show(model, result, best, folder)
     if found is not None and not args.start and args.weights is None:
         found.warn()
+    if found is not None and not args.out:
+        hint(
+            (found.command("evaluate", *work.data_options(args)), "what it scores"),
+            (found.command("export", scheme=args.scheme if args.scheme != "dense" else None), "write it out"),
+        )
 
 
 def _settings(args: Namespace) -> Settings:

@@ -8,10 +8,11 @@ goes above its densities), and scheme.yaml + scheme.txt once there is a scheme.
 from __future__ import annotations
 
 import json
+import math
 import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterable, Mapping
+import shlex
+from argparse import Namespace
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,12 @@ import torch
 import yaml
 from torch import nn
 
-from nmfx import text
+from nmfx import parsing, text
 from nmfx.cli.console import warn
 from nmfx.errors import NmfxError
+from nmfx.export.checkpoint import read_checkpoint
 from nmfx.export.plain import save_baked
-from nmfx.files import draft_beside
+from nmfx.files import replace_folder
 from nmfx.graph.census import find_sites
 from nmfx.graph.site import Sites
 from nmfx.scheme import Scheme
@@ -33,6 +35,7 @@ from nmfx.zoo.example import Example, example_for
 from nmfx.zoo.source import SOURCE, Source, find_source
 
 VERSION = 1
+MOST_NUMBERS = 2**28  # of one input: a gibibyte of them
 KEYS = ("nmfx", "version", "model", "kwargs", "weights", "note", "input_size")
 
 
@@ -67,6 +70,11 @@ class Work:
         """Where the fine-tuned network is or will be."""
         return self.path / "finetune" / "model.safetensors"
 
+    @property
+    def recalibrated_path(self) -> Path:
+        """Where the masked network with matched batch norms is or will be."""
+        return self.path / "recalibrated" / "model.safetensors"
+
     def start(self, sites: Sites) -> Scheme | None:
         """The scheme that the weights are under already; None for dense ones."""
         return Scheme.load(self.start_path, sites) if self.start_path.is_file() else None
@@ -74,8 +82,46 @@ class Work:
     def warn(self) -> None:
         """Repeat what every stage must repeat."""
         if self.weights == "random":
-            because = f" ({self.note})" if self.note else ""
-            warn(f"{self.model} has random weights{because}: anything found reflects shapes only", red=True)
+            warn(f"{self.random}: anything found reflects shapes only", red=True)
+
+    def check(self, args: Namespace) -> Work:
+        """Itself; raises NmfxError for random weights where they are an error."""
+        if self.weights == "random":
+            check_random(args, self.random)
+        return self
+
+    @property
+    def random(self) -> str:
+        """What to say of random weights."""
+        return random_weights(self.model, self.note)
+
+    def scheme(self, sites: Sites, other: str | None = None) -> Scheme:
+        """Its scheme, or that of another file.
+
+        Raises:
+            NmfxError: it has none yet, or the file is not there or does not fit.
+        """
+        if other is None and not self.scheme_path.is_file():
+            raise NmfxError(f"{self.path} has no scheme yet; run `{self.command('search')}`, or give --scheme FILE")
+        return Scheme.load(other or self.scheme_path, sites)
+
+    def command(self, name: str, *options: str, scheme: str | None = None) -> str:
+        """A command on this directory, as it can be typed."""
+        named = ["--scheme", scheme] if scheme else []
+        return shlex.join(["nmfx", name, str(self.path), *options, *named])
+
+    def finished(self, scheme: Scheme) -> Path | None:
+        """The fine-tuned network, or else the recalibrated one, if it is under `scheme`; says if there is one that is not."""
+        for path, how in ((self.tuned_path, "trained"), (self.recalibrated_path, "recalibrated")):
+            if path.is_file():
+                if read_checkpoint(path)[0].scheme.patterns == scheme.patterns:
+                    return path
+                warn(f"{path} was {how} under another scheme: it is left out")
+        return None
+
+    def build_meta(self) -> nn.Module:
+        """The model without weights or memory, built with its arguments."""
+        return self.source.build_meta()
 
     def load(self) -> nn.Module:
         """The dense model."""
@@ -91,6 +137,23 @@ class Work:
     def sites(self, model: nn.Module) -> Sites:
         """The model's sites."""
         return find_sites(model, self.example(model))
+
+
+def random_weights(model: str, note: str = "") -> str:
+    """What to say of a model with random weights."""
+    return f"{model} has random weights{f' ({note})' if note else ''}"
+
+
+def check_random(args: Namespace, said: str) -> None:
+    """Raise where random weights are an error: by --strict-weights, or NMFX_STRICT_WEIGHTS in the environment."""
+    if getattr(args, "strict_weights", False) or os.environ.get("NMFX_STRICT_WEIGHTS", "0") not in ("", "0"):
+        raise NmfxError(f"{said}, and --strict-weights forbids them; give --weights FILE to nmfx convert")
+
+
+def data_options(args: Namespace) -> tuple[str, ...]:
+    """The options that say which pictures, for a command that looks at the same ones."""
+    root = ("--data-root", args.data_root) if args.data_root else ()
+    return ("--data", args.data, *root)
 
 
 def example_of(model: nn.Module, input_size: tuple[int, ...] | None) -> Example:
@@ -121,10 +184,13 @@ def parse_size(size: str | None) -> tuple[int, ...] | None:
     if size is None:
         return None
     parts = size.lower().replace(",", "x").split("x")
-    if not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts) or len(parts) > 5:
+    if not all(part.isascii() and part.isdigit() and len(part) < 10 and int(part) > 0 for part in parts) or len(parts) > 5:
         raise NmfxError(f"--input-size {size}: expected the input without its batch, as in 3x224x224")
     numbers = tuple(map(int, parts))
-    return (3, *numbers, *numbers) if len(numbers) == 1 else numbers
+    numbers = (3, *numbers, *numbers) if len(numbers) == 1 else numbers
+    if math.prod(numbers) > MOST_NUMBERS:
+        raise NmfxError(f"--input-size {size}: {math.prod(numbers):,} numbers an input; at most {MOST_NUMBERS:,} are taken")
+    return numbers
 
 
 def directory_for(model: str) -> Path:
@@ -164,7 +230,7 @@ def create(
         if scheme is not None:
             save_scheme(scheme, folder / "scheme.yaml", sites)
 
-    _replace_directory(path, write)
+    replace_folder(path, write)
     return work
 
 
@@ -174,23 +240,6 @@ def check_absent(path: Path, *, force: bool) -> None:
         raise NmfxError(f"{path} exists and is no work directory of nmfx; choose another name with --out")
     if path.exists() and not force:
         raise NmfxError(f"{path} exists already; give --force to replace it, or --out for another name")
-
-
-def _replace_directory(path: Path, write: Callable[[Path], None]) -> None:
-    folder = draft_beside(path)
-    try:
-        write(folder)
-        folder.chmod(0o755)
-        old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent)) / "old" if path.exists() else None
-        if old is not None:
-            path.rename(old)
-        os.replace(folder, path)
-        if old is not None:
-            shutil.rmtree(old.parent, ignore_errors=True)
-    except OSError as error:
-        raise NmfxError(f"{path}: cannot be written: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def save_scheme(scheme: Scheme, path: Path, sites: Sites, *, force: bool = True) -> list[Path]:
@@ -226,7 +275,7 @@ def open_work(path: Path) -> Work:
         raise NmfxError(f"{path}: not a work directory (it has no work.yaml); make one with `nmfx convert MODEL`") from None
     except UnicodeDecodeError as error:
         raise NmfxError(f"{path / 'work.yaml'}: not written by nmfx convert: {error}") from None
-    tree: dict[str, Any] = text.load_yaml(content, str(path / "work.yaml"), NmfxError)
+    tree: dict[str, Any] = parsing.yaml_tree(content, str(path / "work.yaml"), NmfxError)
     text.check_keys(tree, KEYS, str(path / "work.yaml"), NmfxError)
     if tree.get("nmfx") != "work" or "model" not in tree or "weights" not in tree:
         raise NmfxError(f"{path / 'work.yaml'}: not written by nmfx convert")
@@ -240,18 +289,45 @@ def open_work(path: Path) -> Work:
     return Work(path, tree["model"], tree["weights"], tree.get("note", ""), size, kwargs)
 
 
-def find_work(named: str | None) -> Work | None:
+def find_work(named: str | None, command: str = "search") -> Work | None:
     """The work directory named, or the only one in the current folder; None when there is none.
 
     Raises:
-        NmfxError: there are several.
+        NmfxError: there are several, or what is named is none; the message says what to do, by an example of `command`.
     """
     if named is not None:
-        return open_work(Path(named))
+        path = Path(named)
+        if not path.is_dir():
+            near = [str(other) for other in (Path(f"{named}.nmfx"), path.parent) if (other / "work.yaml").is_file()]
+            hint = f"; did you mean {near[0]}?" if near else "; make one with `nmfx convert MODEL`"
+            raise NmfxError(f"{path}: not a work directory but {'a file' if path.exists() else 'no such folder'}{hint}")
+        return open_work(path)
     if Path("work.yaml").is_file():
         return open_work(Path("."))
     found = sorted(entry.parent for entry in Path(".").glob("*.nmfx/work.yaml"))
     if len(found) > 1:
         names = ", ".join(map(str, found))
-        raise NmfxError(f"several work directories here: {names}; name one, as in `nmfx search {found[0]}`")
+        raise NmfxError(f"several work directories here: {names}; name one, as in `nmfx {command} {found[0]}`")
     return open_work(found[0]) if found else None
+
+
+def need_work(named: str | None, command: str) -> Work:
+    """The same, where there has to be one."""
+    if (found := find_work(named, command)) is None:
+        raise NmfxError("no work directory here; make one with `nmfx convert MODEL`, then `nmfx search`")
+    return found
+
+
+def asked(named: str | None, command: str) -> str:
+    """What a command is to look at: what is named, or the work directory here."""
+    if named is not None:
+        return named
+    if (found := find_work(None, command)) is None:
+        raise NmfxError(f"no work directory here; name a file, folder or model, as in `nmfx {command} resnet50`")
+    return str(found.path)
+
+
+def around(path: Path) -> Work | None:
+    """The work directory that a file lies in, as its scheme and its exports do; None when it lies elsewhere."""
+    folder = next((folder for folder in list(path.absolute().parents)[:2] if (folder / "work.yaml").is_file()), None)
+    return open_work(folder) if folder is not None else None

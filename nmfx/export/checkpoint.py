@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from nmfx.errors import CheckpointError, ModelError
 from nmfx.files import write_atomic
-from nmfx.graph.masked import STATES, MaskedSite, mask_attribute, masked_sites, renew, unmask
+from nmfx.graph.masked import GIVEN, STATES, MaskedSite, mask_attribute, masked_sites, renew, unmask
 from nmfx.graph.reading import MaskSpec, mask_name
 from nmfx.scheme import Scheme
 from nmfx.sparsity.layout import Grouping
@@ -72,9 +72,12 @@ def save_checkpoint(model: nn.Module, path: str | Path, *, info: Mapping[str, st
     """
     renew(model)
     packed = {f"{site.path}.{site.attr}".lstrip("."): site for site in masked_sites(model)}
-    tensors, aliases = _unpacked(model, packed)  # first, as it refuses what cannot be saved
+    whole = {name for name, site in packed.items() if site.spec.derived}  # all of the weight is standardised
+    tensors, aliases = _unpacked(model, packed.keys() - whole)  # first, as it refuses what cannot be saved
     for name, site in packed.items():
-        if name not in aliases:
+        if name in whole:
+            tensors |= {f"{name}:mask": site.mask.cpu().contiguous()} if site.spec.frozen else {}
+        elif name not in aliases:
             values, positions = pack(site.parameter.detach().cpu(), site.mask.cpu(), site.spec.pattern.n, site.spec.grouping)
             tensors |= {f"{name}:values": values, f"{name}:positions": positions}
     sites = {name: _describe(site) for name, site in packed.items()}
@@ -86,7 +89,7 @@ def save_checkpoint(model: nn.Module, path: str | Path, *, info: Mapping[str, st
     return header
 
 
-def _unpacked(model: nn.Module, packed: Mapping[str, MaskedSite]) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _unpacked(model: nn.Module, packed: Set[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """State-dict entries that are stored as they are, and names that share memory with an earlier one."""
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
@@ -114,7 +117,7 @@ def _describe(site: MaskedSite) -> dict[str, Any]:
         "shape": list(site.parameter.shape),
         "decay": spec.decay,
         "frozen": spec.frozen,
-    }
+    } | ({"derived": True} if spec.derived else {})
 
 
 def _class_name(model: nn.Module) -> str:
@@ -176,7 +179,9 @@ def load_checkpoint(path: str | Path, model: nn.Module | None = None) -> nn.Modu
     state: dict[str, Tensor] = {name: value for name, value in tensors.items() if ":" not in name}
     masks: dict[str, Tensor] = {}
     for name, site in header.sites.items():
-        if name not in header.aliases:
+        if site.get("derived"):
+            masks |= {name: tensors[f"{name}:mask"]} if f"{name}:mask" in tensors else {}
+        elif name not in header.aliases:
             parts = tensors.get(f"{name}:values"), tensors.get(f"{name}:positions")
             if parts[0] is None or parts[1] is None:
                 raise CheckpointError(f"{path}: {name}: its values or positions are missing")
@@ -222,15 +227,22 @@ def _fill(
     load_state(model, state)  # check_state has named every difference but missing counters
     for name in sorted(header.sites, key=lambda name: name in header.aliases):  # first owners first
         site, (owner, attr) = header.sites[name], _owner(model, name)
-        spec = MaskSpec(name, Pattern(site["pattern"]), header.grouping(name), site["decay"], site["frozen"])
+        spec = MaskSpec(
+            name, Pattern(site["pattern"]), header.grouping(name), site["decay"], site["frozen"], bool(site.get("derived"))
+        )
         if name in header.aliases:
             mask_attribute(owner, attr, spec, _owner(model, header.aliases[name]))
             continue
         mask_attribute(owner, attr, spec)
+        if spec.derived:
+            if name in masks:
+                owner._buffers[mask_name(attr)] = masks[name].to(cast(nn.Parameter, owner._parameters[attr]).device)
+            continue
         # The mask as it was, not one found anew: kept weights may be zero, and dropped ones are zero now.
         weight = cast(nn.Parameter, owner._parameters[attr])
         owner._buffers[mask_name(attr)] = masks[name].to(weight.device)
         owner.__dict__[STATES][attr].refresh(owner, attr, weight, update=False)
+    model.__dict__[GIVEN] = tuple(name for name in header.sites if name not in header.aliases)
     return model.eval()
 
 

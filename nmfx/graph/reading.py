@@ -27,7 +27,8 @@ class MaskSpec:
     """What is asked of one masked attribute: its pattern, its groups, and how it trains.
 
     ``decay`` is the SR-STE factor, applied at updates (0: plain STE; None: gradients of kept weights only); ``frozen`` keeps
-    the mask as it is.
+    the mask as it is; ``derived`` masks what the module makes of its weight, not the parameter
+    (see `nmfx.graph.derived`), while SR-STE pulls the parameter's entries at the places that mask drops.
     """
 
     name: str
@@ -35,6 +36,7 @@ class MaskSpec:
     grouping: Grouping
     decay: float | None = 2e-4
     frozen: bool = False
+    derived: bool = False
 
 
 def mask_name(attr: str) -> str:
@@ -250,6 +252,17 @@ class MaskState:
 
         return renew
 
+    def read_derived(self, owner: nn.Module, attr: str, value: Tensor) -> Tensor:
+        """The masked value of what the module has made of its weight; the mask is that of `value`."""
+        mask = cast(Tensor, owner._buffers[mask_name(attr)])
+        if not self.spec.frozen and type(value) in (Tensor, nn.Parameter) and not value.is_meta and not is_followed():
+            mask = torch.empty_like(value, dtype=torch.bool, requires_grad=False)
+            write_mask(value.detach(), self.spec, mask, torch.empty_like(value, requires_grad=False))
+            owner._buffers[mask_name(attr)] = mask
+        elif not self.spec.frozen:
+            mask = make_mask(value, self.spec.pattern.n, self.spec.grouping)
+        return cast(Tensor, MaskedCompute.apply(value, mask.to(value.device), self.spec.decay is None))
+
     def _compute(self, owner: nn.Module, attr: str, weight: Tensor) -> Tensor:
         """The same value as plain operations, for compilers and function transforms, which must see the computation."""
         mask = cast(Tensor, owner._buffers[mask_name(attr)])
@@ -286,10 +299,9 @@ def _is_shard(weight: Tensor) -> bool:
 
 def _can_cache(weight: Tensor) -> bool:
     """Whether this is a real parameter in eager mode: not compiled, exported, fake, meta, or inside a function transform."""
-    return (
-        not torch.compiler.is_compiling()
-        and not torch._C._get_tracing_state()
-        and type(weight) is nn.Parameter
-        and not weight.is_inference()
-        and weight.device.type != "meta"
-    )
+    return not is_followed() and type(weight) is nn.Parameter and not weight.is_inference() and weight.device.type != "meta"
+
+
+def is_followed() -> bool:
+    """Whether a compiler or exporter is watching, which must see the whole computation."""
+    return torch.compiler.is_compiling() or bool(torch._C._get_tracing_state())

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from nmfx.errors import SchemeError
 from nmfx.graph.census import find_sites
-from nmfx.graph.masked import deep_copy, is_masked, mask_attribute, masked_sites, unmask
+from nmfx.graph.masked import GIVEN, deep_copy, is_masked, mask_attribute, masked_sites, unmask
 from nmfx.graph.modes import keep_modes
 from nmfx.graph.reading import MaskSpec
 from nmfx.graph.site import Site, Sites
@@ -74,12 +74,16 @@ def transform(
     try:
         for site in sites:
             if site.name in resolved:
-                spec = MaskSpec(site.name, resolved[site.name], resolved.grouping(site), factor, training == "fixed")
+                spec = MaskSpec(
+                    site.name, resolved[site.name], resolved.grouping(site), factor, training == "fixed", site.derived
+                )
                 _mask(result, site, spec)
     except Exception:
         for module in result.modules():
             unmask(module, keep_masked=False)
+        result.__dict__.pop(GIVEN, None)
         raise
+    result.__dict__[GIVEN] = tuple(name for name in resolved)
     return to_graph(result, example_input) if as_graph else result
 
 
@@ -136,7 +140,7 @@ def conversion_difference(model: nn.Module, sites: Sites, example: Example) -> f
         try:
             before = outputs()
             for site in sites:
-                _mask(model, site, MaskSpec(site.name, Pattern.DENSE, Grouping(site.rows, 1)))
+                _mask(model, site, MaskSpec(site.name, Pattern.DENSE, Grouping(site.rows, 1), derived=site.derived))
             after = outputs()
         finally:
             for module in model.modules():

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from nmfx import text
+from nmfx import parsing
 from nmfx.data.config import PictureConfig, check_classes, picture_config
 from nmfx.data.source import Data, open_data
 from nmfx.errors import NmfxError
@@ -70,7 +70,7 @@ class Job:
     def dense(self) -> Dense:
         """What the build stage wrote."""
         path = self.folder / WORK
-        tree = text.load_yaml(path.read_text(encoding="utf-8"), str(path), NmfxError)
+        tree = parsing.yaml_tree(path.read_text(encoding="utf-8"), str(path), NmfxError)
         source = replace(find_source(tree["model"]), kwargs=json.loads(tree["kwargs"]))
         return Dense(source, tree["weights"], tree["note"])
 

@@ -10,7 +10,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import nmfx
-from nmfx import text
+from nmfx import parsing, text
 from nmfx.errors import NmfxError
 from nmfx.recipe.schema import INLINE, Recipe, SearchSection
 from nmfx.search.domino_loop import Loop
@@ -84,7 +84,7 @@ def _read(path: Path) -> dict[str, Any]:
         content = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise NmfxError(f"{path}: cannot be read as a recipe: {getattr(error, 'strerror', None) or error}") from error
-    return text.load_yaml(content, str(path), NmfxError)
+    return parsing.yaml_tree(content, str(path), NmfxError)
 
 
 def _merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

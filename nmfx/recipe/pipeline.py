@@ -7,7 +7,6 @@ what those before it wrote, and leaves a stamp in ``stages/``.
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
@@ -34,6 +33,7 @@ from nmfx.recipe.job import SCHEME, START, WEIGHTS, WORK, Dense, Job, example_of
 from nmfx.recipe.schema import INLINE, FinetuneSection, ModelSection, Recipe, SearchSection
 from nmfx.recipe.stamp import Stamp, digest_of, digests, read_stamp, stamp, write_stamp
 from nmfx.recipe.tuned import TUNED, describe_epoch, save_epochs
+from nmfx.recipe.written import Written, check_folders, is_state, remove_events, remove_state
 from nmfx.scheme import Scheme, Totals, shapes_of
 from nmfx.search.domino_loop import DominoSearch
 from nmfx.search.finder import SearchResult, conclude, find_scheme
@@ -44,10 +44,12 @@ from nmfx.training.record import Epoch, Progress
 from nmfx.training.settings import FREE
 from nmfx.training.state import fingerprint
 from nmfx.training.trainer import BEST, LAST, LOG, finetune
-from nmfx.zoo.building import Built, build_random, load_weights
+from nmfx.zoo.building import Built, build_random, load_weights, unavailable
 from nmfx.zoo.source import SOURCE, find_source
 
 Advance = Callable[..., None]  # the share done, a line of text; lasting=True: a line to keep
+SCHEMES, BOARD = (SCHEME, "scheme.txt"), "finetune/tensorboard"
+FOLDERS = ("stages", "export", "finetune", BOARD)
 SEARCHING, TUNING, SCORES = "scheme.search.safetensors", "finetune", "evaluation.json"
 
 
@@ -73,7 +75,7 @@ def build(section: ModelSection) -> Built:
         try:
             return Built(source.build(pretrained=True), source, "pretrained")
         except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
-            note = f"pretrained weights of {source} cannot be had: {' '.join(str(error).split())[:200]}"
+            note = f"pretrained weights of {source} cannot be had: {unavailable(error)}"
             if section.weights == "pretrained":
                 raise ModelError(f"{note}. Say weights: FILE, or weights: none for the structure only") from error
     if is_compressed(section.weights):
@@ -96,8 +98,7 @@ def _build(job: Job, advance: Advance) -> Done:
     head = {"nmfx": "work", "version": 1, "model": str(source), "kwargs": json.dumps(dict(source.kwargs))}
     head |= {"weights": built.weights, "note": built.note, "input_size": section.input_size}
     content = yaml.safe_dump(head, sort_keys=False)
-    for name in (WEIGHTS, START):
-        (folder / name).unlink(missing_ok=True)
+    kept = Written(folder).clear(WORK, WEIGHTS, START)
     written = [WORK]
     if built.weights != "random":  # their seed gives those again
         save_baked(model, folder / WEIGHTS)
@@ -112,6 +113,7 @@ def _build(job: Job, advance: Advance) -> Done:
         f"{len(sites.skipped)} parameters are no sites: {', '.join(s.name for s in sites.skipped)}" if sites.skipped else "",
         f"read through all-ones masks, the largest difference is {difference:g}",
         built.note,
+        *kept,
         f"compressed weights: {describe(start.totals(sites))}; no site gets denser" if start is not None else "",
     ]
     return Done(tuple(written), tuple(line for line in lines if line))
@@ -188,10 +190,12 @@ def _search(job: Job, advance: Advance) -> Done:
     scheme, result = choose(job.recipe.search, model, sites, start=job.start(sites), job=job, advance=advance)
     scheme = replace(scheme, info={**scheme.info, "model": str(dense.source), "weights": dense.weights})
     written: list[str] = []
-    if rank() == 0:
-        written = _save_scheme(scheme, job.folder, sites)
-        (job.folder / SEARCHING).unlink(missing_ok=True)
     lines = [describe(scheme.totals(sites))]
+    if rank() == 0:
+        lines += Written(job.folder).clear(*SCHEMES)
+        written = _save_scheme(scheme, job.folder, sites)
+        if is_state(job.folder / SEARCHING):
+            (job.folder / SEARCHING).unlink()
     if result is not None:
         lines.append(f"{result.method}: {len(result.events)} steps in {result.seconds:.2f} s, {result.left:,} left")
         lines += [f"{name}: dense, or with another M ({why})" for name, why in result.dense_reasons.items()]
@@ -214,7 +218,6 @@ def _save_scheme(scheme: Scheme, folder: Path, sites: Sites) -> list[str]:
     try:
         scheme.save(published, sites)
     except SchemeError:
-        published.unlink(missing_ok=True)  # it would contradict the scheme beside it
         return [path.name]
     return [path.name, published.name]
 
@@ -245,7 +248,7 @@ def _finetune(job: Job, advance: Advance) -> Done:
 
     folder, start = job.folder / TUNING, dense.weights if section.weights == "model" else "random"
     if rank() == 0:
-        check_writable(folder, TUNED.values())
+        check_writable(folder)
     result = finetune(
         model.to(job.device),
         data,
@@ -257,9 +260,10 @@ def _finetune(job: Job, advance: Advance) -> Done:
         progress=progress,
         after_epoch=after_epoch,
     )
-    save_epochs(model, result, folder, {**scheme.info, "weights": f"fine-tuned from {start}"})
     best, written = result.best, tuple(f"{TUNING}/{name}" for name in TUNED.values())
-    return Done(written, (f"{len(result.epochs)} epochs; best top-1 {best.top1:.2%} after epoch {best.epoch + 1}",))
+    kept = Written(job.folder).clear(*written) if rank() == 0 else []
+    save_epochs(model, result, folder, {**scheme.info, "weights": f"fine-tuned from {start}"})
+    return Done(written, (f"{len(result.epochs)} epochs; best top-1 {best.top1:.2%} after epoch {best.epoch + 1}", *kept))
 
 
 def _teacher(job: Job, dense: Dense) -> nn.Module:
@@ -293,11 +297,12 @@ def _export(job: Job, advance: Advance) -> Done:
         if section.onnx:
             save_onnx(plain, draft / f"{name}.onnx", example)
             written.append(f"{name}.onnx")
-    for stale in (job.folder / "export").iterdir():
-        if stale.name not in written and stale.name.startswith(f"{name}."):
-            stale.unlink()  # of an earlier run, with other settings
-    paths = tuple(f"export/{name}" for name in written)
+        paths, left = tuple(f"export/{file}" for file in written), Written(job.folder)
+        earlier = [f"export/{file.name}" for file in (job.folder / "export").iterdir()]
+        stale = [path for path in earlier if path not in paths and left.ours(path)]  # of a run with other settings
+        kept = left.clear(*paths, *stale)
     lines = [f"{checked.groups:,} groups of {checked.sites} sites hold at most N"] if checked else []
+    lines += kept
     lines += [f"wrote {job.folder / path} ({(job.folder / path).stat().st_size:,} bytes)" for path in paths]
     return Done(paths, tuple(lines))
 
@@ -319,9 +324,11 @@ def _evaluate(job: Job, advance: Advance) -> Done:
     scores = {} if job.dense().weights == "random" else {first: evaluate(dense, batches)}
     scores["exported"] = evaluate(model, batches, reference=dense if scores else None)
     content = json.dumps({name: asdict(one) for name, one in scores.items()}, indent=1)
+    kept: list[str] = []
     if rank() == 0:
+        kept = Written(job.folder).clear(SCORES)
         write_atomic(job.folder / SCORES, lambda draft: _write(draft, content))
-    return Done((SCORES,))
+    return Done((SCORES,), tuple(kept))
 
 
 def read_scores(folder: Path) -> dict[str, Evaluation]:
@@ -395,8 +402,9 @@ class Pipeline:
     """The stages of a recipe in a folder; ask `reason` why one has to run, and `run` it, in the order of `stages`."""
 
     def __init__(self, recipe: Recipe, folder: Path, *, device: str = "cpu") -> None:
-        """Raises NmfxError when the folder is not one of ours."""
+        """Raises NmfxError when the folder is not one of ours, or leads elsewhere by a link inside it."""
         self.job = Job(recipe, folder, device)
+        check_folders(folder, FOLDERS)
         here = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
         if here and not (folder / "stages").is_dir():
             raise NmfxError(f"{folder} exists, and no recipe was run there; give -o another folder")
@@ -423,20 +431,21 @@ class Pipeline:
     def run(self, stage: str, advance: Advance | None = None, *, anew: bool = False) -> tuple[str, ...]:
         """Run a stage; what it has to say. One that was stopped goes on, unless it is another one now, or `anew`."""
         folder, one, wanted = self.job.folder, STAGES[stage], self._wanted(stage)
-        there = read_stamp(folder, stage)
+        there, kept = read_stamp(folder, stage), list[str]()
         _together()
         if rank() == 0:
             if anew or there is None or not there.starts_as(wanted):
-                for name in one.drafts:
-                    (folder / name).unlink(missing_ok=True)
-                shutil.rmtree(folder / "finetune" / "tensorboard", ignore_errors=True) if stage == "finetune" else None
+                kept = [line for name in one.drafts for line in remove_state(folder / name)]
+                remove_events(folder / BOARD) if stage == "finetune" else None
             write_stamp(folder, stage, wanted)
         _together()
         done = one.run(self.job, advance or (lambda *_, **__: None)) if one.together or rank() == 0 else Done(())
         if rank() == 0:
-            write_stamp(folder, stage, replace(wanted, outputs=digests(folder, done.outputs)))
+            outputs = digests(folder, done.outputs)
+            Written(folder).record(outputs)
+            write_stamp(folder, stage, replace(wanted, outputs=outputs))
         _together()
-        return done.lines
+        return (*kept, *done.lines)
 
 
 def _together() -> None:

@@ -153,7 +153,8 @@ class DominoSearch:
                 continue
             for path, attr in site.owners:
                 owner = self.model.get_submodule(path)
-                mask_attribute(owner, attr, MaskSpec(site.name, pattern, self.problem.grouping(i), decay=None), twin)
+                spec = MaskSpec(site.name, pattern, self.problem.grouping(i), decay=None, derived=site.derived)
+                mask_attribute(owner, attr, spec, twin)
                 twin = twin or (owner, attr)
 
     def _name(self, index: int) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -24,7 +23,7 @@ from nmfx.data.loader import train_loader, validation_loader
 from nmfx.data.seeding import seed_of
 from nmfx.data.source import Data
 from nmfx.errors import CheckpointError, DataError, NmfxError
-from nmfx.files import check_writable
+from nmfx.files import check_writable, remove_dead_drafts
 from nmfx.graph.masked import deep_copy, masked_sites, renew
 from nmfx.graph.modes import keep_modes
 from nmfx.graph.parallel import find_units, gathered, shard, wrap
@@ -315,8 +314,7 @@ class Run:
     def _resume(self, folder: Path) -> None:
         path = folder / LAST
         if rank() == 0:
-            for draft in folder.glob(f".{LAST}.*"):  # of a save that was killed
-                shutil.rmtree(draft, ignore_errors=True)
+            remove_dead_drafts(folder)
         if not path.exists():
             return
         tensors, about = load_state(path)

@@ -15,6 +15,7 @@ import nmfx as library
 from nmfx.cli.main import main
 from nmfx.data.source import open_data
 from nmfx.demo.digits import load_demo
+from nmfx.errors import NmfxError
 from nmfx.runtime.latency import Latency, measure_latency
 from nmfx.search.problem import pose
 from nmfx.sparsity.pattern import Pattern
@@ -76,6 +77,21 @@ def test_search_for_a_latency(nmfx: Run, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr("nmfx.cli.latency.measured_seconds", lambda *args: 1.0)  # a second: no scheme will do
     _, err = nmfx("search", "--target-latency", "2x", "--force", fails=True)
     assert re.search(r"out of reach: with the sparsest patterns it takes 1e\+03 ms, 0.00x", err)
+
+
+@pytest.mark.parametrize("command", ["bench", "search"])
+def test_a_missing_kernel_is_said_in_one_line(command: str, nmfx: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*args: Any, **kwargs: Any) -> None:
+        raise NmfxError("far enough")
+
+    monkeypatch.setattr("nmfx.cli.latency.load_kernel", lambda: "no C++ compiler (c++): install one, such as g++")
+    monkeypatch.setattr("nmfx.cli.bench.bench", stop)
+    monkeypatch.setattr("nmfx.cli.latency.measure_latency", stop)
+    nmfx("convert", "digits", "--pattern", "2:4")
+    argv = ["digits.nmfx", "--batch", "1"] if command == "bench" else ["--target-latency", "2x", "--m", "4", "--force"]
+    _, err = nmfx(command, *argv, fails=True)
+    said = "warning: no sparse kernel, so nothing gets faster than dense: no C++ compiler (c++): install one, such as g++"
+    assert said in err.splitlines()
 
 
 def test_prices_never_rise_as_weights_are_dropped() -> None:

@@ -21,7 +21,17 @@ from torch import Tensor, nn
 
 from nmfx.errors import NmfxError
 from nmfx.graph.census import find_sites
-from nmfx.graph.masked import freeze, is_masked, mask_attribute, masked_sites, plain_class, throw_away_copy, unmask
+from nmfx.graph.derived import derive
+from nmfx.graph.masked import (
+    freeze,
+    is_masked,
+    mask_attribute,
+    masked_sites,
+    plain_class,
+    read_masked,
+    throw_away_copy,
+    unmask,
+)
 from nmfx.graph.reading import MaskedWeight, MaskSpec, mask_name
 from nmfx.graph.updates import pull
 from nmfx.passes.baking import bake
@@ -69,11 +79,13 @@ def parameter(module: nn.Module) -> nn.Parameter:
 def assert_fresh(module: nn.Module, attr: str = "weight") -> None:
     """What is read is the masked value of the weight as it is now, under the mask of the weight as it is now."""
     spec = next(site.spec for site in masked_sites(module) if site.owner is module and site.attr == attr)
-    weight = module._parameters[attr]
+    weight: Tensor | None = module._parameters[attr]
     assert weight is not None
+    if spec.derived:
+        weight = derive(module, plain_class(module))
     for context in (torch.no_grad(), torch.enable_grad()):
         with context:
-            value = getattr(module, attr)
+            value = read_masked(module, attr)
         mask = getattr(module, mask_name(attr))
         if not spec.frozen:
             assert torch.equal(mask, make_mask(weight, spec.pattern.n, spec.grouping))
