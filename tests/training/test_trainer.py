@@ -27,6 +27,7 @@ from nmfx.data.pictures import ArrayPictures
 from nmfx.demo.digits import load_demo
 from nmfx.errors import CheckpointError, DataError, NmfxError
 from nmfx.export.checkpoint import load_checkpoint, save_checkpoint
+from nmfx.files import draft_in
 from nmfx.graph.masked import masked_sites
 from nmfx.passes.baking import bake, verify
 from nmfx.passes.transform import transform
@@ -235,8 +236,8 @@ def killed(folder: str, update: int) -> None:
 
     def progress(now: Progress) -> None:
         if now.epoch * now.steps + now.step == update:
-            (Path(folder) / f".{LAST}.half").mkdir()  # as a save would leave behind
-            os.kill(os.getpid(), signal.SIGKILL)
+            with draft_in(Path(folder)):  # as in the middle of a save
+                os.kill(os.getpid(), signal.SIGKILL)
 
     finetune(demo(), a_few(open_data("digits")), settings=QUICK, folder=Path(folder), progress=progress)
 
