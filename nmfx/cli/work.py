@@ -345,8 +345,9 @@ def find_work(named: str | None, command: str = "search") -> Work | None:
         remove_dead_drafts(path.parent)  # of a conversion that was killed, which may have taken `path` away
         if not path.is_dir():
             near = [str(other) for other in (Path(f"{named}.nmfx"), path.parent) if (other / "work.yaml").is_file()]
-            hint = f"; did you mean {near[0]}?" if near else "; make one with `nmfx convert MODEL`"
-            raise NmfxError(f"{path}: not a work directory but {'a file' if path.exists() else 'no such folder'}{hint}")
+            hint = f"did you mean {near[0]}?" if near else f"make one with `nmfx convert {'MODEL' if path.exists() else named}`"
+            why = "it is a file" if path.exists() else "there is no such folder"
+            raise NmfxError(f"{path}: not a work directory, {why}; {hint}")
         return open_work(path)
     if Path("work.yaml").is_file():
         return open_work(Path("."))
