@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import nn
 
 from nmfx.cli import tables, work
-from nmfx.cli.console import heading, output, working
+from nmfx.cli.console import heading, output, warn, working
 from nmfx.errors import NmfxError
 from nmfx.export.checkpoint import load_checkpoint, read_checkpoint, save_checkpoint
 from nmfx.export.plain import save_baked, save_onnx
@@ -34,8 +34,8 @@ def run(args: Namespace) -> None:
     work.check_free([*paths.values(), paths["scheme"].with_suffix(".txt")], force=args.force)
     _write(found, scheme_path, paths, args.epoch)
     for stale in (folder / f"{name}.baked.safetensors", folder / f"{name}.onnx"):
-        if stale not in paths.values():  # of an earlier export, with another scheme
-            stale.unlink(missing_ok=True)
+        if stale not in paths.values() and stale.exists():
+            warn(f"{stale} was there and is not of this export, so perhaps of another scheme; it is left as it was")
 
 
 def _write(found: work.Work, scheme_path: Path, paths: Mapping[str, Path], epoch: str) -> None:

@@ -30,6 +30,7 @@ from nmfx.files import remove_dead_drafts, replace_folder
 from nmfx.graph.census import find_sites
 from nmfx.graph.site import Sites
 from nmfx.recipe.tuned import TUNED
+from nmfx.recipe.written import check_folders, set_aside, strangers
 from nmfx.scheme import Scheme
 from nmfx.zoo.arguments import is_picture, parse_kwargs
 from nmfx.zoo.building import Built, load_stored
@@ -37,6 +38,13 @@ from nmfx.zoo.example import Example, example_for
 from nmfx.zoo.source import SOURCE, Source, find_source
 
 VERSION = 1
+EXPORTS = (".safetensors", ".baked.safetensors", ".onnx")
+OURS = {
+    *("work.yaml", "weights.safetensors", "start.yaml", "scheme.yaml", "scheme.txt", "scheme.search.safetensors"),
+    *(f"finetune/{name}" for name in ("last.safetensors", "best.safetensors", "log.csv", *TUNED.values())),
+    *("recalibrated/model.safetensors", "export/scheme.yaml", "export/scheme.txt", "evaluation.json"),
+    *(f"stages/{name}.json" for name in ("build", "search", "finetune", "export", "evaluate", "written")),
+}  # what may lie in a work directory
 KEYS = ("nmfx", "version", "model", "kwargs", "weights", "note", "input_size")
 
 
@@ -249,6 +257,20 @@ def check_absent(path: Path, *, force: bool) -> None:
         raise NmfxError(f"{path} exists and is no work directory of nmfx; choose another name with --out")
     if path.exists() and not force:
         raise NmfxError(f"{path} exists already; give --force to replace it, or --out for another name")
+    if path.exists():
+        _check_replaceable(path)
+
+
+def _check_replaceable(path: Path) -> None:
+    """Raise if a work directory that is to be replaced holds a user's own files; the names that nmfx gives are --force's."""
+    try:
+        name = open_work(path).model.partition(":")[2]
+    except NmfxError:  # damaged: --force is for that, too
+        name = path.name.removesuffix(".nmfx")
+    others = strangers(path, {*OURS, *(f"export/{name}{ending}" for ending in EXPORTS)})
+    if others:
+        shown = ", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
+        raise NmfxError(f"{path} would be replaced, but nmfx did not write {shown} in it: move what you need, or give --out")
 
 
 def save_scheme(scheme: Scheme, path: Path, sites: Sites, *, force: bool = True) -> list[Path]:
@@ -259,7 +281,8 @@ def save_scheme(scheme: Scheme, path: Path, sites: Sites, *, force: bool = True)
     try:
         scheme.save(published, sites, force=force)
     except NmfxError as error:
-        published.unlink(missing_ok=True)  # it would contradict the scheme beside it
+        for line in set_aside(published):  # it would contradict the scheme beside it
+            warn(line)
         warn(f"no {published.name}: {error}")
         return [path]
     return [path, published]
@@ -286,8 +309,9 @@ def open_work(path: Path) -> Work:
     """Read a work directory.
 
     Raises:
-        NmfxError: it is none.
+        NmfxError: it is none, or leads elsewhere by a link in it.
     """
+    check_folders(path, ("export", "finetune", "recalibrated"))
     file = path / "work.yaml"
     for folder in (path.parent, path):
         remove_dead_drafts(folder)
@@ -321,8 +345,9 @@ def find_work(named: str | None, command: str = "search") -> Work | None:
         remove_dead_drafts(path.parent)  # of a conversion that was killed, which may have taken `path` away
         if not path.is_dir():
             near = [str(other) for other in (Path(f"{named}.nmfx"), path.parent) if (other / "work.yaml").is_file()]
-            hint = f"; did you mean {near[0]}?" if near else "; make one with `nmfx convert MODEL`"
-            raise NmfxError(f"{path}: not a work directory but {'a file' if path.exists() else 'no such folder'}{hint}")
+            hint = f"did you mean {near[0]}?" if near else f"make one with `nmfx convert {'MODEL' if path.exists() else named}`"
+            why = "it is a file" if path.exists() else "there is no such folder"
+            raise NmfxError(f"{path}: not a work directory, {why}; {hint}")
         return open_work(path)
     if Path("work.yaml").is_file():
         return open_work(Path("."))

@@ -34,7 +34,7 @@ from nmfx.recipe.job import SCHEME, START, WEIGHTS, WORK, Dense, Job, example_of
 from nmfx.recipe.schema import INLINE, FinetuneSection, ModelSection, Recipe, SearchSection
 from nmfx.recipe.stamp import Stamp, digest_of, digests, read_stamp, stamp, write_stamp
 from nmfx.recipe.tuned import TUNED, describe_epoch, save_epochs
-from nmfx.recipe.written import Written, check_folders, is_state, remove_events, remove_state
+from nmfx.recipe.written import BOARD, Written, check_folders, is_state, remove_events, remove_state
 from nmfx.scheme import Scheme, Totals, shapes_of
 from nmfx.search.domino_loop import DominoSearch
 from nmfx.search.finder import SearchResult, conclude, find_scheme
@@ -49,7 +49,7 @@ from nmfx.zoo.building import Built, build_random, load_weights, unavailable
 from nmfx.zoo.source import SOURCE, find_source
 
 Advance = Callable[..., None]  # the share done, a line of text; lasting=True: a line to keep
-SCHEMES, BOARD = (SCHEME, "scheme.txt"), "finetune/tensorboard"
+SCHEMES = (SCHEME, "scheme.txt")
 FOLDERS = ("stages", "export", "finetune", BOARD)
 SEARCHING, TUNING, SCORES = "scheme.search.safetensors", "finetune", "evaluation.json"
 
@@ -249,7 +249,7 @@ def _finetune(job: Job, advance: Advance) -> Done:
 
     folder, start = job.folder / TUNING, dense.weights if section.weights == "model" else "random"
     if rank() == 0:
-        check_writable(folder, TUNED.values())
+        check_writable(folder)
     result = finetune(
         model.to(job.device),
         data,
@@ -261,10 +261,9 @@ def _finetune(job: Job, advance: Advance) -> Done:
         progress=progress,
         after_epoch=after_epoch,
     )
-    written = tuple(f"{TUNING}/{name}" for name in TUNED.values())
+    best, written = result.best, tuple(f"{TUNING}/{name}" for name in TUNED.values())
     kept = Written(job.folder).clear(*written) if rank() == 0 else []
     save_epochs(model, result, folder, {**scheme.info, "weights": f"fine-tuned from {start}"})
-    best = result.best
     return Done(written, (f"{len(result.epochs)} epochs; best top-1 {best.top1:.2%} after epoch {best.epoch + 1}", *kept))
 
 

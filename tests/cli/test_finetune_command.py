@@ -119,7 +119,7 @@ def test_export_takes_the_fine_tuned_weights_of_its_scheme(work: Path, nmfx: Run
     assert main(["export", "--force"]) == 0
     out, err = capsys.readouterr()
     assert "weights: pretrained" in out
-    assert "was trained under another scheme: what is exported is not fine-tuned" in err
+    assert "was trained under another scheme: it is left out" in err
 
 
 def test_the_same_command_goes_on_after_kill_9(work: Path, nmfx: Run, fails: Run) -> None:
@@ -153,7 +153,7 @@ def test_the_same_command_goes_on_after_kill_9(work: Path, nmfx: Run, fails: Run
 def test_the_best_epoch_is_what_is_exported_and_the_last_one_on_demand(
     work: Path, nmfx: Run, fails: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert "no last epoch there" in fails("export", "--epoch", "last")
+    assert "no last epoch of a fine-tuning under this scheme" in fails("export", "--epoch", "last")
     real, tops = trainer.evaluate, iter([0.5, 0.75, 0.75, 0.25])
 
     def told(*args: Any, **options: Any) -> Any:
