@@ -110,7 +110,7 @@ class CompiledModel(nn.Module):
     - *Passes.* A batch larger than `batch` is cut into passes only where the graph shows that samples do not see each other
       and that all outputs have the batch first.
     - *Inf and NaN* in activations spread through a dropped weight in the masked model (0 * inf is NaN), and not here, where
-      it is not there.
+      it is not there; and the clamps of dense sites, which are oneDNN's, make 0 of NaN. Look for them before, not after.
 
     `copy.deepcopy` copies it. It cannot be saved: loading a pickle runs code. Save the model (`save_checkpoint`), load it and
     compile it again.
@@ -229,6 +229,7 @@ def _kind(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+@torch.inference_mode(False)  # whose tensors have no versions
 def lower_again(first: Lowered, model: nn.Module, example: Tensor, *, kernel: bool) -> Lowered:
     """A baked model lowered for an example of another size with the choices of the first, whose layers are shared.
 
@@ -237,7 +238,7 @@ def lower_again(first: Lowered, model: nn.Module, example: Tensor, *, kernel: bo
     """
     if 0 in example.shape[1:]:
         raise ModelError("there are no pixels")
-    graph, domain = export(model, example)
+    graph, domain = export(model, example.clone())
     choices = defaultdict[str, list[Choice]](list)
     for choice in first.choices:
         choices[choice.name].append(choice)
@@ -264,6 +265,7 @@ def _joined(parts: list[Any]) -> Any:
     return tree_map(lambda *each: torch.cat(each) if isinstance(each[0], Tensor) else each[0], parts[0], *parts[1:])
 
 
+@torch.inference_mode(False)  # whose tensors have no versions
 def compile(
     model: nn.Module, example_input: Tensor, *, batch: int | None = None, shapes: int = SHAPES, progress: Advance = ignore
 ) -> CompiledModel:
@@ -291,7 +293,7 @@ def compile(
         raise ModelError(f"compile: expected passes of 1 sample or more, and shapes of 0 or more, got {batch} and {shapes}")
     if torch.is_autocast_enabled("cpu"):
         raise ModelError("compile: compiled models compute in float32; leave autocast around compile and its calls")
-    example = example_input.detach().cpu().contiguous()
+    example = example_input.detach().cpu().clone(memory_format=torch.contiguous_format)
     plain = bake(model).cpu().eval()
     kernel = load_kernel()
     with keep_modes(plain):

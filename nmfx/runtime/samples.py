@@ -174,8 +174,10 @@ def _made(node: fx.Node, first: First) -> bool:
     return not any(isinstance(each, fx.Node) for each in node.args[1:])
 
 
-SIZED = (aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.expand.default)
-SIZED += (aten.full.default, aten.zeros.default, aten.ones.default)  # which may be told the batch size
+SIZED = {  # which may be told the batch size
+    *(aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.expand.default),
+    *(aten.full.default, aten.zeros.default, aten.ones.default),
+}
 RULES: dict[Any, Rule] = {
     **dict.fromkeys((aten.conv1d.default, aten.conv2d.default, aten.conv3d.default), _convolution),
     aten.linear.default: lambda node, first: _only(node, first) and _rank(node) >= 2,
