@@ -11,9 +11,49 @@ from typing import Any
 HOSTILE: tuple[Any, ...] = (
     *(None, True, False, 0, 1, -1, 2, 3, 2**31, 2**53, 2**63 - 1, 2**63, -(2**63), 10**30, 10**400),
     *(0.5, -0.0, 1e-320, 1e308, -1e308, 3e9, float("nan"), float("inf"), -float("inf")),
-    *("", "a", "nan", "1e308", "1e999", "-1", "3000000000", "9" * 5000, "x" * 100_000, "\0", "\x1b[31m", "\ud800", "٣", "no", "~"),
-    *("2:4", "0:0", "64:64", "4:2", "999:999", "abc", "strict", "flat", "dense", "hf-hub:a/b", "local-dir:/tmp", "../x", "/dev/zero"),
-    *([], {}, [[]], {"": {}}, [0] * 1000, [1, 2, 3], [2**40] * 3, {"checkpoint_path": "/tmp/x"}, {"num_classes": 3_000_000_000}),
+    *(
+        "",
+        "a",
+        "nan",
+        "1e308",
+        "1e999",
+        "-1",
+        "3000000000",
+        "9" * 5000,
+        "x" * 100_000,
+        "\0",
+        "\x1b[31m",
+        "\ud800",
+        "٣",
+        "no",
+        "~",
+    ),
+    *(
+        "2:4",
+        "0:0",
+        "64:64",
+        "4:2",
+        "999:999",
+        "abc",
+        "strict",
+        "flat",
+        "dense",
+        "hf-hub:a/b",
+        "local-dir:/tmp",
+        "../x",
+        "/dev/zero",
+    ),
+    *(
+        [],
+        {},
+        [[]],
+        {"": {}},
+        [0] * 1000,
+        [1, 2, 3],
+        [2**40] * 3,
+        {"checkpoint_path": "/tmp/x"},
+        {"num_classes": 3_000_000_000},
+    ),
     *({"pretrained_cfg": {"file": "/tmp/x"}}, {"num_classes": 999_999}, {"img_size": 8192, "patch_size": 1}),
 )
 
@@ -45,7 +85,9 @@ def mutate_bytes(content: bytes, pick: random.Random) -> bytes:
         elif kind == 5:
             del data[at:]
         else:
-            data[at:at] = pick.choice((b"[", b"{", b"&a ", b"*a", b"!!int ", b"\n", b"'", b'"', b": ", b"- ", b"9" * 30)) * length
+            data[at:at] = (
+                pick.choice((b"[", b"{", b"&a ", b"*a", b"!!int ", b"\n", b"'", b'"', b": ", b"- ", b"9" * 30)) * length
+            )
     return bytes(data)
 
 
@@ -104,7 +146,9 @@ def to_yaml(tree: Any, pick: random.Random, indent: int = 0) -> str:
     if indent > 250:
         return "x\n"
     if isinstance(tree, dict) and tree:
-        return "\n" * (indent > 0) + "".join(f"{space}{_word(k, pick)}: {to_yaml(v, pick, indent + 1)}" for k, v in tree.items())
+        return "\n" * (indent > 0) + "".join(
+            f"{space}{_word(k, pick)}: {to_yaml(v, pick, indent + 1)}" for k, v in tree.items()
+        )
     if isinstance(tree, list) and tree:
         return "\n" * (indent > 0) + "".join(f"{space}- {to_yaml(each, pick, indent + 1).lstrip()}" for each in tree)
     return f"{_word(tree, pick)}\n"
