@@ -21,9 +21,9 @@ PIPED_SECONDS = 30.0  # between two lines of progress where there is no bar
 @cache
 def output() -> Console:
     """Where results go. Without markup: names and paths may hold square brackets."""
-    from rich.console import Console
+    from nmfx.cli.terminal import Terminal
 
-    class Piped(Console):
+    class Piped(Terminal):
         def on_broken_pipe(self) -> None:
             """The reader has gone, as `| head` does: go on in silence, since what is written to disk is still wanted."""
             self.quiet = True
@@ -43,9 +43,9 @@ def heading(bold: str, rest: str = "", style: str = "bold") -> Text:
 @cache
 def errors() -> Console:
     """Where everything else goes."""
-    from rich.console import Console
+    from nmfx.cli.terminal import Terminal
 
-    return Console(stderr=True, highlight=False)
+    return Terminal(stderr=True, highlight=False)
 
 
 def warn(text: str, *, red: bool = False) -> None:
@@ -68,7 +68,7 @@ def working(text: str) -> Iterator[None]:
     """A progress line with the time elapsed while something takes long; nothing when piped."""
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
     with Progress(*columns, console=errors(), transient=True, disable=not errors().is_terminal) as progress:
         progress.add_task(text, total=None)
         yield
@@ -83,7 +83,7 @@ def advancing(text: str) -> Iterator[Callable[..., None]]:
     """
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(24), TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(24), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=errors(), transient=True, disable=not errors().is_terminal) as progress:
         task, said = progress.add_task(text, total=1.0), time.monotonic()
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import nn
 
 from nmfx.cli import tables, work
-from nmfx.cli.console import heading, output, working
+from nmfx.cli.console import heading, output, warn, working
 from nmfx.errors import NmfxError
 from nmfx.export.checkpoint import load_checkpoint, read_checkpoint, save_checkpoint
 from nmfx.export.plain import save_baked, save_onnx
@@ -17,7 +17,6 @@ from nmfx.files import all_or_nothing
 from nmfx.graph.site import Sites
 from nmfx.passes.baking import bake, verify
 from nmfx.passes.transform import transform
-from nmfx.recipe.tuned import TUNED
 from nmfx.scheme import Scheme
 
 
@@ -35,8 +34,8 @@ def run(args: Namespace) -> None:
     work.check_free([*paths.values(), paths["scheme"].with_suffix(".txt")], force=args.force)
     _write(found, scheme_path, paths, args.epoch)
     for stale in (folder / f"{name}.baked.safetensors", folder / f"{name}.onnx"):
-        if stale not in paths.values():  # of an earlier export, with another scheme
-            stale.unlink(missing_ok=True)
+        if stale not in paths.values() and stale.exists():
+            warn(f"{stale} was there and is not of this export, so perhaps of another scheme; it is left as it was")
 
 
 def _write(found: work.Work, scheme_path: Path, paths: Mapping[str, Path], epoch: str) -> None:
@@ -71,10 +70,7 @@ def _write(found: work.Work, scheme_path: Path, paths: Mapping[str, Path], epoch
 
 def _convert(model: nn.Module, scheme: Scheme, sites: Sites, found: work.Work, epoch: str) -> str:
     """Mask the work directory's model, with the fine-tuned or recalibrated weights that are under this scheme; says which."""
-    path = found.finished(scheme) if epoch == "best" else found.tuned_path.with_name(TUNED[epoch])
-    if path is not None:
-        if not path.is_file() or read_checkpoint(path)[0].scheme.patterns != scheme.patterns:
-            raise NmfxError(f"{path}: no last epoch of a fine-tuning under this scheme; `nmfx finetune` writes it")
+    if (path := found.finished(scheme, epoch)) is not None:
         load_checkpoint(path, model)
         return read_checkpoint(path)[0].info.get("weights", "fine-tuned")
     transform(model, scheme, sites=sites, inplace=True)

@@ -12,7 +12,7 @@ from torch import nn
 
 from nmfx.cli import evaluate as evaluating
 from nmfx.cli import work
-from nmfx.cli.console import advancing, hint, output, working
+from nmfx.cli.console import advancing, hint, output, warn, working
 from nmfx.cli.processes import asked_to_stop, processes
 from nmfx.data.augment import Augment
 from nmfx.data.config import PictureConfig
@@ -26,6 +26,7 @@ from nmfx.passes.baking import verify
 from nmfx.passes.transform import scheme_of, transform
 from nmfx.processes import rank, world
 from nmfx.recipe.tuned import TUNED, describe_epoch, save_epochs
+from nmfx.recipe.written import remove_state
 from nmfx.scheme import INFO, Scheme
 from nmfx.training.evaluation import Evaluation, evaluate
 from nmfx.training.masks import set_training
@@ -63,8 +64,8 @@ def _run(args: Namespace, device: str) -> None:
     teacher = _teacher(args, found)
     data, config = evaluating.pictures(args, model, found.input_size if found else None)
     if args.force and rank() == 0:
-        for stale in (LAST, BEST, LOG, *TUNED.values()):
-            (folder / stale).unlink(missing_ok=True)
+        for line in [line for stale in (LAST, BEST, LOG, *TUNED.values()) for line in remove_state(folder / stale)]:
+            warn(line)
     if world() > 1:
         dist.barrier()  # nobody looks for a run to resume before it is gone
     if (folder / LAST).exists():

@@ -19,7 +19,7 @@ a first tour, in an empty folder (real digits, two minutes; needs nmfx[demo]):
   nmfx convert digits                     build, find the sites, digits.nmfx/
   nmfx search                             a pattern for each of its layers
   nmfx recalibrate --data digits          batch norms to fit, no training
-  nmfx finetune --data digits --epochs 5  train it; the same command resumes
+  nmfx finetune --data digits --batch-size 32 --epochs 5   train it; it resumes
   nmfx evaluate --data digits             accuracy, from dense to fine-tuned
   nmfx export --baked                     compressed checkpoint, plain weights
   nmfx inspect                            what a directory, file or model holds
@@ -139,7 +139,9 @@ def _add_choices(parser: argparse._ArgumentGroup) -> None:
     )
     parser.add_argument("--candidates", metavar="N,N,...", help="the N's to choose from (default: powers of two up to M)")
     parser.add_argument("--patterns", metavar="N:M,...", help="only these patterns, as 2:4 for hardware")
-    parser.add_argument("--keep-dense", action="append", default=[], metavar="GLOB", help="sites that stay dense; repeatable")
+    parser.add_argument(
+        "--keep-dense", action="append", default=[], metavar="GLOB", help="sites or modules that stay dense; repeatable"
+    )
     parser.add_argument(
         "--min-density", action="append", default=[], metavar="[GLOB=]SHARE", help="least density of the sites; repeatable"
     )

@@ -26,6 +26,7 @@ from nmfx.export.start import build_start, is_compressed, take_start
 from nmfx.files import all_or_nothing, check_writable, write_atomic
 from nmfx.graph.census import find_sites
 from nmfx.graph.site import Sites
+from nmfx.parsing import read_json
 from nmfx.passes.baking import bake, verify
 from nmfx.passes.transform import conversion_difference, transform
 from nmfx.processes import rank, world
@@ -33,7 +34,7 @@ from nmfx.recipe.job import SCHEME, START, WEIGHTS, WORK, Dense, Job, example_of
 from nmfx.recipe.schema import INLINE, FinetuneSection, ModelSection, Recipe, SearchSection
 from nmfx.recipe.stamp import Stamp, digest_of, digests, read_stamp, stamp, write_stamp
 from nmfx.recipe.tuned import TUNED, describe_epoch, save_epochs
-from nmfx.recipe.written import Written, check_folders, is_state, remove_events, remove_state
+from nmfx.recipe.written import BOARD, Written, check_folders, is_state, remove_events, remove_state
 from nmfx.scheme import Scheme, Totals, shapes_of
 from nmfx.search.domino_loop import DominoSearch
 from nmfx.search.finder import SearchResult, conclude, find_scheme
@@ -48,7 +49,7 @@ from nmfx.zoo.building import Built, build_random, load_weights, unavailable
 from nmfx.zoo.source import SOURCE, find_source
 
 Advance = Callable[..., None]  # the share done, a line of text; lasting=True: a line to keep
-SCHEMES, BOARD = (SCHEME, "scheme.txt"), "finetune/tensorboard"
+SCHEMES = (SCHEME, "scheme.txt")
 FOLDERS = ("stages", "export", "finetune", BOARD)
 SEARCHING, TUNING, SCORES = "scheme.search.safetensors", "finetune", "evaluation.json"
 
@@ -339,9 +340,8 @@ def read_scores(folder: Path) -> dict[str, Evaluation]:
         CheckpointError: it has not run.
     """
     try:
-        tree = json.loads((folder / SCORES).read_text(encoding="utf-8"))
-        return {name: Evaluation(**one) for name, one in tree.items()}
-    except (OSError, ValueError, TypeError) as error:
+        return read_json(folder / SCORES, dict[str, Evaluation], "scores")
+    except NmfxError as error:
         raise CheckpointError(f"{folder / SCORES}: no scores there ({error}); run the recipe to its end") from error
 
 

@@ -8,17 +8,18 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
 from nmfx import parsing
 from nmfx.errors import NmfxError
-from nmfx.files import write_atomic
+from nmfx.files import DRAFT, write_atomic
 from nmfx.recipe.stamp import FOLDER, digest_of, read_stamp
 
 LIST = f"{FOLDER}/written.json"
+BOARD = "finetune/tensorboard"
 EVENTS = "events.out.tfevents."  # how TensorBoard's files begin
 LOG_HEAD = "epoch,train_loss,"
 
@@ -83,6 +84,19 @@ def check_folders(folder: Path, names: Iterable[str]) -> None:
             )
         if path.exists() and not path.is_dir():
             raise NmfxError(f"{path} is no folder, and nmfx needs one of that name; move it")
+
+
+def strangers(folder: Path, known: Container[str]) -> list[str]:
+    """The files and links below `folder`, by their path in it, that are not `known`, nor TensorBoard's or drafts."""
+    found = []
+    for place, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(DRAFT)]
+        links = [name for name in folders if os.path.islink(os.path.join(place, name))]
+        for name in [*files, *links]:
+            path = os.path.relpath(os.path.join(place, name), folder)
+            if path not in known and not path.startswith(f"{BOARD}/{EVENTS}"):
+                found.append(path)
+    return sorted(found)
 
 
 def is_plain(path: Path) -> bool:

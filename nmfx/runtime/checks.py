@@ -101,7 +101,7 @@ def check_residual(residual: Tensor | None, sizes: Sequence[int]) -> None:
     expect(fits, f"a float32 residual of the output's shape {list(sizes)}")
 
 
-def check_conv2d(  # noqa: PLR0917  the operator's own arguments
+def check_conv2d(
     input: Tensor, packed: Sequence[Tensor | None], residual: Tensor | None, out: int, width: int, *rest: object, known: bool
 ) -> tuple[int, ...]:
     """The output's sizes of a sparse convolution."""
@@ -140,9 +140,7 @@ def check_linear(
     return (*input.shape[:-1], out)
 
 
-def check_max_pool2d(
-    input: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]
-) -> tuple[int, ...]:
+def check_max_pool2d(input: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> tuple[int, ...]:
     """The output's sizes of a max pooling."""
     check_pictures(input)
     expect(len(padding) == 2, "padding of two numbers")

@@ -20,9 +20,9 @@ from nmfx.graph.modes import keep_modes
 from nmfx.passes.baking import bake
 from nmfx.runtime.building import load_kernel
 from nmfx.runtime.chain import link, repeated
+from nmfx.runtime.checks import slid
 from nmfx.runtime.layers import DEPTHWISE, LAYERS, Fused, alike, dense_layers, sparse_layer
 from nmfx.runtime.lowering import Domain, export, lower
-from nmfx.runtime.checks import slid
 from nmfx.runtime.packed import LANES, SPARSE, TILES
 from nmfx.runtime.program import window_of
 from nmfx.runtime.timing import WHOLE, Advance, Times, ignore, measure, part

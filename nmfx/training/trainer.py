@@ -28,13 +28,24 @@ from nmfx.graph.masked import deep_copy, masked_sites, renew
 from nmfx.graph.modes import keep_modes
 from nmfx.graph.parallel import find_units, gathered, shard, wrap
 from nmfx.processes import rank, summed, world
+from nmfx.sealed import Tensors
 from nmfx.states import prefixed, under
+from nmfx.training import state
 from nmfx.training.evaluation import evaluate
 from nmfx.training.loss import distilled, logits_of, task_loss
 from nmfx.training.masks import describe, frozen_masks
 from nmfx.training.record import Board, Epoch, Finetuned, Progress, write_log
 from nmfx.training.settings import Settings
-from nmfx.training.state import check_identity, fill, load_state, optimizer_state, restore_optimizer, save_state
+from nmfx.training.state import (
+    check_fits,
+    check_identity,
+    check_optimizer,
+    fill,
+    load_state,
+    optimizer_state,
+    restore_optimizer,
+    save_state,
+)
 
 LAST, BEST, LOG = "last.safetensors", "best.safetensors", "log.csv"
 
@@ -317,22 +328,35 @@ class Run:
             remove_dead_drafts(folder)
         if not path.exists():
             return
-        tensors, about = load_state(path)
-        check_identity(path, _extended(about["identity"], self.settings.epochs), self.identity)
+        tensors, about = load_state(path, state.Run)
+        check_identity(path, _extended(about.identity, self.settings.epochs), self.identity)
+        self._check(tensors, about, path)
         fill(self.model, under("model", tensors), path)
         if self.ema is not None:
             fill(self.ema.module, under("ema", tensors), path)
-        restore_optimizer(self.optimizer, under("optimizer", tensors), about["optimizer"])
+        restore_optimizer(self.optimizer, under("optimizer", tensors), about.optimizer)
         masks = under("mask", tensors)
         for model in (*self.trained, *([self.whole] if self.sharded else [])):
             for site in masked_sites(model):
                 if (name := f"{site.path}.{site.attr}".lstrip(".")) in masks:
                     site.mask.copy_(masks[name])
             renew(model)
-        at = about["at"]
-        self.at = Position(at["epoch"], at["step"], at["loss"], [Epoch(**row) for row in at["log"]])
+        at = about.at
+        self.at = Position(at.epoch, at.step, at.loss, [row.value for row in at.log])
         if rank() == 0 and self.at.log:
             write_log(folder / LOG, self.at.log)
+
+    def _check(self, tensors: Tensors, about: state.Run, path: Path) -> None:
+        """Raise CheckpointError, before anything is changed, if a state is not of this run."""
+        if about.at.epoch > self.settings.epochs or about.at.step > self.steps or len(about.at.log) != about.at.epoch:
+            raise CheckpointError(f"{path}: stands at epoch {about.at.epoch}, update {about.at.step}, where this run has none")
+        check_fits(self.model, under("model", tensors), path)
+        if self.ema is not None:
+            check_fits(self.ema.module, under("ema", tensors), path)
+        check_optimizer(self.optimizer, under("optimizer", tensors), about.optimizer, path)
+        expected, masks = frozen_masks(self.whole), under("mask", tensors)
+        if {k: v.shape for k, v in expected.items()} != {k: v.shape for k, v in masks.items() if v.dtype == torch.bool}:
+            raise CheckpointError(f"{path}: its masks are not those of this run's sites")
 
     def conclude(self) -> Finetuned:
         """The trained weights in the model, in eval mode and plain memory format, evaluated as they will be loaded."""
@@ -355,7 +379,7 @@ def _extended(identity: Mapping[str, Any], epochs: int) -> Mapping[str, Any]:
 
 def load_best(folder: Path, model: nn.Module) -> Epoch:
     """Load the weights of the best epoch into the model that was trained, or a copy; says which epoch it was."""
-    tensors, about = load_state(folder / BEST)
+    tensors, about = load_state(folder / BEST, state.Row)
     fill(model, tensors, folder / BEST)
     renew(model)
-    return Epoch(**about)
+    return about.value

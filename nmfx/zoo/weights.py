@@ -79,16 +79,17 @@ def fit_names(weights: Weights, own: Iterable[str]) -> Weights:
         ModelError: the names are there twice, under two prefixes.
     """
     names = list(own)
-    state = {_unwrapped(name) if name not in names else name: value for name, value in weights.state.items()}
-    wrapped = len(state) == len(weights.state) and state.keys() != weights.state.keys()
-    state = state if wrapped else weights.state
-    prefixes = {name[: -len(mine)] for mine in names[:1] + names[-1:] for name in state if name.endswith(f".{mine}")}
-    fits = {prefix: sum(f"{prefix}{mine}" in state for mine in names) for prefix in {"", *prefixes}}
+    bare = {name: name if name in names else _unwrapped(name) for name in weights.state}
+    wrapped = len(set(bare.values())) == len(bare) and any(name != old for old, name in bare.items())
+    state = {bare[name] if wrapped else name: value for name, value in weights.state.items()}
+    prefixes = [name[: -len(mine)] for mine in names[:1] + names[-1:] for name in state if name.endswith(f".{mine}")]
+    fits = {prefix: sum(f"{prefix}{mine}" in state for mine in names) for prefix in dict.fromkeys(["", *prefixes])}
     best = max(fits, key=lambda prefix: (fits[prefix], -len(prefix)))
     if twin := next((prefix for prefix in fits if best and prefix != best and fits[prefix] == fits[best] > 1), None):
         raise ModelError(f"the weights are there twice, under {best!r} and {twin!r}: save the state dict of one of them alone")
-    kept = {name.removeprefix(best): value for name, value in state.items() if name.startswith(best)}
-    left = tuple(name for name in state if not name.startswith(best))
+    aside = {name for name in state if wrapped and not best and name not in names and bare.get(name) == name}
+    kept = {name.removeprefix(best): v for name, v in state.items() if name.startswith(best) and name not in aside}
+    left = tuple(name for name in state if not name.startswith(best) or name in aside)
     prefix = best or (f"{next(w for w in WRAPPERS if any(w in n for n in weights.state))}." if wrapped else "")
     return Weights(kept, weights.entry, weights.others, prefix, left)
 
@@ -115,13 +116,11 @@ def _read(path: Path) -> Any:
 
 def _why(error: Exception) -> str:
     """What a reader has to say, in one line: the class that is not let through, or a whole sentence."""
-    if found := re.search(r"GLOBAL ([\w.]+)|class ([\w.]+)|Unsupported (?:global|class|operand)s?:? ([\w.]+)", str(error)):
+    if found := re.search(r"GLOBAL ([\w.]+)|[Tt]rying to \w+ (?:unsupported )?(?:GLOBAL|class) ([\w.]+)", str(error)):
         name = next(filter(None, found.groups())).rstrip(".")
-        return (
-            f"it holds a {name}, and unpickling one can run code; where you trust the file, keep its weights only: "
-            f"torch.save(torch.load(FILE, weights_only=False)['state_dict'], 'clean.pth')"
-        )
-    return text.sentence(error)
+        clean = "torch.save(torch.load(FILE, weights_only=False)['state_dict'], 'clean.pth')"
+        return f"it holds a {name}, and unpickling that can run code; where you trust the file, keep only its weights: {clean}"
+    return "it is no file of torch.save" if "Weights only load failed" in str(error) else text.sentence(error)
 
 
 def _states(tree: Mapping[Any, Any]) -> dict[str, State]:

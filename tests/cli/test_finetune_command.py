@@ -25,6 +25,7 @@ from nmfx.graph.masked import masked_sites
 from nmfx.passes.baking import bake
 from nmfx.training import trainer
 from nmfx.training.loss import task_loss
+from nmfx.training.state import Run as RunForm
 from nmfx.training.state import load_state
 
 ROOT = Path(__file__).parents[2]
@@ -99,7 +100,7 @@ def test_it_starts_from_a_checkpoint_from_random_weights_and_without_a_scheme(wo
     nmfx("finetune", str(work), "--weights", "none", "-o", "random", "--decay", "0.001", *QUICK)
     header = read_checkpoint("random/model.safetensors")[0]
     assert header.info["weights"] == "fine-tuned from random (epoch 1 of 1, the best)"
-    assert {site["decay"] for site in header.sites.values()} == {0.001}
+    assert {site.decay for site in header.sites.values()} == {0.001}
     nmfx("finetune", str(work), "--scheme", "dense", "-o", "dense", *QUICK)
     assert not read_checkpoint("dense/model.safetensors")[0].sites
 
@@ -236,7 +237,7 @@ def test_ctrl_c_waits_for_the_update_and_saves(work: Path, nmfx: Run, monkeypatc
         patch.setattr(trainer, "task_loss", interrupted)
         assert main(argv) == 130
     assert count == 23
-    assert load_state(work / "finetune" / "last.safetensors")[1]["at"]["step"] == 23 - 18
+    assert load_state(work / "finetune" / "last.safetensors", RunForm)[1].at.step == 23 - 18
     nmfx(*argv)
     nmfx(*argv, "-o", "whole")
     assert log(MODEL.parent) == log(Path("whole"))
