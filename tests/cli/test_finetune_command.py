@@ -116,7 +116,7 @@ def test_export_takes_the_fine_tuned_weights_of_its_scheme(work: Path, nmfx: Run
     assert main(["export", "--force"]) == 0
     out, err = capsys.readouterr()
     assert "weights: pretrained" in out
-    assert "was trained under another scheme: what is exported is not fine-tuned" in err
+    assert "was trained under another scheme: it is left out" in err
 
 
 def test_the_same_command_goes_on_after_kill_9(work: Path, nmfx: Run, fails: Run) -> None:
