@@ -17,6 +17,7 @@ from typing import Annotated, Any, TypeVar
 import msgspec
 import yaml
 
+from nmfx import text
 from nmfx.errors import NmfxError
 
 MOST_TEXT = 4 << 20  # bytes of a YAML file: 20,000 sites with their shapes
@@ -208,7 +209,7 @@ def read_json(path: Path, kind: type[T], what: str, error: type[NmfxError] = Nmf
     return from_json(read_text(path, what, error, most=MOST_JSON), kind, str(path), error)
 
 
-def printable(text: str, most: int = 300) -> str:
-    """`text` on one line, without control characters, and cut where it is long: it may be a stranger's."""
-    line = "".join(letter if letter.isprintable() else "?" for letter in " ".join(text[: 4 * most].split()))
+def printable(words: str, most: int = 300) -> str:
+    """`text.printable`, cut where it is long: it may be a stranger's."""
+    line = text.printable(" ".join(words[: 4 * most].split()))
     return line if len(line) <= most else f"{line[:most]}..."

@@ -17,7 +17,7 @@ from nmfx.errors import NmfxError, SchemeError
 from nmfx.parsing import DEPTH, Form, convert, from_json, json_tree, read_text, yaml_tree
 
 
-class Point(Form):
+class Point(Form, frozen=True):
     name: parsing.Text
     sizes: tuple[parsing.Size, ...] = ()
     weight: parsing.Finite = 0.0

@@ -21,9 +21,11 @@ from nmfx.errors import ModelError, NmfxError, SchemeError
 from nmfx.export.checkpoint import read_checkpoint
 from nmfx.graph.census import find_sites
 from nmfx.graph.site import Site, Sites
+from nmfx.parsing import read_text
 from nmfx.passes.scoring import sorted_magnitudes, weight_of
 from nmfx.report.record import Report
 from nmfx.scheme import Scheme
+from nmfx.zoo.building import build_meta
 from nmfx.zoo.source import Source, find_source
 
 
@@ -86,7 +88,8 @@ def _of_work(found: work.Work) -> Network:
 
 
 def _of_name(name: str, kwargs: Mapping[str, Any], size: tuple[int, ...] | None) -> Network:
-    model = replace(source := find_source(name), kwargs=dict(kwargs)).build_meta()
+    source = replace(find_source(name), kwargs=dict(kwargs))
+    model = build_meta(source)
     sites = find_sites(model, work.example_of(model, size))
     return Network(str(source), _named(sites, str(source)), guessed=True)
 
@@ -100,7 +103,7 @@ def _source(path: Path) -> Source | None:
     """What a checkpoint or a scheme says of its network; None when it says nothing that we could build."""
     if path.suffix == ".safetensors":
         return read_checkpoint(path)[0].source
-    if path.read_text(encoding="utf-8", errors="replace").lstrip().startswith("{"):
+    if read_text(path, "a scheme", SchemeError).lstrip().startswith("{"):
         return None  # the published format
     try:
         return find_source(str(Scheme.load(path).info["model"]))

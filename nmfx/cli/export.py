@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import nn
 
 from nmfx.cli import tables, work
-from nmfx.cli.console import heading, output, working
+from nmfx.cli.console import heading, output, warn, working
 from nmfx.errors import NmfxError
 from nmfx.export.checkpoint import load_checkpoint, read_checkpoint, save_checkpoint
 from nmfx.export.plain import save_baked, save_onnx
@@ -32,20 +32,20 @@ def run(args: Namespace) -> None:
     paths |= {"baked": folder / f"{name}.baked.safetensors"} if args.baked else {}
     paths |= {"onnx": folder / f"{name}.onnx"} if args.onnx else {}
     work.check_free([*paths.values(), paths["scheme"].with_suffix(".txt")], force=args.force)
-    _write(found, scheme_path, paths)
+    _write(found, scheme_path, paths, args.epoch)
     for stale in (folder / f"{name}.baked.safetensors", folder / f"{name}.onnx"):
-        if stale not in paths.values():  # of an earlier export, with another scheme
-            stale.unlink(missing_ok=True)
+        if stale not in paths.values() and stale.exists():
+            warn(f"{stale} was there and is not of this export, so perhaps of another scheme; it is left as it was")
 
 
-def _write(found: work.Work, scheme_path: Path, paths: Mapping[str, Path]) -> None:
+def _write(found: work.Work, scheme_path: Path, paths: Mapping[str, Path], epoch: str) -> None:
     out, folder = output(), paths["scheme"].parent
     with working(f"exporting {found.model}"):
         model = found.load()
         sites, example = found.sites(model), found.example(model)
         scheme = Scheme.load(scheme_path, sites)
         dense = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
-        weights = _convert(model, scheme, sites, found)
+        weights = _convert(model, scheme, sites, found, epoch)
         checked = verify(model) if len(scheme) else None
         with all_or_nothing(folder) as draft:
             written = work.save_scheme(scheme, draft / paths["scheme"].name, sites)
@@ -68,9 +68,9 @@ def _write(found: work.Work, scheme_path: Path, paths: Mapping[str, Path]) -> No
     found.warn()
 
 
-def _convert(model: nn.Module, scheme: Scheme, sites: Sites, found: work.Work) -> str:
+def _convert(model: nn.Module, scheme: Scheme, sites: Sites, found: work.Work, epoch: str) -> str:
     """Mask the work directory's model, with the fine-tuned or recalibrated weights that are under this scheme; says which."""
-    if (path := found.finished(scheme)) is not None:
+    if (path := found.finished(scheme, epoch)) is not None:
         load_checkpoint(path, model)
         return read_checkpoint(path)[0].info.get("weights", "fine-tuned")
     transform(model, scheme, sites=sites, inplace=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +11,8 @@ from nmfx.cli.console import heading, output, working
 from nmfx.errors import SchemeError
 from nmfx.export.checkpoint import read_checkpoint
 from nmfx.graph.census import find_sites
-from nmfx.scheme import Scheme
+from nmfx.parsing import read_text
+from nmfx.scheme import Scheme, published_entries
 from nmfx.zoo.source import find_source
 
 
@@ -58,7 +58,7 @@ def _show_checkpoint(path: Path) -> None:
     rows = {name: tensors[f"{name}:values"].numel() for name in header.sites if name not in header.aliases}
     weights = sum(header.grouping(name).numel for name in rows)
     for name, kept in rows.items():
-        numel, shape = header.grouping(name).numel, "x".join(map(str, header.sites[name]["shape"]))
+        numel, shape = header.grouping(name).numel, "x".join(map(str, header.sites[name].shape))
         out.print(f"  {scheme[name]!s:>6}  {name}  {shape}  {kept:,} of {numel:,}", soft_wrap=True)
     plain = [tensor for name, tensor in tensors.items() if ":" not in name]
     counts = tables.pattern_counts(scheme)
@@ -72,16 +72,13 @@ def _show_scheme(path: Path) -> None:
     try:
         scheme = Scheme.load(path)
     except SchemeError:
-        try:
-            entries = ast.literal_eval(path.read_text(encoding="utf-8").strip())
-            rows = {key: f"{n}:{m}" for key, (n, m) in entries.items()}
-        except (ValueError, SyntaxError, TypeError, AttributeError, UnicodeDecodeError):
-            rows = None
-        if rows is None:
+        content = read_text(path, "a scheme", SchemeError)
+        if not content.lstrip().startswith("{"):
             raise
+        rows = published_entries(content, str(path))
         out.print(heading("scheme", f" {path}: published format, {len(rows)} layers, numbered in module order"))
         for key, pattern in rows.items():
-            out.print(f"  {pattern:>6}  {key}", soft_wrap=True)
+            out.print(f"  {pattern!s:>6}  {key}", soft_wrap=True)
         return
     out.print(heading("scheme", f" {path}: {len(scheme)} sparse sites of {len(scheme.shapes) or '?'}, layout {scheme.layout}"))
     for name in scheme.shapes or scheme:

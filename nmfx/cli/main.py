@@ -196,8 +196,9 @@ def _add_recalibrate(parser: argparse.ArgumentParser) -> None:
 def _add_finetune(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Train a work directory's model under its scheme, with the published settings unless told otherwise, and write "
-        "DIR/finetune/model.safetensors. The same command goes on with a run that was stopped. Several processes: torchrun "
-        "--nproc_per_node=K -m nmfx finetune ..."
+        "DIR/finetune/model.safetensors (the best epoch) and model.last.safetensors. The same command goes on with a run that "
+        "was stopped, and with more --epochs extends it, at the learning rate that the longer schedule has there. Several "
+        "processes: torchrun --nproc_per_node=K -m nmfx finetune ..."
     )
     parser.add_argument("work", nargs="?", metavar="DIR", help="work directory with a scheme")
     start = parser.add_argument_group("what to start from")
@@ -304,6 +305,12 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("work", nargs="?", metavar="DIR", help="work directory made by nmfx convert")
     parser.add_argument("--scheme", metavar="FILE", help="another scheme than the work directory's")
+    parser.add_argument(
+        "--epoch",
+        choices=("best", "last"),
+        default="best",
+        help="of fine-tuning: that of the highest top-1 (default), or the last",
+    )
     parser.add_argument("--baked", action="store_true", help="also a plain state dict with real zeros")
     parser.add_argument("--onnx", action="store_true", help="also an ONNX file with real zeros (needs nmfx[onnx])")
     add_strict(parser)

@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from nmfx.cli import convert, latency, report, tables, work
-from nmfx.cli.console import advancing, heading, hint, output, working
+from nmfx.cli.console import advancing, heading, hint, output, warn, working
 from nmfx.cli.processes import asked_to_stop, first_alone, processes
 from nmfx.errors import NmfxError, SearchError
 from nmfx.graph.site import Sites
 from nmfx.processes import rank, world
+from nmfx.recipe.written import is_state, remove_state
 from nmfx.scheme import Scheme
 from nmfx.search.budget import UNITS
 from nmfx.search.finder import MIXED, SearchResult, conclude, find_scheme
@@ -80,7 +81,8 @@ def _run(args: Namespace, device: str) -> None:
         return
     written = work.save_scheme(scheme, path, result.sites, force=args.force)
     written += report.write(result, scheme, args.figure, args.html, force=args.force)
-    _checkpoint(path).unlink(missing_ok=True)
+    if is_state(_checkpoint(path)):
+        _checkpoint(path).unlink()
     out.print(f"wrote {', '.join(map(str, written))}", soft_wrap=True)
     hint(*convert.following(found, work.data_options(args) if args.data else (), str(path) if args.out else None))
 
@@ -146,7 +148,8 @@ def _loop(args: Namespace, found: work.Work, model: nn.Module, sites: Sites, pat
     loader = train_loader(data, picture_config(model, data), batch_size=share, workers=args.workers, seed=args.seed)
     checkpoint, start = _checkpoint(path), time.perf_counter()
     if args.force and rank() == 0:
-        checkpoint.unlink(missing_ok=True)
+        for line in remove_state(checkpoint):
+            warn(line)
     if checkpoint.exists():
         output().print(f"going on with {checkpoint}; --force starts anew")
     with advancing(f"searching {found.model} on {data.name}") as advance, asked_to_stop() as stop:

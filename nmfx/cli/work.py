@@ -8,14 +8,14 @@ goes above its densities), and scheme.yaml + scheme.txt once there is a scheme.
 from __future__ import annotations
 
 import json
-import math
 import os
+import re
 import shlex
 from argparse import Namespace
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import yaml
@@ -26,11 +26,14 @@ from nmfx.cli.console import warn
 from nmfx.errors import NmfxError
 from nmfx.export.checkpoint import read_checkpoint
 from nmfx.export.plain import save_baked
-from nmfx.files import replace_folder
+from nmfx.files import remove_dead_drafts, replace_folder
 from nmfx.graph.census import find_sites
 from nmfx.graph.site import Sites
+from nmfx.recipe.tuned import TUNED
+from nmfx.recipe.written import check_folders, set_aside, strangers
 from nmfx.scheme import Scheme
-from nmfx.zoo.building import Built, build_random, load_weights
+from nmfx.zoo.arguments import is_picture, parse_kwargs
+from nmfx.zoo.building import Built, load_stored
 from nmfx.zoo.example import Example, example_for
 from nmfx.zoo.source import SOURCE, Source, find_source
 
@@ -38,6 +41,13 @@ VERSION = 1
 HUBS = ("timm/", "torchvision/", "hf-hub:", "hf_hub:")  # names of models that look like paths
 FILES = (".nmfx", ".safetensors", ".yaml", ".yml", ".txt", ".pth", ".pt", ".bin", ".ckpt", ".tar")  # no model is called so
 MOST_NUMBERS = 2**28  # of one input: a gibibyte of them
+EXPORTS = (".safetensors", ".baked.safetensors", ".onnx")
+OURS = {
+    *("work.yaml", "weights.safetensors", "start.yaml", "scheme.yaml", "scheme.txt", "scheme.search.safetensors"),
+    *(f"finetune/{name}" for name in ("last.safetensors", "best.safetensors", "log.csv", *TUNED.values())),
+    *("recalibrated/model.safetensors", "export/scheme.yaml", "export/scheme.txt", "evaluation.json"),
+    *(f"stages/{name}.json" for name in ("build", "search", "finetune", "export", "evaluate", "written")),
+}  # what may lie in a work directory
 KEYS = ("nmfx", "version", "model", "kwargs", "weights", "note", "input_size")
 
 
@@ -112,9 +122,19 @@ class Work:
         named = ["--scheme", scheme] if scheme else []
         return shlex.join(["nmfx", name, str(self.path), *options, *named])
 
-    def finished(self, scheme: Scheme) -> Path | None:
-        """The fine-tuned network, or else the recalibrated one, if it is under `scheme`; says if there is one that is not."""
-        for path, how in ((self.tuned_path, "trained"), (self.recalibrated_path, "recalibrated")):
+    def finished(self, scheme: Scheme, epoch: str = "best") -> Path | None:
+        """The fine-tuned network, or else the recalibrated one, if it is under `scheme`; says if there is one that is not.
+
+        Args:
+            epoch: which of the fine-tuned network's: ``best`` or ``last``.
+
+        Raises:
+            NmfxError: the last epoch is wanted, and none is there.
+        """
+        tuned = self.tuned_path.with_name(TUNED[epoch])
+        if epoch == "last" and not tuned.is_file():
+            raise NmfxError(f"{tuned}: no last epoch there; `nmfx finetune` writes it")
+        for path, how in ((tuned, "trained"), (self.recalibrated_path, "recalibrated")):
             if path.is_file():
                 if read_checkpoint(path)[0].scheme.patterns == scheme.patterns:
                     return path
@@ -127,10 +147,8 @@ class Work:
 
     def load(self) -> nn.Module:
         """The dense model."""
-        model = build_random(self.source)
-        if self.weights != "random":
-            load_weights(model, self.path / "weights.safetensors")
-        return model
+        weights = None if self.weights == "random" else self.path / "weights.safetensors"
+        return load_stored(self.source, weights, self.path / "work.yaml")
 
     def example(self, model: nn.Module) -> Example:
         """The input that the work directory was made with."""
@@ -186,13 +204,12 @@ def parse_size(size: str | None) -> tuple[int, ...] | None:
     if size is None:
         return None
     parts = size.lower().replace(",", "x").split("x")
-    if not all(part.isascii() and part.isdigit() and len(part) < 10 and int(part) > 0 for part in parts) or len(parts) > 5:
-        raise NmfxError(f"--input-size {size}: expected the input without its batch, as in 3x224x224")
-    numbers = tuple(map(int, parts))
-    numbers = (3, *numbers, *numbers) if len(numbers) == 1 else numbers
-    if math.prod(numbers) > MOST_NUMBERS:
-        raise NmfxError(f"--input-size {size}: {math.prod(numbers):,} numbers an input; at most {MOST_NUMBERS:,} are taken")
-    return numbers
+    if all(re.fullmatch(r"0*[1-9][0-9]{0,5}", part) for part in parts) and len(parts) <= 5:
+        numbers = tuple(map(int, parts))
+        numbers = (3, *numbers, *numbers) if len(numbers) == 1 else numbers
+        if is_picture(numbers):
+            return numbers
+    raise NmfxError(f"--input-size {size[:40]}: expected the input without its batch, as in 3x224x224")
 
 
 def directory_for(model: str) -> Path:
@@ -217,6 +234,7 @@ def create(
     """
     check_absent(path, force=force)
     source = getattr(built.model, SOURCE, built.source)
+    parse_kwargs(source.kwargs, f"{path}: {source}", NmfxError)  # or it could not be read again
     work = Work(path, str(source), built.weights, built.note, input_size, source.kwargs)
 
     def write(folder: Path) -> None:
@@ -242,6 +260,20 @@ def check_absent(path: Path, *, force: bool) -> None:
         raise NmfxError(f"{path} exists and is no work directory of nmfx; choose another name with --out")
     if path.exists() and not force:
         raise NmfxError(f"{path} exists already; give --force to replace it, or --out for another name")
+    if path.exists():
+        _check_replaceable(path)
+
+
+def _check_replaceable(path: Path) -> None:
+    """Raise if a work directory that is to be replaced holds a user's own files; the names that nmfx gives are --force's."""
+    try:
+        name = open_work(path).model.partition(":")[2]
+    except NmfxError:  # damaged: --force is for that, too
+        name = path.name.removesuffix(".nmfx")
+    others = strangers(path, {*OURS, *(f"export/{name}{ending}" for ending in EXPORTS)})
+    if others:
+        shown = ", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
+        raise NmfxError(f"{path} would be replaced, but nmfx did not write {shown} in it: move what you need, or give --out")
 
 
 def save_scheme(scheme: Scheme, path: Path, sites: Sites, *, force: bool = True) -> list[Path]:
@@ -252,7 +284,8 @@ def save_scheme(scheme: Scheme, path: Path, sites: Sites, *, force: bool = True)
     try:
         scheme.save(published, sites, force=force)
     except NmfxError as error:
-        published.unlink(missing_ok=True)  # it would contradict the scheme beside it
+        for line in set_aside(published):  # it would contradict the scheme beside it
+            warn(line)
         warn(f"no {published.name}: {error}")
         return [path]
     return [path, published]
@@ -265,30 +298,43 @@ def check_free(paths: Iterable[Path], *, force: bool) -> None:
             raise NmfxError(f"{path} exists already; give --force to overwrite it, or --out for another name")
 
 
+class _WorkForm(parsing.Form, frozen=True):
+    """work.yaml below its first two lines; `kwargs` are JSON."""
+
+    model: parsing.Text
+    weights: Literal["pretrained", "random", "file"]
+    kwargs: str = "{}"
+    note: str = ""
+    input_size: parsing.Text = ""
+
+
 def open_work(path: Path) -> Work:
     """Read a work directory.
 
     Raises:
-        NmfxError: it is none.
+        NmfxError: it is none, or leads elsewhere by a link in it.
     """
-    try:
-        content = (path / "work.yaml").read_text(encoding="utf-8")
-    except OSError:
-        raise NmfxError(f"{path}: not a work directory (it has no work.yaml); make one with `nmfx convert MODEL`") from None
-    except UnicodeDecodeError as error:
-        raise NmfxError(f"{path / 'work.yaml'}: not written by nmfx convert: {error}") from None
-    tree: dict[str, Any] = parsing.yaml_tree(content, str(path / "work.yaml"), NmfxError)
-    text.check_keys(tree, KEYS, str(path / "work.yaml"), NmfxError)
+    check_folders(path, ("export", "finetune", "recalibrated"))
+    file = path / "work.yaml"
+    for folder in (path.parent, path):
+        remove_dead_drafts(folder)
+    if not file.is_file():
+        raise NmfxError(f"{path}: not a work directory (it has no work.yaml); make one with `nmfx convert MODEL`")
+    tree = parsing.yaml_tree(parsing.read_text(file, "what nmfx convert writes"), str(file))
+    text.check_keys(tree, KEYS, str(file), NmfxError)
     if tree.get("nmfx") != "work" or "model" not in tree or "weights" not in tree:
-        raise NmfxError(f"{path / 'work.yaml'}: not written by nmfx convert")
+        raise NmfxError(f"{file}: not written by nmfx convert")
     if (version := tree.get("version")) != str(VERSION):
-        raise NmfxError(f"{path / 'work.yaml'}: version {version}, this nmfx reads version {VERSION}; convert the model anew")
+        said = parsing.printable(str(version), 20)
+        raise NmfxError(f"{file}: version {said}, this nmfx reads version {VERSION}; convert the model anew")
+    form = parsing.convert({key: tree[key] for key in tree if key not in ("nmfx", "version")}, _WorkForm, str(file))
+    kwargs = parse_kwargs(parsing.json_tree(form.kwargs, f"{file}: kwargs"), str(file), NmfxError)
     try:
-        kwargs = json.loads(tree.get("kwargs", "{}"))
-    except ValueError as error:
-        raise NmfxError(f"{path / 'work.yaml'}: kwargs are not JSON: {error}") from None
-    size = parse_size(tree.get("input_size") or None)
-    return Work(path, tree["model"], tree["weights"], tree.get("note", ""), size, kwargs)
+        find_source(form.model)
+        size = parse_size(form.input_size or None)
+    except NmfxError as error:
+        raise NmfxError(f"{file}: {str(error).replace('--input-size', 'input_size')}") from error
+    return Work(path, form.model, form.weights, form.note, size, kwargs)
 
 
 def find_work(named: str | None, command: str = "search") -> Work | None:
@@ -299,6 +345,7 @@ def find_work(named: str | None, command: str = "search") -> Work | None:
     """
     if named is not None:
         path = Path(named)
+        remove_dead_drafts(path.parent)  # of a conversion that was killed, which may have taken `path` away
         if not path.is_dir():
             near = [str(other) for other in (Path(f"{named}.nmfx"), path.parent) if (other / "work.yaml").is_file()]
             hint = f"did you mean {near[0]}?" if near else f"make one with `nmfx convert {'MODEL' if path.exists() else named}`"

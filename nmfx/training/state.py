@@ -4,19 +4,67 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import msgspec
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nmfx.errors import CheckpointError
 from nmfx.graph.parallel import as_share
-from nmfx.states import Tensors, read_state, write_state
+from nmfx.parsing import Count, Finite, Form, printable
+from nmfx.sealed import Tensors
+from nmfx.states import check_tensors, read_state, write_state
+from nmfx.training.record import Epoch
 
 KIND = "finetune"
+T = TypeVar("T")
+
+
+class Row(Form, frozen=True):
+    """An `Epoch` in a file; null is what was not finite."""
+
+    epoch: Count
+    train_loss: Finite | None
+    top1: Finite | None
+    top5: Finite | None
+    loss: Finite | None
+    lr: Finite
+    images_per_second: Finite
+
+    @property
+    def value(self) -> Epoch:
+        """As the log has it."""
+        said: Any = {key: math.nan if each is None else each for key, each in msgspec.to_builtins(self).items()}
+        return Epoch(**said)
+
+
+class At(Form, frozen=True):
+    """A `Position` in a file."""
+
+    epoch: Count
+    step: Count
+    loss: Finite
+    log: list[Row]
+
+
+class Numbers(Form, frozen=True):
+    """What an optimiser keeps beside its tensors, and its groups' options."""
+
+    numbers: dict[str, int | Finite | str | None]
+    groups: list[dict[str, bool | int | Finite]]
+
+
+class Run(Form, frozen=True):
+    """What the state of a run says beside its tensors."""
+
+    identity: dict[str, Any]
+    at: At
+    optimizer: Numbers
 
 
 def save_state(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
@@ -28,17 +76,25 @@ def save_state(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, An
     """
     if broken := next((n for n, v in tensors.items() if v.is_floating_point() and not bool(v.isfinite().all())), None):
         raise CheckpointError(f"{path}: {broken} is not finite any more; not saved, the state before is intact; lower lr")
-    write_state(path, KIND, tensors, {"about": dict(about)})
+    write_state(path, KIND, tensors, _storable(about))
 
 
-def load_state(path: Path) -> tuple[Tensors, dict[str, Any]]:
-    """What `save_state` was given.
+def _storable(value: Any) -> Any:
+    """What JSON can say: a loss that is not finite becomes null."""
+    if isinstance(value, Mapping):
+        return {key: _storable(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_storable(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def load_state(path: Path, form: type[T]) -> tuple[Tensors, T]:
+    """What `save_state` was given, as a value of `form`.
 
     Raises:
-        CheckpointError: no such file, or it is not of a training run.
+        CheckpointError: no such file, altered since it was written, or it is not of a training run.
     """
-    tensors, header = read_state(path, KIND, "a training run", "about")
-    return tensors, header["about"]
+    return read_state(path, KIND, "a training run", form)
 
 
 def check_identity(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -60,15 +116,28 @@ def check_identity(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]
 
 
 def _shown(settings: Mapping[str, Any], name: str) -> str:
-    return str(settings.get(name, "absent"))[:120]
+    return printable(str(settings.get(name, "absent")), 120)
+
+
+def check_fits(model: nn.Module, tensors: Tensors, path: Path) -> None:
+    """Check that a state dict is one of `model`, before anything is changed.
+
+    Raises:
+        CheckpointError: naming the first difference.
+    """
+    try:
+        check_tensors(model.state_dict(), tensors)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: of another model: {error}") from error
 
 
 def fill(model: nn.Module, tensors: Tensors, path: Path) -> None:
     """Load a state dict, key for key; where the model's weights are shared out, every process takes its own.
 
     Raises:
-        CheckpointError: it is of another model.
+        CheckpointError: it is of another model, which is then as it was.
     """
+    check_fits(model, tensors, path)
     own = model.state_dict()
     try:
         model.load_state_dict({name: as_share(value, own.get(name)) for name, value in tensors.items()})
@@ -97,18 +166,34 @@ def optimizer_state(optimizer: Optimizer) -> tuple[Tensors, dict[str, Any]]:
     return tensors, {"numbers": numbers, "groups": groups}
 
 
-def restore_optimizer(optimizer: Optimizer, tensors: Tensors, plain: Mapping[str, Any]) -> None:
-    """Give an optimiser of the same parameters the state that `optimizer_state` took."""
+def check_optimizer(optimizer: Optimizer, tensors: Tensors, plain: Numbers, path: Path) -> None:
+    """Check that a saved state is one of `optimizer`, before anything is changed.
+
+    Raises:
+        CheckpointError: it has other parameters or groups, or a tensor of neither a parameter's shape nor one number.
+    """
+    shapes = [parameter.shape for group in optimizer.param_groups for parameter in group["params"]]
+    for key in (*tensors, *plain.numbers):
+        index, _, name = key.partition(".")
+        if not (index.isascii() and index.isdigit() and len(index) < 10 and int(index) < len(shapes) and name):
+            raise CheckpointError(f"{path}: optimizer: {printable(key)} is of none of its {len(shapes)} parameters")
+    groups = [group.keys() for group in optimizer.param_groups]
+    if len(groups) != len(plain.groups) or not all(saved.keys() <= own for saved, own in zip(plain.groups, groups)):
+        raise CheckpointError(f"{path}: optimizer: its {len(plain.groups)} groups have other options than this run's")
+
+
+def restore_optimizer(optimizer: Optimizer, tensors: Tensors, plain: Numbers) -> None:
+    """Give an optimiser of the same parameters the state that `optimizer_state` took (see `check_optimizer`)."""
     whole = optimizer.state_dict()
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     whole["state"] = {}
-    for key, value in {**tensors, **plain["numbers"]}.items():
+    for key, value in {**tensors, **plain.numbers}.items():
         index, name = int(key.partition(".")[0]), key.partition(".")[2]
         if isinstance(value, Tensor) and value.shape == parameters[index].shape:  # in its parameter's memory format
             like = torch.empty_like(parameters[index], dtype=value.dtype, requires_grad=False)
             value = like.copy_(as_share(value, like))
         whole["state"].setdefault(index, {})[name] = value
-    for group, saved in zip(whole["param_groups"], plain["groups"], strict=True):
+    for group, saved in zip(whole["param_groups"], plain.groups, strict=True):
         group.update(saved)
     optimizer.load_state_dict(whole)
 

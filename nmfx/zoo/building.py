@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -13,9 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from nmfx import text
-from nmfx.errors import ModelError
+from nmfx.errors import CheckpointError, ModelError
+from nmfx.sealed import read_shapes
 from nmfx.zoo.source import Source, find_source
 from nmfx.zoo.weights import fit_names, read_weights
+
+SPARE = 512 << 20  # bytes that a model may take beyond what is stored of it: tables that no state dict has
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,66 @@ def unavailable(error: BaseException) -> str:
     if found := re.search(r"'num_classes' expected value (\d+) but got (\d+)", said):  # torchvision
         return f"torchvision has them for {found[1]} classes, not for {found[2]}; models of timm take any number"
     return text.sentence(error)
+
+
+def build_stored(source: Source, shapes: Mapping[str, tuple[int, ...]] | None, origin: str) -> nn.Module:
+    """The model that a file asks for, with random weights; first it is built without memory and compared.
+
+    Args:
+        shapes: of the tensors that the file stores for it; None where its weights are random.
+
+    Raises:
+        ModelError: no such model, it is not the one of the stored tensors, or it needs `SPARE` bytes more than they do (more
+            than the model has without arguments, where none are stored).
+    """
+    source = replace(find_source(str(source)), kwargs=source.kwargs)
+    if shapes is None and not source.kwargs:
+        return build_random(source)
+    try:
+        meta = build_meta(source)
+        if shapes is None:
+            stored = _bytes_of(build_meta(replace(source, kwargs={})))
+        else:
+            check_state(meta, {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}, origin)
+            stored = sum(8 * math.prod(shape) for shape in shapes.values())
+    except (ModelError, RuntimeError) as error:
+        raise ModelError(f"{origin}: {str(error).removeprefix(f'{origin}: ')}") from error
+    if (needed := _bytes_of(meta)) > stored + SPARE:
+        raise ModelError(f"{origin}: {source} with {source.kwargs} needs {needed:,} bytes; build it yourself, in Python")
+    return build_random(source)
+
+
+def load_stored(source: Source, weights: Path | None, origin: Path) -> nn.Module:
+    """The model that the file `origin` asks for, with the weights stored beside it, or random ones (see `build_stored`).
+
+    Raises:
+        ModelError: it cannot be built, or its weights cannot be read, or they do not fit it.
+    """
+    try:
+        shapes = None if weights is None else read_shapes(weights)
+    except CheckpointError as error:
+        raise ModelError(str(error)) from error
+    model = build_stored(source, shapes, str(origin if weights is None else weights))
+    if weights is not None:
+        load_weights(model, weights)
+    return model
+
+
+def build_meta(source: Source) -> nn.Module:
+    """The model of a source that a file gives, without memory.
+
+    Raises:
+        ModelError: no such model, or it cannot be built so.
+    """
+    source = replace(find_source(str(source)), kwargs=source.kwargs)
+    try:
+        return source.build_meta(strict=True)
+    except Exception as error:  # of any library's constructors
+        raise ModelError(f"{source} cannot be built with {source.kwargs}: {text.sentence(error)}") from error
+
+
+def _bytes_of(model: nn.Module) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
 
 
 def load_weights(model: nn.Module, path: Path, *, entry: str | None = None) -> str:

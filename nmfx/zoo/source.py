@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from nmfx.demo.digits import load_demo
 from nmfx.demo.resnet import CifarResNet, resnet20, resnet56
@@ -65,13 +66,32 @@ class Source:
             setattr(result, SOURCE, identify(result) or self)
         return result
 
-    def build_meta(self) -> nn.Module:
-        """The model without memory, on the meta device (on the CPU where its constructor needs values)."""
-        try:
-            with torch.device("meta"):
+    def build_meta(self, *, strict: bool = False) -> nn.Module:
+        """The model without memory, on the meta device; the global random state stays as it is.
+
+        Args:
+            strict: raise where the constructor needs the values of weights, which are then on the CPU otherwise.
+        """
+        with torch.random.fork_rng(devices=[]):
+            with contextlib.suppress(Exception), torch.device("meta"):
                 return self.build()
-        except Exception:  # torchvision's RegNet reads block widths back from tensors
+            try:
+                with _WeightsOnMeta():
+                    return self.build()
+            except Exception:
+                if strict:
+                    raise
             return self.build()
+
+
+class _WeightsOnMeta(TorchFunctionMode):
+    """Weights without memory, numbers with: torchvision's RegNet reads the widths of its blocks back from tensors."""
+
+    FACTORIES = (torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        place = {"device": "meta"} if func in self.FACTORIES else {}
+        return func(*args, **{**(kwargs or {}), **place})
 
 
 def _takes_backbone(name: str) -> bool:
