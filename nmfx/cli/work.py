@@ -40,7 +40,6 @@ from nmfx.zoo.source import SOURCE, Source, find_source
 VERSION = 1
 HUBS = ("timm/", "torchvision/", "hf-hub:", "hf_hub:")  # names of models that look like paths
 FILES = (".nmfx", ".safetensors", ".yaml", ".yml", ".txt", ".pth", ".pt", ".bin", ".ckpt", ".tar")  # no model is called so
-MOST_NUMBERS = 2**28  # of one input: a gibibyte of them
 EXPORTS = (".safetensors", ".baked.safetensors", ".onnx")
 OURS = {
     *("work.yaml", "weights.safetensors", "start.yaml", "scheme.yaml", "scheme.txt", "scheme.search.safetensors"),

@@ -27,7 +27,7 @@ ROWS = [
     ("convert digits --classes 3e9", 2, "found '3e9'"),
     ("convert digits --classes 99999999999", 2, "expected a whole number, 1 to 1000000"),
     ("convert digits --input-size 1x8x99999999999", 1, "--input-size 1x8x99999999999: expected the input without its batch"),
-    ("convert digits --input-size 1x99999x99999", 1, "9,999,800,001 numbers an input; at most 268,435,456 are taken"),
+    ("convert digits --input-size 1x99999x99999", 1, "--input-size 1x99999x99999: expected the input without its batch"),
     ("search W --pictures 0", 2, "argument --pictures: expected a whole number, 1 or more, found '0'"),
     ("search W --batch-size -1", 2, "argument --batch-size: expected a whole number, 1 or more, found '-1'"),
     ("search W --workers -1", 2, "argument --workers: expected a whole number, 0 to 256, found '-1'"),
