@@ -35,7 +35,7 @@ def unmatched(glob: str, names: Iterable[str]) -> str:
     inside = [name for name in names if glob.strip("*") and glob.strip("*").lower() in name.lower()]
     modules = (name.split(".")[:depth] for name in names for depth in range(1, name.count(".") + 1))
     known = [*names, *dict.fromkeys(".".join(parts) for parts in modules)]
-    near = inside[:3] or difflib.get_close_matches(glob, known, n=3, cutoff=0.6)
+    near = inside[:3] or difflib.get_close_matches(glob, known, n=1, cutoff=0.6)
     if near:
         return f" (did you mean {' or '.join(map(repr, near))}?)"
     return f"; they are {', '.join(names if len(names) < 4 else [*names[:2], '...', names[-1]])}" if names else ""

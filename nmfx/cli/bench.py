@@ -66,7 +66,7 @@ def _models(args: Namespace) -> tuple[nn.Module, nn.Module, Tensor, str]:
         if (finished := found.finished(scheme)) is not None:
             return dense, load_checkpoint(finished), work.pictures_of(example), str(finished)
         return dense, transform(dense, scheme, sites=sites), work.pictures_of(example), f"{path}"
-    if path.is_file() or path.suffix == ".safetensors":
+    if path.is_file():
         if not is_compressed(path):
             raise NmfxError(f"{path}: plain weights; bench takes a compressed checkpoint, a work directory or a model's name")
         converted, inside = load_checkpoint(path), work.around(path)
@@ -104,8 +104,8 @@ def _onnx(dense: nn.Module, pictures: Tensor) -> Iterator[Path | None]:
 
 def _numbers(text: str, option: str) -> tuple[int, ...]:
     parts = text.split(",")
-    if not all(part.isascii() and part.isdigit() and int(part) for part in parts):
-        raise NmfxError(f"{option} {text}: expected whole numbers with commas, as in 1,8")
+    if not all(part.isascii() and part.isdigit() and len(part) < 5 and int(part) for part in parts):
+        raise NmfxError(f"{option} {text}: expected whole numbers below 10,000 with commas, as in 1,8")
     return tuple(dict.fromkeys(map(int, parts)))
 
 

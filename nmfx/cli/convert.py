@@ -53,6 +53,7 @@ def convert(name: str, path: Path, args: Namespace) -> work.Work:
         sites = find_sites(model, example)
     start = take_start(model, sites)
     scheme, reasons = _scheme(args, sites)
+    scheme = replace(scheme, info={**scheme.info, "model": str(built.source), "weights": built.weights})
     with working("verifying"):
         difference = conversion_difference(model, sites, example)
         graph_line = _graph_line(model)

@@ -21,10 +21,9 @@ from nmfx.export.start import is_compressed
 from nmfx.passes.transform import transform
 from nmfx.processes import world
 from nmfx.scheme import Scheme
+from nmfx.text import sentence
 from nmfx.training.evaluation import Evaluation, evaluate
 from nmfx.zoo.building import build_model
-
-WEIGHTS = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar")  # a missing one is not taken for a model's name
 
 
 def run(args: Namespace) -> None:
@@ -34,7 +33,7 @@ def run(args: Namespace) -> None:
 
 
 def _run(args: Namespace, device: str) -> None:
-    reference = _load(args.reference, args).to(device) if args.reference else None
+    reference = _load(work.asked(args.reference, "evaluate"), args).to(device) if args.reference else None
     data: Data | None = None
     rows: list[tuple[str, Evaluation]] = []
     for label, model, size in _models(args):
@@ -42,7 +41,12 @@ def _run(args: Namespace, device: str) -> None:
         batch = max(1, args.batch_size // world())
         with working(f"evaluating {label} on {data.name}"):
             batches = validation_loader(data, config, batch_size=batch, workers=args.workers)
-            rows.append((label, evaluate(model.to(device), batches, reference=reference)))
+            try:
+                rows.append((label, evaluate(model.to(device), batches, reference=reference)))
+            except RuntimeError as error:
+                shape = "x".join(map(str, config.input_size))
+                hint = "give --input-size as the model expects it"
+                raise NmfxError(f"{label}: the forward pass fails on pictures of {shape}: {sentence(error)}; {hint}") from error
         if reference is None and label in ("dense", "start"):
             reference = model
     output().print(score_table(rows))
@@ -88,7 +92,7 @@ def _load(what: str, args: Namespace) -> nn.Module:
     path, kwargs = Path(what), {"num_classes": args.classes} if args.classes else {}
     if path.is_dir():
         return work.open_work(path).load()
-    if path.is_file() or path.suffix in WEIGHTS:
+    if path.is_file():
         if is_compressed(path):
             return load_checkpoint(path)
         if args.model is None:

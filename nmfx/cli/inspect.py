@@ -8,14 +8,12 @@ from pathlib import Path
 
 from nmfx.cli import convert, tables, work
 from nmfx.cli.console import heading, output, working
-from nmfx.errors import NmfxError, SchemeError
+from nmfx.errors import SchemeError
 from nmfx.export.checkpoint import read_checkpoint
 from nmfx.graph.census import find_sites
 from nmfx.parsing import read_text
 from nmfx.scheme import Scheme, published_entries
 from nmfx.zoo.source import find_source
-
-HUBS = ("timm/", "torchvision/", "hf-hub:", "hf_hub:")  # names of models that look like paths
 
 
 def run(args: Namespace) -> None:
@@ -28,8 +26,6 @@ def run(args: Namespace) -> None:
         _show_checkpoint(path)
     elif path.is_file():
         _show_scheme(path)
-    elif path.suffix in (".yaml", ".yml", ".txt", ".nmfx") or (len(path.parts) > 1 and not what.startswith(HUBS)):
-        raise NmfxError(f"{path}: no such file or directory")
     else:
         _show_model(what, work.parse_size(args.input_size), args.classes)
 

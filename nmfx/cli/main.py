@@ -27,8 +27,8 @@ a first tour, in an empty folder (real digits, two minutes; needs nmfx[demo]):
   nmfx run digits --check                 the same from one recipe, a dry run
   nmfx models "timm:vit_*"                what is known of models by name
 
-with your own: nmfx convert resnet50 [--weights FILE] [--classes N], and a folder
-of pictures for --data: DIR/train/CLASS/*.jpg and DIR/val/CLASS/*.jpg
+your own: nmfx convert resnet50 [--weights FILE] [--classes N], and a folder of
+pictures for --data: DIR/train/CLASS/*.jpg and DIR/val/CLASS/*.jpg
 """
 
 

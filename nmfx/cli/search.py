@@ -197,7 +197,9 @@ def _question(args: Namespace, start: Scheme | None) -> dict[str, Any]:
         rules = [_pair(text if "=" in text else f"*={text}", "--min-density") for text in args.min_density]
         rules.sort(key=lambda rule: rule[0] == "*")  # the first match counts: what is said of all sites comes last
         least = {glob: _number(share, "--min-density") for glob, share in rules}
-    sizes = _numbers(args.m if args.m is not None else str(max((pattern.m for pattern in (start or {}).values()), default=16)), "--m")
+    sizes = _numbers(
+        args.m if args.m is not None else str(max((pattern.m for pattern in (start or {}).values()), default=16)), "--m"
+    )
     return {
         "target": args.target or DEFAULT,
         "budget": args.budget or "params",

@@ -38,6 +38,8 @@ from nmfx.zoo.example import Example, example_for
 from nmfx.zoo.source import SOURCE, Source, find_source
 
 VERSION = 1
+HUBS = ("timm/", "torchvision/", "hf-hub:", "hf_hub:")  # names of models that look like paths
+FILES = (".nmfx", ".safetensors", ".yaml", ".yml", ".txt", ".pth", ".pt", ".bin", ".ckpt", ".tar")  # no model is called so
 EXPORTS = (".safetensors", ".baked.safetensors", ".onnx")
 OURS = {
     *("work.yaml", "weights.safetensors", "start.yaml", "scheme.yaml", "scheme.txt", "scheme.search.safetensors"),
@@ -366,8 +368,15 @@ def need_work(named: str | None, command: str) -> Work:
 
 
 def asked(named: str | None, command: str) -> str:
-    """What a command is to look at: what is named, or the work directory here."""
+    """What a command is to look at: what is named, a path that is there or a model's name, or the work directory here.
+
+    Raises:
+        NmfxError: there is nothing here, or what is named looks like a path and is not there.
+    """
     if named is not None:
+        path, hub = Path(named), named.startswith(HUBS)
+        if not path.exists() and not hub and (len(path.parts) > 1 or path.suffix in FILES):
+            raise NmfxError(f"{path}: no such file or directory")
         return named
     if (found := find_work(None, command)) is None:
         raise NmfxError(f"no work directory here; name a file, folder or model, as in `nmfx {command} resnet50`")

@@ -39,10 +39,13 @@ class Dense:
 class _DenseForm(parsing.Form, frozen=True):
     """What the build stage writes; `kwargs` are JSON."""
 
+    nmfx: Literal["work"]
+    version: Literal["1"]
     model: Text
     kwargs: str
     weights: Literal["pretrained", "random", "file"]
     note: str
+    input_size: str
 
 
 @dataclass(frozen=True)

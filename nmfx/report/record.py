@@ -66,11 +66,11 @@ class Report:
     method: str = ""
     limits: tuple[Limit, ...] = ()
     steps: Sequence[Step] = ()
-    curve: Sequence[tuple[float, float]] = ()
-    point: tuple[float, float] | None = None
     reasons: Mapping[str, str] = field(default_factory=dict)
     seconds: float | None = None
     facts: Mapping[str, str] = field(default_factory=dict)
+    curve: Sequence[tuple[float, float]] = ()
+    point: tuple[float, float] | None = None
 
     @cached_property
     def totals(self) -> Totals:

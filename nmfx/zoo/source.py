@@ -147,7 +147,7 @@ def find_source(name: str) -> Source:
             return Source(library, model)
     if "/" in wanted:
         raise ModelError(
-            f"{name!r} is not a model of timm or torchvision, and nmfx takes no models from a hub: build it in Python, and use "
+            f"no model is called {name!r} in torchvision or timm, and nmfx takes none from a hub: build it in Python, and use "
             f"nmfx.find_scheme and nmfx.transform there"
         )
     near = nearest_models(wanted, known)
