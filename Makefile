@@ -14,7 +14,7 @@ demo: $(VENV)/.ready
 	$(BIN)/python examples/digits.py
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 slow: $(VENV)/.ready
 	$(BIN)/python -m pytest -m slow --timeout=3600

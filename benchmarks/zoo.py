@@ -219,6 +219,8 @@ def with_targets(model: nn.Module, example: Example) -> Example:
 def train_step(converted: nn.Module, plain: nn.Module, example: Example) -> str:
     """Outputs, gradients and buffers after one train-mode step, masked against pre-masked."""
     twice, results = with_targets(plain, example.doubled()), []
+    # Baked, a standardised weight is a plain one: its gradient, and its gain, are others; all that lies behind it agrees.
+    derived = tuple(f"{masked.path}." for masked in masked_sites(converted) if masked.spec.derived)
     for model in (converted.train(), plain.train()):
         try:
             out = outputs(model, twice)
@@ -229,6 +231,7 @@ def train_step(converted: nn.Module, plain: nn.Module, example: Example) -> str:
             results.append(f"cannot train on its example input: {type(error).__name__}")
             continue
         grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        grads = {name: grad for name, grad in grads.items() if not name.startswith(derived)}
         masks = {f"{m.path}.{mask_name(m.attr)}".lstrip(".") for m in masked_sites(model)}
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers() if name not in masks}
         results.append((out, grads, buffers))

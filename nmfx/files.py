@@ -60,7 +60,7 @@ def write_atomic(path: Path, write: Callable[[Path], object], *, force: bool = T
         _sync(path.parent)
 
 
-def check_writable(folder: Path, names: Iterable[str], *, size: int = 0) -> None:
+def check_writable(folder: Path, names: Iterable[str] = (), *, size: int = 0) -> None:
     """Find out now whether these files, `size` bytes or more in all, can be written to a folder, and leave nothing behind.
 
     Raises:
@@ -69,16 +69,11 @@ def check_writable(folder: Path, names: Iterable[str], *, size: int = 0) -> None
     for name in names:
         if (folder / name).is_dir():
             raise NmfxError(f"{folder / name}: a file is to be written there, but it is a folder; move it away")
-    try:
-        here = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-        if not here.is_dir():
-            raise NotADirectoryError(errno.ENOTDIR, f"{here} is not a folder")
-        with _draft(here) as probe:
-            for name in names:
-                (probe / NEW / name).write_bytes(bytes(4096))
+    with _said(folder):
+        here = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+        with _draft(here) as draft:
+            (draft / NEW / "probe").write_bytes(bytes(4096))
         free = shutil.disk_usage(here).free
-    except OSError as error:
-        raise NmfxError(f"{folder}: cannot be written: {error.strerror or error}") from error
     if free < size:
         raise NmfxError(f"{folder}: {size:,} bytes are to be written there, and {free:,} are free; make room first")
 

@@ -82,6 +82,8 @@ def convert(name: str, path: Path, args: Namespace) -> work.Work:
 
 def _check_use(args: Namespace) -> None:
     """Refuse what cannot be meant, before anything is built."""
+    if Path(args.weights).is_dir():
+        raise NmfxError(f"--weights {args.weights}: a folder; expected auto, pretrained, none or a file")
     known = args.weights in ("auto", "pretrained", "none")
     if not known and not Path(args.weights).exists() and not Path(args.weights).suffix:
         near = nearest(args.weights, ("auto", "pretrained", "none"))

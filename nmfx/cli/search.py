@@ -197,14 +197,14 @@ def _question(args: Namespace, start: Scheme | None) -> dict[str, Any]:
         rules = [_pair(text if "=" in text else f"*={text}", "--min-density") for text in args.min_density]
         rules.sort(key=lambda rule: rule[0] == "*")  # the first match counts: what is said of all sites comes last
         least = {glob: _number(share, "--min-density") for glob, share in rules}
-    sizes = _numbers(args.m or str(max((pattern.m for pattern in (start or {}).values()), default=16)), "--m")
+    sizes = _numbers(args.m if args.m is not None else str(max((pattern.m for pattern in (start or {}).values()), default=16)), "--m")
     return {
         "target": args.target or DEFAULT,
         "budget": args.budget or "params",
         "limits": dict(pairs) or None,
         "m": sizes[0] if len(sizes) == 1 else sizes,
         "candidates": _numbers(args.candidates, "--candidates") if args.candidates is not None else None,
-        "patterns": args.patterns.split(",") if args.patterns else None,
+        "patterns": args.patterns.split(",") if args.patterns is not None else None,
         "keep_dense": args.keep_dense,
         "min_density": least,
         "layout": args.layout,

@@ -26,7 +26,7 @@ from nmfx.cli.console import warn
 from nmfx.errors import NmfxError
 from nmfx.export.checkpoint import read_checkpoint
 from nmfx.export.plain import save_baked
-from nmfx.files import replace_folder
+from nmfx.files import remove_dead_drafts, replace_folder
 from nmfx.graph.census import find_sites
 from nmfx.graph.site import Sites
 from nmfx.recipe.tuned import TUNED
@@ -313,6 +313,8 @@ def open_work(path: Path) -> Work:
     """
     check_folders(path, ("export", "finetune", "recalibrated"))
     file = path / "work.yaml"
+    for folder in (path.parent, path):
+        remove_dead_drafts(folder)
     if not file.is_file():
         raise NmfxError(f"{path}: not a work directory (it has no work.yaml); make one with `nmfx convert MODEL`")
     tree = parsing.yaml_tree(parsing.read_text(file, "what nmfx convert writes"), str(file))
@@ -340,10 +342,12 @@ def find_work(named: str | None, command: str = "search") -> Work | None:
     """
     if named is not None:
         path = Path(named)
+        remove_dead_drafts(path.parent)  # of a conversion that was killed, which may have taken `path` away
         if not path.is_dir():
             near = [str(other) for other in (Path(f"{named}.nmfx"), path.parent) if (other / "work.yaml").is_file()]
-            hint = f"; did you mean {near[0]}?" if near else "; make one with `nmfx convert MODEL`"
-            raise NmfxError(f"{path}: not a work directory but {'a file' if path.exists() else 'no such folder'}{hint}")
+            hint = f"did you mean {near[0]}?" if near else f"make one with `nmfx convert {'MODEL' if path.exists() else named}`"
+            why = "it is a file" if path.exists() else "there is no such folder"
+            raise NmfxError(f"{path}: not a work directory, {why}; {hint}")
         return open_work(path)
     if Path("work.yaml").is_file():
         return open_work(Path("."))

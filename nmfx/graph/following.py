@@ -67,14 +67,23 @@ class Use:
         return self.parts or self.constant
 
     @property
+    def counted(self) -> list[int]:
+        """MACs of each product that counts: with activations, and those with constants that read the same rows."""
+        if not self.costs:
+            return self.constant_costs
+        rows = {(part.length, part.step) for part in self.parts}
+        alike = zip(self.constant, self.constant_costs, strict=True)
+        return self.costs + [macs for part, macs in alike if macs and (part.length, part.step) in rows]
+
+    @property
     def macs(self) -> int:
         """Multiply-adds of the products that count, of the whole batch."""
-        return sum(self.costs or self.constant_costs)
+        return sum(self.counted)
 
     @property
     def calls(self) -> int:
         """How many products count."""
-        return len(self.costs or self.constant_costs)
+        return len(self.counted)
 
 
 def storage_of(tensor: Tensor) -> int:
@@ -103,7 +112,7 @@ class Census(TorchDispatchMode):
         for tensor in (*parameters, *buffers):
             self.hold(tensor, held_by(tensor))
         self.own = set(self.held)
-        self.tainted = {storage_of(t) for t in _tensors(inputs)}
+        self.tainted = {storage_of(t) for t in tree_leaves(inputs) if isinstance(t, Tensor) and t.layout == torch.strided}
         self.mixtures: dict[int, tuple[Tensor, ...]] = {}
         self.running: list[nn.Module] = []
         self.plain: set[int] = set()
@@ -170,6 +179,8 @@ class Census(TorchDispatchMode):
             (use.parts if active else use.constant).append(part)
             use.guessed = use.guessed or held.guessed
             macs = operand.macs * parameter.numel() // held.numel
+            if not active and operand.other.dim() < 2:
+                macs = 0  # a norm by power iteration, not a part of what the model computes
             (use.costs if active else use.constant_costs).append(macs)
 
     def _record_altered(self, held: Held, operand: Operand) -> None:
@@ -404,7 +415,14 @@ def _spreads(active: Tensor, weight: Tensor) -> bool:
 
 
 def _tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor) and leaf.layout == torch.strided]
+    """Dense tensors in the arguments of an operation; much faster than a general tree walk."""
+    if isinstance(tree, Tensor):
+        return [tree] if tree.layout == torch.strided else []
+    if isinstance(tree, dict):
+        tree = tree.values()
+    elif not isinstance(tree, list | tuple):
+        return []
+    return [tensor for leaf in tree for tensor in _tensors(leaf)]
 
 
 @contextlib.contextmanager

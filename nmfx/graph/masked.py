@@ -136,6 +136,7 @@ def unmask(module: nn.Module, *, keep_masked: bool) -> None:
     Args:
         keep_masked: write the masked values into the parameters; otherwise the dense ones stay.
     """
+    module.__dict__.pop(GIVEN, None)
     if not is_masked(module):
         return
     values = {attr: read_masked(module, attr) for attr in module.__dict__[STATES]} if keep_masked else {}

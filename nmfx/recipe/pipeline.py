@@ -249,7 +249,7 @@ def _finetune(job: Job, advance: Advance) -> Done:
 
     folder, start = job.folder / TUNING, dense.weights if section.weights == "model" else "random"
     if rank() == 0:
-        check_writable(folder, TUNED.values())
+        check_writable(folder)
     result = finetune(
         model.to(job.device),
         data,
@@ -261,10 +261,9 @@ def _finetune(job: Job, advance: Advance) -> Done:
         progress=progress,
         after_epoch=after_epoch,
     )
-    written = tuple(f"{TUNING}/{name}" for name in TUNED.values())
+    best, written = result.best, tuple(f"{TUNING}/{name}" for name in TUNED.values())
     kept = Written(job.folder).clear(*written) if rank() == 0 else []
     save_epochs(model, result, folder, {**scheme.info, "weights": f"fine-tuned from {start}"})
-    best = result.best
     return Done(written, (f"{len(result.epochs)} epochs; best top-1 {best.top1:.2%} after epoch {best.epoch + 1}", *kept))
 
 

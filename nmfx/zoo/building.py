@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -54,7 +55,7 @@ def build_model(
     if weights in ("auto", "pretrained"):
         try:
             return Built(source.build(pretrained=True), source, "pretrained")
-        except (OSError, RuntimeError, ValueError, KeyError) as error:
+        except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
             note = f"pretrained weights of {source} cannot be had: {unavailable(error)}"
             if weights == "pretrained":
                 raise ModelError(f"{note}. Use --weights FILE, or --weights none for the structure only") from error
@@ -72,14 +73,18 @@ def build_random(source: Source, seed: int = 0) -> nn.Module:
         try:
             return source.build()
         except (RuntimeError, ValueError, TypeError) as error:
-            raise ModelError(f"{source} cannot be built: {text.sentence(error)}") from error
+            given = ", ".join(f"{key}={value}" for key, value in source.kwargs.items())
+            with_these = f" with {given}" if given else ""
+            raise ModelError(f"{source} cannot be built{with_these}: {text.sentence(error)}") from error
 
 
 def unavailable(error: BaseException) -> str:
     """Why pretrained weights cannot be had, in a sentence."""
     said = str(error)
-    if "couldn't find" in said or "disk cache" in said or "offline" in said.lower():  # as huggingface_hub has it, in many words
-        return "its hub cannot be reached, and there is no copy in the local cache"
+    if re.search(r"local cache|disk cache|couldn't find them in the cached", said):  # as huggingface_hub has it, in many words
+        return "the hub cannot be reached, and there is no copy in the local cache"
+    if found := re.search(r"'num_classes' expected value (\d+) but got (\d+)", said):  # torchvision
+        return f"torchvision has them for {found[1]} classes, not for {found[2]}; models of timm take any number"
     return text.sentence(error)
 
 

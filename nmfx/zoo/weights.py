@@ -120,7 +120,7 @@ def _why(error: Exception) -> str:
         name = next(filter(None, found.groups())).rstrip(".")
         clean = "torch.save(torch.load(FILE, weights_only=False)['state_dict'], 'clean.pth')"
         return f"it holds a {name}, and unpickling that can run code; where you trust the file, keep only its weights: {clean}"
-    return text.sentence(error)
+    return "it is no file of torch.save" if "Weights only load failed" in str(error) else text.sentence(error)
 
 
 def _states(tree: Mapping[Any, Any]) -> dict[str, State]:

@@ -119,7 +119,7 @@ def test_export_takes_the_fine_tuned_weights_of_its_scheme(work: Path, nmfx: Run
     assert main(["export", "--force"]) == 0
     out, err = capsys.readouterr()
     assert "weights: pretrained" in out
-    assert "was trained under another scheme: what is exported is not fine-tuned" in err
+    assert "was trained under another scheme: it is left out" in err
 
 
 def test_the_same_command_goes_on_after_kill_9(work: Path, nmfx: Run, fails: Run) -> None:
@@ -153,7 +153,7 @@ def test_the_same_command_goes_on_after_kill_9(work: Path, nmfx: Run, fails: Run
 def test_the_best_epoch_is_what_is_exported_and_the_last_one_on_demand(
     work: Path, nmfx: Run, fails: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert "no last epoch there" in fails("export", "--epoch", "last")
+    assert "no last epoch of a fine-tuning under this scheme" in fails("export", "--epoch", "last")
     real, tops = trainer.evaluate, iter([0.5, 0.75, 0.75, 0.25])
 
     def told(*args: Any, **options: Any) -> Any:
@@ -244,7 +244,10 @@ def test_ctrl_c_waits_for_the_update_and_saves(work: Path, nmfx: Run, monkeypatc
     assert MODEL.read_bytes() == Path("whole/model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("how", [[], ["--fsdp"]], ids=["ddp", "fsdp"])
+DDP = pytest.param([], id="ddp", marks=pytest.mark.slow)  # the same law as in tests/training/test_trainer.py
+
+
+@pytest.mark.parametrize("how", [DDP, pytest.param(["--fsdp"], id="fsdp")])
 def test_two_processes_end_where_one_does(how: list[str], work: Path, nmfx: Run) -> None:
     """Batch statistics are each process's own, so the scores agree to 2 points, as in tests/training/test_trainer.py."""
     argv = ("finetune", str(work), *DIGITS, "--epochs", "12", "--lr", "0.02")
