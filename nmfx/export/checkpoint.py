@@ -34,6 +34,7 @@ from nmfx.zoo.building import build_stored, check_state, load_state
 from nmfx.zoo.source import Source, identify
 
 VERSION = 1
+MOST_WEIGHTS = 1 << 48  # of one site: sizes that no arithmetic overflows
 Decay = Annotated[float, Meta(ge=0, le=1e6)]  # SR-STE's factor: 2e-4 and the like
 
 
@@ -108,7 +109,7 @@ class _SiteForm(Form, frozen=True):
             pattern = Pattern(self.pattern)
         except NmfxError as error:
             raise CheckpointError(f"{where}: pattern: {parsing.printable(str(error))}") from error
-        if math.prod(self.rows) != math.prod(self.shape):
+        if math.prod(self.rows) != math.prod(self.shape) or math.prod(self.shape) > MOST_WEIGHTS:
             raise CheckpointError(f"{where}: shape {self.shape} does not fit rows {self.rows}")
         return PackedSite(pattern, self.rows, self.flat, self.shape, self.decay, self.frozen, self.derived)
 
