@@ -15,7 +15,7 @@ import shutil
 import stat
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -58,6 +58,24 @@ def write_atomic(path: Path, write: Callable[[Path], object], *, force: bool = T
         elif not _put_where_free(new, path):
             raise taken
         _sync(path.parent)
+
+
+def check_writable(folder: Path, names: Iterable[str] = (), *, size: int = 0) -> None:
+    """Find out now whether these files, `size` bytes or more in all, can be written to a folder, and leave nothing behind.
+
+    Raises:
+        NmfxError: no permission, no space, a file where the folder should be, a folder where a file should be.
+    """
+    for name in names:
+        if (folder / name).is_dir():
+            raise NmfxError(f"{folder / name}: a file is to be written there, but it is a folder; move it away")
+    with _said(folder):
+        here = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+        with _draft(here) as draft:
+            (draft / NEW / "probe").write_bytes(bytes(4096))
+        free = shutil.disk_usage(here).free
+    if free < size:
+        raise NmfxError(f"{folder}: {size:,} bytes are to be written there, and {free:,} are free; make room first")
 
 
 @contextlib.contextmanager

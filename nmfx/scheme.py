@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -123,21 +122,21 @@ class Scheme(Mapping[str, Pattern]):
         layout: Layout = "strict",
         remainder: Remainder = "dense",
     ) -> Scheme:
-        """Globs over site names to patterns, the first match counts; a site that nothing matches stays dense.
+        """Globs over names of sites, or modules above them, to patterns; the first match counts, and what has none stays dense.
 
         Raises:
             SchemeError: a glob matches no site, or a rule that names one site asks for what it cannot take.
         """
         dense, wanted = list(keep_dense), {glob: Pattern(p) for glob, p in rules.items()}
         for glob in (*dense, *wanted):
-            if not any(fnmatch.fnmatchcase(site.name, glob) for site in sites):
+            if not any(text.matches(site.name, glob) for site in sites):
                 why = next((f" (skipped: {skipped.reason})" for skipped in sites.skipped if skipped.name == glob), "")
-                why = why or text.nearest(glob, [site.name for site in sites])
+                why = why or text.unmatched(glob, [site.name for site in sites])
                 raise SchemeError(f"no site matches {glob!r}{why}; `nmfx inspect MODEL` lists the sites")
         patterns = {}
         for site in sites:
-            rule = next((glob for glob in wanted if fnmatch.fnmatchcase(site.name, glob)), None)
-            if rule is not None and not any(fnmatch.fnmatchcase(site.name, glob) for glob in dense):
+            rule = next((glob for glob in wanted if text.matches(site.name, glob)), None)
+            if rule is not None and not any(text.matches(site.name, glob) for glob in dense):
                 patterns[site.name], reason = fit(site, wanted[rule], layout, remainder)
                 if rule == site.name and reason and remainder == "dense":
                     group(site.name, site.rows, wanted[rule], layout)  # raises: this very site was asked for

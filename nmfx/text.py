@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import fnmatch
 import json
 import re
 from collections.abc import Iterable
@@ -21,6 +22,34 @@ def nearest(word: str, known: Iterable[str]) -> str:
     """``" (did you mean 'x'?)"``, or nothing when no known word is near."""
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def matches(name: str, glob: str) -> bool:
+    """Whether a glob matches a weight's name, or the name of a module that it is under: ``fc`` is ``fc.weight``."""
+    return fnmatch.fnmatchcase(name, glob) or fnmatch.fnmatchcase(name, f"{glob}.*")
+
+
+def unmatched(glob: str, names: Iterable[str]) -> str:
+    """What to say after "no site matches": the names and modules that are near, or else the first and last names."""
+    names = list(names)
+    inside = [name for name in names if glob.strip("*") and glob.strip("*").lower() in name.lower()]
+    modules = (name.split(".")[:depth] for name in names for depth in range(1, name.count(".") + 1))
+    known = [*names, *dict.fromkeys(".".join(parts) for parts in modules)]
+    near = inside[:3] or difflib.get_close_matches(glob, known, n=1, cutoff=0.6)
+    if near:
+        return f" (did you mean {' or '.join(map(repr, near))}?)"
+    return f"; they are {', '.join(names if len(names) < 4 else [*names[:2], '...', names[-1]])}" if names else ""
+
+
+def sentence(error: BaseException, most: int = 240) -> str:
+    """What an error says first, without escape codes: as many whole sentences of its first line as fit, or else whole words."""
+    said = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip() or type(error).__name__
+    said = re.split(r"(?<![,:])\s*\n", said)[0]  # a line that ends so goes on in the next one
+    said = " ".join(said.split())
+    if len(said) > most:
+        ends = [found.end(1) for found in re.finditer(r"([.!?;])(?= )", said[: most + 1])]
+        said = said[: ends[-1]].rstrip(";") if ends else f"{said[:most].rpartition(' ')[0] or said[:most]} ..."
+    return said.removesuffix(".")
 
 
 def quote(word: str) -> str:

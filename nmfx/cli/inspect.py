@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
 from nmfx.cli import convert, tables, work
 from nmfx.cli.console import heading, output, working
-from nmfx.errors import NmfxError, SchemeError
+from nmfx.errors import SchemeError
 from nmfx.export.checkpoint import read_checkpoint
 from nmfx.graph.census import find_sites
 from nmfx.parsing import read_text
@@ -17,31 +18,30 @@ from nmfx.zoo.source import find_source
 
 def run(args: Namespace) -> None:
     """Look at what `args.what` names, and show it."""
-    path = Path(args.what)
+    what = work.asked(args.what, "inspect")
+    path = Path(what)
     if path.is_dir():
         _show_work(path)
     elif path.suffix == ".safetensors":
         _show_checkpoint(path)
     elif path.is_file():
         _show_scheme(path)
-    elif path.suffix in (".yaml", ".yml", ".txt", ".nmfx") or len(path.parts) > 1:
-        raise NmfxError(f"{path}: no such file or directory")
     else:
-        _show_model(args.what, work.parse_size(args.input_size))
+        _show_model(what, work.parse_size(args.input_size), args.classes)
 
 
 def _show_work(path: Path) -> None:
     found, out = work.open_work(path), output()
     out.print(heading("work directory", f" {path}: {found.model}, {found.weights} weights"))
     with working("finding the sites"):
-        model = find_source(found.model).build_meta()
+        model = found.build_meta()
         sites = found.sites(model)
     if start := found.start(sites):
         out.print(heading("starts from a compressed checkpoint: ", tables.start_line(start, sites)), soft_wrap=True)
     scheme = Scheme.load(found.scheme_path, sites) if found.scheme_path.is_file() else None
     if scheme is None:
         out.print(tables.site_table(sites, Scheme({}), {}))
-        out.print(f"\nno scheme yet; next: nmfx search {path}")
+        out.print(f"\nno scheme yet; next: {found.command('search')}", soft_wrap=True)
     else:
         out.print(tables.scheme_bars(sites, scheme, out.width))
         out.print()
@@ -92,8 +92,8 @@ def _show_info(scheme: Scheme) -> None:
         output().print("  ".join(f"{key}: {value}" for key, value in info.items()), soft_wrap=True)
 
 
-def _show_model(name: str, size: tuple[int, ...] | None) -> None:
-    source, out = find_source(name), output()
+def _show_model(name: str, size: tuple[int, ...] | None, classes: int | None) -> None:
+    source, out = replace(find_source(name), kwargs={"num_classes": classes} if classes else {}), output()
     with working(f"building {source} without memory"):
         model = source.build_meta()
         sites = find_sites(model, work.example_of(model, size))

@@ -63,6 +63,12 @@ def _with_values(model: nn.Module) -> nn.Module:
     return model
 
 
+def _has_guessed(copy: nn.Module, census: Census) -> bool:
+    """Whether a weight was read by an index whose values only the CPU knows."""
+    named = ((name, census.uses.get(id(parameter))) for name, parameter in copy.named_parameters())
+    return any(use is not None and use.guessed for name, use in named if not POSITION_TABLE.search(name.rpartition(".")[2]))
+
+
 def take_census(model: nn.Module, example: Example) -> tuple[nn.Module, Census, Census | None]:
     """Follow all parameters of a throw-away copy of `model` through one eval and one train forward.
 
@@ -81,6 +87,8 @@ def take_census(model: nn.Module, example: Example) -> tuple[nn.Module, Census, 
             placed = example.to(device, dtype)
             with torch.device(device):
                 census = _run(copy, placed, train=False)
+            if device == "meta" and not any(p.is_meta for p in model.parameters()) and _has_guessed(copy, census):
+                continue
             break
         except Exception as error:
             if device == "cpu":

@@ -46,6 +46,7 @@ class Use:
         altered: the operations that made another weight of it before a product read that one.
         derived: parts of products that read the altered weight, place for place, inside the forward pass of its own module.
         mixed: activations were mixed into a convolution's kernel from it.
+        guessed: an index without values (on the meta device) chose what a product read.
     """
 
     kind: str = ""
@@ -57,6 +58,7 @@ class Use:
     altered: list[str] = field(default_factory=list)
     derived: list[Part | None] = field(default_factory=list)
     mixed: bool = False
+    guessed: bool = False
     operations: list[str] = field(default_factory=list)
 
     @property
@@ -65,14 +67,23 @@ class Use:
         return self.parts or self.constant
 
     @property
+    def counted(self) -> list[int]:
+        """MACs of each product that counts: with activations, and those with constants that read the same rows."""
+        if not self.costs:
+            return self.constant_costs
+        rows = {(part.length, part.step) for part in self.parts}
+        alike = zip(self.constant, self.constant_costs, strict=True)
+        return self.costs + [macs for part, macs in alike if macs and (part.length, part.step) in rows]
+
+    @property
     def macs(self) -> int:
         """Multiply-adds of the products that count, of the whole batch."""
-        return sum(self.costs or self.constant_costs)
+        return sum(self.counted)
 
     @property
     def calls(self) -> int:
         """How many products count."""
-        return len(self.costs or self.constant_costs)
+        return len(self.counted)
 
 
 def storage_of(tensor: Tensor) -> int:
@@ -88,6 +99,7 @@ class Census(TorchDispatchMode):
         held: storage -> what it holds of parameters, as they are or derived.
         tainted: storages of activations.
         mixtures: storage -> parameters of the product that made it out of activations.
+        plain: ids of parameters that products read in their own memory.
         running: modules whose forward pass is under way, the innermost last (see `watch`).
     """
 
@@ -100,9 +112,10 @@ class Census(TorchDispatchMode):
         for tensor in (*parameters, *buffers):
             self.hold(tensor, held_by(tensor))
         self.own = set(self.held)
-        self.tainted = {storage_of(t) for t in _tensors(inputs)}
+        self.tainted = {storage_of(t) for t in tree_leaves(inputs) if isinstance(t, Tensor) and t.layout == torch.strided}
         self.mixtures: dict[int, tuple[Tensor, ...]] = {}
         self.running: list[nn.Module] = []
+        self.plain: set[int] = set()
 
     def hold(self, tensor: Tensor, held: Held) -> None:
         """Note what the storage of `tensor` holds; several parameters may share one."""
@@ -155,6 +168,8 @@ class Census(TorchDispatchMode):
     def _record_parts(self, held: Held, operand: Operand) -> None:
         """A product reads entries of parameters as they are."""
         active = storage_of(operand.other) in self.tainted
+        if storage_of(operand.tensor) in self.own:
+            self.plain |= {id(parameter) for parameter in held.parameters}
         for index, part in parts_of(held, operand).items():
             use, parameter = self.uses[id(held.parameters[index])], held.parameters[index]
             if not use.kind or (active and not use.parts):
@@ -162,7 +177,10 @@ class Census(TorchDispatchMode):
                 use.kind = "linear" if linear else operand.kind
                 use.conv_groups = max(1, operand.conv_groups // max(1, operand.tensor.numel() // held.numel))
             (use.parts if active else use.constant).append(part)
+            use.guessed = use.guessed or held.guessed
             macs = operand.macs * parameter.numel() // held.numel
+            if not active and operand.other.dim() < 2:
+                macs = 0  # a norm by power iteration, not a part of what the model computes
             (use.costs if active else use.constant_costs).append(macs)
 
     def _record_altered(self, held: Held, operand: Operand) -> None:
@@ -170,7 +188,7 @@ class Census(TorchDispatchMode):
         if held.made and not operand.is_kernel:
             return  # a product of factors: each of them is read by that product
         parameter, tensor = held.parameters[0], operand.tensor
-        same = len(held.parameters) == 1 and is_plain(held, tensor) and tensor.shape == parameter.shape and not held.made
+        same = len(held.parameters) == 1 and held.order is None and tensor.numel() == parameter.numel() and not held.made
         module = self.running[-1] if self.running else None
         own = same and module is not None and any(p is parameter for p in module._parameters.values())
         for each in held.parameters:
@@ -282,10 +300,12 @@ class Census(TorchDispatchMode):
             if held is not None and any(p.dim() > 1 for p in held.parameters):
                 found.append((tensor, held))
         found.sort(key=lambda pair: id(pair[1].parameters[0]) in self.buffers)
+        if name.startswith(("new_", "empty")) or name.endswith("_like"):
+            return None  # of its shape only
         if not found or (active and not self._is_modulation(name, found[0][0], active)):
             return None
         if name in MOVING:
-            return self._move(func, args, kwargs, out)
+            return self._move(func, args, kwargs, out, guessed=bool(active))
         tensor, held = next((pair for pair in found if pair[0].shape == out.shape), found[0])
         keeps = name in KEEPING and self._keeps(name, tensor, args, inputs)
         if keeps and held.made:
@@ -335,13 +355,13 @@ class Census(TorchDispatchMode):
             places = places.reshape(out.shape) if out.numel() == places.numel() else places.expand(out.shape)
         return lay(held, out, places)
 
-    def _move(self, func: Any, args: Any, kwargs: Any, out: Tensor) -> Held | None:
-        """Run the operation on places in place of values."""
+    def _move(self, func: Any, args: Any, kwargs: Any, out: Tensor, *, guessed: bool) -> Held | None:
+        """Run the operation on places in place of values; `guessed` if activations choose what is moved."""
         parts = {storage_of(t): self.held[storage_of(t)] for t in _tensors((args, kwargs)) if storage_of(t) in self.held}
         parameters = tuple(dict.fromkeys(p for held in parts.values() for p in held.parameters))
         altered = next((held.altered for held in parts.values() if held.altered), "")
-        sizes = [size for t in _tensors((args, kwargs)) if storage_of(t) in parts for size in t.shape]
-        guessed = any(held.guessed for held in parts.values())
+        sizes = _indexed(base_name(func), args)
+        guessed = guessed or any(held.guessed for held in parts.values())
 
         def placed(leaf: Any) -> Any:
             nonlocal guessed
@@ -355,8 +375,11 @@ class Census(TorchDispatchMode):
                 return rebase(places, held, parameters)
             if leaf.is_floating_point():
                 return torch.zeros(leaf.shape, dtype=torch.int64, device="cpu")
-            guessed = guessed or leaf.is_meta  # any index will do: it moves what lies beside the indexed dimension as a whole
-            return torch.randint(0, min(sizes), leaf.shape, device="cpu") if leaf.is_meta else leaf.cpu()
+            if not leaf.is_meta:
+                return leaf.cpu()
+            # Any index will do: it moves what lies beside the indexed dimension as a whole.
+            size, guessed = sizes[id(leaf)], True
+            return torch.randperm(size).repeat(-(-leaf.numel() // size))[: leaf.numel()].view(leaf.shape)
 
         try:
             if altered:
@@ -371,6 +394,15 @@ class Census(TorchDispatchMode):
         return replace(lay(Held(parameters, out.element_size()), out, places), guessed=guessed)
 
 
+def _indexed(name: str, args: Any) -> dict[int, int]:
+    """Size of the dimension that each index of a look-up runs over, by its id."""
+    if name == "index":
+        return {id(index): args[0].shape[dim] for dim, index in enumerate(args[1]) if index is not None}
+    if name in ("index_select", "gather"):
+        return {id(args[2]): args[0].shape[args[1]]}
+    return {id(args[1]): len(args[0])} if name == "embedding" else {}
+
+
 def base_name(func: Any) -> str:
     """Name of an operation without its library and the underscore of writing in place."""
     return str(func._schema.name).rpartition("::")[2].rstrip("_")
@@ -383,7 +415,14 @@ def _spreads(active: Tensor, weight: Tensor) -> bool:
 
 
 def _tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor) and leaf.layout == torch.strided]
+    """Dense tensors in the arguments of an operation; much faster than a general tree walk."""
+    if isinstance(tree, Tensor):
+        return [tree] if tree.layout == torch.strided else []
+    if isinstance(tree, dict):
+        tree = tree.values()
+    elif not isinstance(tree, list | tuple):
+        return []
+    return [tensor for leaf in tree for tensor in _tensors(leaf)]
 
 
 @contextlib.contextmanager

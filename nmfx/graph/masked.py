@@ -136,6 +136,7 @@ def unmask(module: nn.Module, *, keep_masked: bool) -> None:
     Args:
         keep_masked: write the masked values into the parameters; otherwise the dense ones stay.
     """
+    module.__dict__.pop(GIVEN, None)
     if not is_masked(module):
         return
     values = {attr: read_masked(module, attr) for attr in module.__dict__[STATES]} if keep_masked else {}
@@ -144,10 +145,10 @@ def unmask(module: nn.Module, *, keep_masked: bool) -> None:
         state.check_writes()
         del module._buffers[mask_name(attr)]
         module._non_persistent_buffers_set.discard(mask_name(attr))
-    module.__class__ = plain_class(module)
-    if derived and values and (off := fold(module, type(module), values["weight"])) > 1e-3:
+    module.__class__ = cls = plain_class(module)
+    if derived and values and (off := fold(module, cls, values["weight"])) > 1e-3:
         raise NmfxError(
-            f"{type(module).__name__}: its forward pass does more than make a weight and read it (off by {off:.1g}), so it "
+            f"{cls.__name__}: its forward pass does more than make a weight and read it (off by {off:.1g}), so it "
             f"cannot be baked into a plain layer"
         )
     with torch.no_grad():

@@ -53,10 +53,10 @@ def held_by(parameter: Tensor) -> Held:
 
 def lay(held: Held, out: Tensor, places: Tensor) -> Held:
     """`held` in the storage of `out`, which has these `places` (of `out`'s shape)."""
-    plain = out.is_contiguous() and out.storage_offset() == 0 and places.numel() == held.numel
+    size = out.untyped_storage().nbytes() // out.element_size()
+    plain = out.is_contiguous() and places.numel() == held.numel == size
     if plain and torch.equal(places.flatten(), torch.arange(1, held.numel + 1)):
         return replace(held, itemsize=out.element_size(), order=None)
-    size = out.untyped_storage().nbytes() // out.element_size()
     order = torch.zeros(size, dtype=torch.int64, device="cpu")
     order.as_strided(out.shape, out.stride(), out.storage_offset()).copy_(places)
     return replace(held, itemsize=out.element_size(), order=order)

@@ -165,9 +165,7 @@ def _gradient(owner: nn.Module, attr: str, state: MaskState, weight: Tensor, fac
 def _mask(owner: nn.Module, attr: str, state: MaskState, weight: Any) -> Tensor:
     """The whole mask of a weight as it is: that of the forward pass, unless it has changed since or a compiler has read it."""
     found = state.cache
-    if (
-        state.spec.frozen or state.spec.derived
-    ):  # the latter is a mask of another tensor than the weight: of the last forward pass
+    if state.spec.frozen or state.spec.derived:  # of what the last forward pass made of the weight
         mask = owner._buffers[mask_name(attr)]
         assert mask is not None
         return mask.to(weight.device)

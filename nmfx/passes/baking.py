@@ -35,7 +35,6 @@ def bake(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     renew(result)
     for module in result.modules():
         unmask(module, keep_masked=True)
-        module.__dict__.pop(GIVEN, None)
     return result
 
 

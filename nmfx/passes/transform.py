@@ -81,7 +81,6 @@ def transform(
     except Exception:
         for module in result.modules():
             unmask(module, keep_masked=False)
-        result.__dict__.pop(GIVEN, None)
         raise
     result.__dict__[GIVEN] = tuple(name for name in resolved)
     return to_graph(result, example_input) if as_graph else result

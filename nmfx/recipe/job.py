@@ -39,10 +39,13 @@ class Dense:
 class _DenseForm(parsing.Form, frozen=True):
     """What the build stage writes; `kwargs` are JSON."""
 
+    nmfx: Literal["work"]
+    version: Literal["1"]
     model: Text
     kwargs: str
     weights: Literal["pretrained", "random", "file"]
     note: str
+    input_size: str
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,7 @@ class Job:
         """What the build stage wrote."""
         path = self.folder / WORK
         tree = parsing.yaml_tree(parsing.read_text(path, "what the build stage wrote"), str(path))
-        form = parsing.convert(tree, _DenseForm, str(path))
+        form = parsing.convert({key: tree[key] for key in _DenseForm.__struct_fields__ if key in tree}, _DenseForm, str(path))
         kwargs = parse_kwargs(parsing.json_tree(form.kwargs, f"{path}: kwargs"), str(path), NmfxError)
         try:
             source = find_source(form.model)

@@ -151,8 +151,9 @@ class FinetuneSection:
 
 @dataclass(frozen=True)
 class ExportSection:
-    """What is written beside the scheme and the compressed checkpoint."""
+    """What is written beside the scheme and the compressed checkpoint, of the best or the last epoch of fine-tuning."""
 
+    epoch: Literal["best", "last"] = "best"
     baked: bool = False
     onnx: bool = False
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import threading
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,9 +20,9 @@ from nmfx.graph.modes import keep_modes
 from nmfx.passes.baking import bake
 from nmfx.runtime.building import load_kernel
 from nmfx.runtime.chain import link, repeated
-from nmfx.runtime.layers import DEPTHWISE, Fused, dense_layers, sparse_layer
-from nmfx.runtime.lowering import export, lower
-from nmfx.runtime.operators import slid
+from nmfx.runtime.checks import slid
+from nmfx.runtime.layers import DEPTHWISE, LAYERS, Fused, alike, dense_layers, sparse_layer
+from nmfx.runtime.lowering import Domain, export, lower
 from nmfx.runtime.packed import LANES, SPARSE, TILES
 from nmfx.runtime.program import window_of
 from nmfx.runtime.timing import WHOLE, Advance, Times, ignore, measure, part
@@ -28,6 +30,8 @@ from nmfx.runtime.timing import WHOLE, Advance, Times, ignore, measure, part
 REPEATS = 4  # of a sparse way in one chain: without what a call costs from Python, which it does not cost in a network
 BEFORE_OTHERS = 1.5  # lanes may take so many times as long as others: between operators by lanes nothing is laid out anew
 WHOLE_FROM = 0.4  # density from which the kernel is also tried with all weights, whose rows then share what they read
+SHAPES = 8  # lowerings for other sizes that are kept
+_LOWERING = threading.RLock()  # torch.export is for one thread at a time
 
 Sites = list[tuple[fx.Node, Fused]]  # with the nodes of a lowered graph that call them
 
@@ -65,39 +69,195 @@ class Choice:
         return self.sparse if self.sparse is not None and self.is_sparse else self.dense
 
 
+@dataclass(frozen=True, eq=False)
+class Lowered:
+    """A model lowered for one shape.
+
+    Attributes:
+        graph: its ``site0, site1, ...`` are the layers of `nmfx.runtime.layers`, those of the kernel inside its ``chain0,
+            chain1, ...`` (`nmfx.runtime.chain`).
+        domain: for which inputs it is.
+        batch: samples of a pass.
+        images: samples that stay on one thread within a chain; 0 is all at once.
+    """
+
+    graph: fx.GraphModule
+    domain: Domain
+    choices: tuple[Choice, ...]
+    batch: int
+    images: int = 0
+
+    def __call__(self, x: Tensor) -> Any:
+        """In passes only where samples are shown not to see each other."""
+        if len(x) <= self.batch or not self.domain.apart:
+            return self.graph(x)
+        return _joined([self.graph(part) for part in x.split(self.batch)])
+
+
 class CompiledModel(nn.Module):
     """A model in eval mode, lowered: pictures in, the original's outputs out, without gradients.
 
+    It gives what the masked model gives, up to rounding, or raises an NmfxError before anything is computed:
+
+    - *Sizes and batches.* It was lowered for the example's sizes, and for all batches from 2 on that torch.export could keep
+      free; for the example's batch alone where that is 1 or cannot be free, since models may do something else with it. For
+      other sizes and batches the model is exported and lowered once more at the first call, which takes seconds, with the same
+      choices and layers: nothing is timed again, and `compile` with an example of that size may find faster ways. Up to
+      `shapes` of these are kept beside the first, then the oldest goes. The original model, with all its weights, is kept for
+      that; ``shapes=0`` keeps none and refuses. Threads wait for each other only while a size is new.
+    - *Kinds.* Another type of numbers than the example's, another device or number of dimensions is refused, and so is
+      autocast, under which the masked model would give bfloat16.
+    - *Passes.* A batch larger than `batch` is cut into passes only where the graph shows that samples do not see each other
+      and that all outputs have the batch first.
+    - *Inf and NaN* in activations spread through a dropped weight in the masked model (0 * inf is NaN), and not here, where
+      it is not there; and the clamps of dense sites, which are oneDNN's, make 0 of NaN. Look for them before, not after.
+
+    `copy.deepcopy` copies it. It cannot be saved: loading a pickle runs code. Save the model (`save_checkpoint`), load it and
+    compile it again.
+
     Attributes:
-        graph: the lowered graph; its ``site0, site1, ...`` are the layers of `nmfx.runtime.layers`, those of the kernel inside
-            its ``chain0, chain1, ...`` (`nmfx.runtime.chain`).
+        graph: the lowered graph for the example's sizes.
         choices: how each site is computed.
         batch: samples of a pass; larger batches go through in several, so that activations stay in the cache.
         kernel: why the kernel is missing; empty when it is there.
     """
 
-    def __init__(self, graph: fx.GraphModule, choices: tuple[Choice, ...], batch: int, free: bool, kernel: str) -> None:
+    def __init__(self, lowered: Lowered, *, kernel: str = "", original: nn.Module | None = None, shapes: int = SHAPES) -> None:
         super().__init__()
-        self.graph, self.choices, self.batch, self.free, self.kernel = graph, choices, batch, free, kernel
+        self.graph, self.kernel = lowered.graph, kernel
+        self.others: tuple[Lowered, ...] = ()
+        self.shapes = shapes
+        self._first = lowered
+        self._original = (original,) if original is not None and shapes else ()  # no submodule: its state is not this one's
         self.eval()
+
+    @property
+    def choices(self) -> tuple[Choice, ...]:
+        """How each site is computed."""
+        return self._first.choices
+
+    @property
+    def batch(self) -> int:
+        """Samples of a pass."""
+        return self._first.batch
+
+    @property
+    def free(self) -> bool:
+        """Whether the first lowering is for more than one batch size."""
+        return self._first.domain.free
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Any:
-        """As the original's; any batch size where torch.export could keep it free.
+        """As the original's.
 
         Raises:
-            NmfxError: another batch size than that of a model whose batch size is fixed.
+            NmfxError: the input is of a kind that the model was not compiled for, or of a size that it does not take.
         """
-        if len(x) <= self.batch and (self.free or len(x) == self.batch):
-            return self.graph(x)
-        if not self.free and len(x) % self.batch:
-            raise NmfxError(f"compiled for batches of {self.batch}, got one of {len(x)}: torch.export fixed the batch size")
-        parts = [self.graph(part) for part in x.split(self.batch)]
-        return _joined(parts)
+        self._check(x)
+        x = x.contiguous()
+        lowered = next((one for one in (self._first, *self.others) if one.domain.takes(x)), None)
+        return (lowered or self._lower(x))(x)
+
+    def _check(self, x: Tensor) -> None:
+        if not isinstance(x, Tensor):
+            raise NmfxError(f"{self._made_for()}, got {type(x).__name__}")
+        wanted = self._first.domain
+        fits = x.dtype == wanted.dtype and x.dim() == len(wanted.shape)
+        if not fits or x.device.type != "cpu" or x.layout != torch.strided:
+            layout = "" if x.layout == torch.strided else f", {x.layout}"
+            raise NmfxError(f"{self._made_for()}, got {_kind(x.dtype)} {tuple(x.shape)} on {x.device}{layout}")
+        if torch.is_autocast_enabled("cpu"):
+            raise NmfxError(f"{self._made_for()}, to compute in float32, as the model does not under autocast: leave it")
+
+    def _made_for(self) -> str:
+        wanted = self._first.domain
+        least, most = wanted.batches
+        sizes = ", ".join(map(str, wanted.shape[1:]))
+        batch = str(least) if least == most else f"{least} or more" if most is None else f"{least} to {most}"
+        return f"compiled for {_kind(wanted.dtype)} of sizes ({sizes}) in batches of {batch}, on cpu"
+
+    def _lower(self, x: Tensor) -> Lowered:
+        """For inputs like this, kept for the next."""
+        came = f"{_kind(x.dtype)} {tuple(x.shape)}"
+        if not self._original:
+            raise NmfxError(f"{self._made_for()}, got {came}: compile with an example of that size, or without shapes=0")
+        with _LOWERING:
+            known = next((one for one in self.others if one.domain.takes(x)), None)
+            if known is not None:  # by another thread
+                return known
+            try:
+                lowered = lower_again(self._first, self._original[0], x, kernel=not self.kernel)
+            except ModelError as error:
+                raise NmfxError(f"{self._made_for()}, got {came}, which it does not take: {error}") from error
+            self.others = (*self.others, lowered)[-self.shapes :]
+            return lowered
 
     def train(self, mode: bool = True) -> CompiledModel:
         """It stays in eval mode."""
         return super().train(False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CompiledModel:
+        """Neither moved nor converted: what the kernel reads is made for float32 on the CPU."""
+        probe = fn(torch.zeros(1, 1, 1, 1))
+        if probe.dtype != torch.float32 or probe.device.type != "cpu":
+            raise NmfxError(f"a compiled model stays float32 on the CPU, asked for {_kind(probe.dtype)} on {probe.device}")
+        return self
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: the weights have been packed."""
+        raise NmfxError("a compiled model takes no other weights: load them into the model, and compile it")
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Refused: it cannot be pickled."""
+        raise NmfxError(
+            "a compiled model cannot be saved, nor sent to another process: loading a pickle runs code. Save the model with "
+            "nmfx.save_checkpoint, load it and compile it there"
+        )
+
+    def __copy__(self) -> CompiledModel:
+        new = type(self).__new__(type(self))
+        new.__dict__ = {name: copy.copy(value) if isinstance(value, dict) else value for name, value in self.__dict__.items()}
+        return new
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CompiledModel:
+        new = memo[id(self)] = type(self).__new__(type(self))
+        new.__dict__ = copy.deepcopy(self.__dict__, memo)
+        return new
+
+
+def _kind(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+@torch.inference_mode(False)  # whose tensors have no versions
+def lower_again(first: Lowered, model: nn.Module, example: Tensor, *, kernel: bool) -> Lowered:
+    """A baked model lowered for an example of another size with the choices of the first, whose layers are shared.
+
+    Raises:
+        ModelError: torch.export cannot follow the model with this example.
+    """
+    if 0 in example.shape[1:]:
+        raise ModelError("there are no pixels")
+    graph, domain = export(model, example.clone())
+    choices = defaultdict[str, list[Choice]](list)
+    for choice in first.choices:
+        choices[choice.name].append(choice)
+    known = [module for module in first.graph.modules() if isinstance(module, LAYERS)]
+    for node, fused in lower(graph):
+        mine = choices[fused.name]
+        layer = _possible_layer(fused, mine.pop(0) if mine else None)
+        graph.add_submodule(str(node.target), next((one for one in known if alike(one, layer)), layer))
+    graph.recompile()
+    if kernel:
+        link(graph, first.images)
+    return Lowered(graph, domain, first.choices, first.batch, first.images)
+
+
+def _possible_layer(fused: Fused, choice: Choice | None) -> nn.Module:
+    """The layer of a choice that was made for another size; the dense one where this site cannot be computed so."""
+    tiles = () if fused.depthwise else map(str, TILES)
+    chosen = choice.chosen if choice and choice.chosen in {*dense_layers(fused, lanes=True), *tiles} else "dense"
+    return layer_for(fused, chosen, choice.plain if choice else None)
 
 
 def _joined(parts: list[Any]) -> Any:
@@ -105,45 +265,57 @@ def _joined(parts: list[Any]) -> Any:
     return tree_map(lambda *each: torch.cat(each) if isinstance(each[0], Tensor) else each[0], parts[0], *parts[1:])
 
 
-def compile(model: nn.Module, example_input: Tensor, *, batch: int | None = None, progress: Advance = ignore) -> CompiledModel:
+@torch.inference_mode(False)  # whose tensors have no versions
+def compile(
+    model: nn.Module, example_input: Tensor, *, batch: int | None = None, shapes: int = SHAPES, progress: Advance = ignore
+) -> CompiledModel:
     """Lower a converted, baked or plain model for this machine.
 
     Every convolution and linear layer is fused with its batch norm, residual and clamp, and computed by PyTorch's dense
     operator or by the sparse kernel, whichever is faster here for this shape; what was measured is kept on disk.
+    The outputs are the model's up to rounding, for other sizes and batches too (`CompiledModel` says how, and what is refused).
 
     Args:
         example_input: a batch of the size and shape to be fast for.
-        batch: samples of a pass; None measures 1, 2, 4, ... up to the example's, and one at a time on each thread.
+        batch: samples of a pass, where samples do not see each other; None measures 1, 2, 4, ... up to the example's, and one
+            at a time on each thread.
+        shapes: how many other sizes and batches a lowering is made and kept for, when they come; 0 refuses them, and the
+            model's dense weights are not kept.
         progress: called with the share done and the site.
 
     Raises:
         ModelError: torch.export cannot follow the model.
     """
-    if not isinstance(example_input, Tensor) or not len(example_input):
-        raise ModelError(f"compile: expected a batch of pictures as a tensor, got {type(example_input).__name__}")
-    example = example_input.detach().cpu()
-    plain = bake(model).cpu()
+    if not isinstance(example_input, Tensor) or not example_input.dim() or not example_input.numel():
+        came = tuple(example_input.shape) if isinstance(example_input, Tensor) else type(example_input).__name__
+        raise ModelError(f"compile: expected a batch of pictures as a tensor, got {came}")
+    if (batch is not None and batch < 1) or shapes < 0:
+        raise ModelError(f"compile: expected passes of 1 sample or more, and shapes of 0 or more, got {batch} and {shapes}")
+    if torch.is_autocast_enabled("cpu"):
+        raise ModelError("compile: compiled models compute in float32; leave autocast around compile and its calls")
+    example = example_input.detach().cpu().clone(memory_format=torch.contiguous_format)
+    plain = bake(model).cpu().eval()
     kernel = load_kernel()
     with keep_modes(plain):
-        graph, free = export(plain.eval(), example)
+        graph, domain = export(plain, example)
     sites = lower(graph)
-    found = list[CompiledModel]()
-    passes = _passes(len(example), batch, free, alone=not kernel)
+    found = list[Lowered]()
+    passes = _passes(len(example), batch, domain.apart, alone=not kernel)
     for number, (size, alone) in enumerate(passes):
         with _one_thread() if alone else contextlib.nullcontext():
             times = Times()
             timed = time_sites(copy_of(graph), sites, example[:size], times, part(progress, number, len(passes)))
             times.save()
             for mine, choices in with_and_without_lanes(graph, timed, images=size if alone else 0):
-                found.append(CompiledModel(mine, choices, len(example) if alone else size, free, kernel))
-    return fastest(found, example)
+                found.append(Lowered(mine, domain, choices, len(example) if alone else size, size if alone else 0))
+    return CompiledModel(fastest(found, example), kernel=kernel, original=plain, shapes=shapes)
 
 
-def _passes(count: int, batch: int | None, free: bool, *, alone: bool) -> list[tuple[int, bool]]:
+def _passes(count: int, batch: int | None, apart: bool, *, alone: bool) -> list[tuple[int, bool]]:
     """Ways to cut a batch: samples of a pass, and whether each pass stays on one thread."""
     threads = torch.get_num_threads()
-    if batch is not None or not free:
-        return [(batch if batch and free else count, False)]
+    if batch is not None or not apart:
+        return [(batch if batch and apart else count, False)]
     sizes = [2**i for i in range(count.bit_length()) if 2**i <= count]
     ways = [(size, False) for size in sizes]
     return [*ways, (1, True)] if alone and 1 < threads <= count else ways
@@ -214,8 +386,9 @@ def with_and_without_lanes(
             yield mine, choices
 
 
-def fastest(models: Sequence[CompiledModel], example: Tensor) -> CompiledModel:
-    """Of several ways to compile one model, measured on an example."""
+@torch.no_grad()
+def fastest(models: Sequence[Lowered], example: Tensor) -> Lowered:
+    """Of several ways to lower one model, measured on an example."""
     if len(models) == 1:
         return models[0]
     took = measure({str(index): partial(one, example) for index, one in enumerate(models)}, least=WHOLE)

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 from nmfx.passes.baking import bake
 from nmfx.runtime.building import load_kernel, quiet
-from nmfx.runtime.compiled import CompiledModel, compile, copy_of, fastest, inputs_of, put, time_site, with_and_without_lanes
+from nmfx.runtime.compiled import Lowered, compile, copy_of, fastest, inputs_of, put, time_site, with_and_without_lanes
 from nmfx.runtime.layers import Fused
 from nmfx.runtime.lowering import export, lower
 from nmfx.runtime.timing import WHOLE, Advance, Times, ignore, measure
@@ -100,8 +100,9 @@ def measure_latency(
     Raises:
         ModelError: torch.export cannot follow the model.
     """
-    kernel, times = load_kernel(), Times()
-    graph, free = export(bake(model).eval(), example)
+    load_kernel()
+    times = Times()
+    graph, domain = export(bake(model).eval(), example)
     sites = lower(graph)
     seen = inputs_of(graph, sites, example)
     prices: dict[str, dict[Pattern, int]] = {}
@@ -118,12 +119,12 @@ def measure_latency(
     other = copy_of(graph)
     timed = [time_site(node, fused, seen[str(node.target)], times) for node, fused in sites]
     put(other, timed, [one.choice(sparse=False) for one in timed])
-    dense = CompiledModel(other, (), len(example), free, kernel)
+    dense = Lowered(other, domain, (), len(example))
     sparsest = [(node, _sparsest(fused, groupings.get(fused.name, {}))) for node, fused in sites]
     timed = [time_site(node, fused, seen[str(node.target)], times) for node, fused in sparsest]
     times.save()
     built = with_and_without_lanes(graph, timed)
-    sparse = fastest([CompiledModel(mine, choices, len(example), free, kernel) for mine, choices in built], example)
+    sparse = fastest([Lowered(mine, domain, choices, len(example)) for mine, choices in built], example)
     runs = dense_runs(model, example) | {"dense": lambda: dense(example), "sparse": lambda: sparse(example)}
     with torch.no_grad():
         took = measure(runs, least=WHOLE)

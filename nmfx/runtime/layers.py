@@ -67,7 +67,7 @@ class SparseConv2d(nn.Module):
             self.register_buffer(name, getattr(packed, name))
         self.register_buffer("bias", fused.bias)
         kernel = list(fused.weight.shape[2:])
-        self.options = (packed.shape[0], kernel, *map(list, fused.geometry), fused.groups, fused.low, fused.high)
+        self.options = (packed.shape[0], packed.width, kernel, *map(list, fused.geometry), fused.groups, fused.low, fused.high)
         self.tile = (packed.chunk, packed.vectors)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -84,7 +84,7 @@ class SparseLinear(nn.Module):
         for name in ("values", "columns", "pointers"):
             self.register_buffer(name, getattr(packed, name))
         self.register_buffer("bias", fused.bias)
-        self.options = (packed.shape[0], fused.low, fused.high, packed.chunk, packed.vectors)
+        self.options = (packed.shape[0], packed.width, fused.low, fused.high, packed.chunk, packed.vectors)
 
     def forward(self, x: Tensor) -> Tensor:
         """``(..., in)`` to ``(..., out)``."""
@@ -184,3 +184,16 @@ def sparse_layer(fused: Fused, tile: Tile, plain: Tile | None = None) -> nn.Modu
     if not fused.is_conv:
         return SparseLinear(fused, packed)
     return SparseConv2d(fused, packed, tile if tile.lanes else None)
+
+
+LAYERS = (SparseConv2d, SparseLinear, DenseConv2d, DenseLinear, Depthwise)
+
+
+def alike(one: nn.Module, other: nn.Module) -> bool:
+    """Whether two layers compute the same in the same way."""
+    if type(one) is not type(other):
+        return False
+    mine, theirs = ({k: v for k, v in vars(each).items() if k[0] != "_" and k != "packed"} for each in (one, other))
+    buffers = dict(other.named_buffers())
+    same = mine == theirs and buffers.keys() == dict(one.named_buffers()).keys()
+    return same and all(torch.equal(value, buffers[name]) for name, value in one.named_buffers())

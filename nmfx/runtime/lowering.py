@@ -6,13 +6,17 @@ import math
 import operator
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from nmfx.errors import ModelError
+from nmfx.runtime.building import quiet
+from nmfx.runtime.checks import LONGEST, WIDEST_STEP
 from nmfx.runtime.layers import Fused
+from nmfx.runtime.samples import samples_apart
 
 aten = torch.ops.aten
 CONV, LINEAR = aten.conv2d.default, aten.linear.default
@@ -26,33 +30,88 @@ CLAMPS: dict[Any, Callable[..., tuple[float, float]]] = {
 }
 
 
-def export(model: nn.Module, example: Tensor) -> tuple[fx.GraphModule, bool]:
-    """The graph of a model in eval mode, and whether it takes any batch size (or only that of `example`).
+@dataclass(frozen=True, eq=False)
+class Domain:
+    """The inputs for which a graph gives what the model does: what torch.export assumed.
+
+    Attributes:
+        shape: of the example.
+        dtype: of the example.
+        batches: the least and the largest batch; None where there is no largest.
+        guards: refuses other batches, with an AssertionError.
+        apart: whether samples are shown not to see each other (`nmfx.runtime.samples`).
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    batches: tuple[int, int | None]
+    guards: nn.Module | None = None
+    apart: bool = False
+
+    @property
+    def free(self) -> bool:
+        """Whether there is more than one batch size."""
+        return self.batches[0] != self.batches[1]
+
+    def takes(self, x: Tensor) -> bool:
+        """Whether the graph is for such an input; its kind is the example's."""
+        least, most = self.batches
+        if tuple(x.shape[1:]) != self.shape[1:] or len(x) < least or (most is not None and len(x) > most):
+            return False
+        if self.guards is None or len(x) == self.shape[0]:
+            return True
+        try:
+            self.guards(x)
+        except AssertionError:
+            return False
+        return True
+
+
+def export(model: nn.Module, example: Tensor) -> tuple[fx.GraphModule, Domain]:
+    """The graph of a model in eval mode, and for which inputs it is.
+
+    It is for all batches from 2 on as far as torch.export can keep them free and says what it assumed of them; for the
+    example's alone where it cannot. Batches of 0 and 1 are taken as they are: models may do something else with them.
 
     Raises:
         ModelError: torch.export cannot follow the model.
     """
     errors: list[str] = []
-    for dynamic in (True, False):
-        shown = example.expand(2, *example.shape[1:]) if dynamic and len(example) == 1 else example
+    for dynamic in (True, False) if len(example) > 1 else (False,):
         shapes = ({0: torch.export.Dim.AUTO},) if dynamic else None
         try:
-            with warnings.catch_warnings(), torch.no_grad():
+            with warnings.catch_warnings(), torch.no_grad(), quiet("torch.fx.experimental.symbolic_shapes"):
                 warnings.simplefilter("ignore")
-                program = torch.export.export(model, (shown,), strict=False, dynamic_shapes=shapes).run_decompositions({})
+                program = torch.export.export(model, (example,), strict=False, dynamic_shapes=shapes).run_decompositions({})
                 graph = program.module()
         except Exception as error:  # whatever a model's code and the exporter raise
             errors.append(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
             continue
         assert isinstance(graph, fx.GraphModule)
+        guards = getattr(graph, "_guards_fn", None)
         for node in list(graph.graph.nodes):
-            if node.op == "call_module" and node.target == "_guards_fn":  # of the example's shape; the runtime has its own
+            if node.op == "call_module" and node.target == "_guards_fn":
                 graph.graph.erase_node(node)
         first = next(node for node in graph.graph.nodes if node.op == "placeholder")
-        free = isinstance(first.meta["val"].shape[0], torch.SymInt)
-        if free or not dynamic:
-            return fx.GraphModule(graph, graph.graph), free  # a plain one: the exporter's refuses train() and eval()
+        batches = _batches(program, first.meta["val"].shape[0]) if guards is not None else None
+        if dynamic and batches is None:
+            continue
+        kind = (tuple(example.shape), example.dtype)
+        plain = fx.GraphModule(graph, graph.graph)  # the exporter's refuses train() and eval()
+        if not dynamic or batches is None:
+            return plain, Domain(*kind, (len(example), len(example)))
+        return plain, Domain(*kind, batches, guards, samples_apart(plain))
     raise ModelError(f"{type(model).__name__} cannot be compiled: torch.export does not follow it ({errors[-1]})")
+
+
+def _batches(program: torch.export.ExportedProgram, size: Any) -> tuple[int, int | None] | None:
+    """The range of a batch size that torch.export kept free; None where it did not."""
+    if not isinstance(size, torch.SymInt):
+        return None
+    span = program.range_constraints.get(size.node.expr)
+    if span is None:  # of an expression of something else
+        return None
+    return max(2, int(span.lower)), int(span.upper) if str(span.upper).isdecimal() else None
 
 
 def lower(graph: fx.GraphModule) -> list[tuple[fx.Node, Fused]]:
@@ -74,6 +133,8 @@ def lower(graph: fx.GraphModule) -> list[tuple[fx.Node, Fused]]:
             found.append((call, fused))
     for node in list(graph.graph.nodes):
         _replace_pool(graph, node)
+        if node.target == aten.view.default:  # layers give plain pictures where the model's may be channels last
+            node.target = aten.reshape.default
     graph.graph.eliminate_dead_code()
     graph.delete_all_unused_submodules()
     graph.recompile()
@@ -87,13 +148,13 @@ def _replace_pool(graph: fx.GraphModule, node: fx.Node) -> None:
     named = _arguments(node)
     source = named["self"]
     value = source.meta.get("val")
-    if not isinstance(value, Tensor) or value.dim() != 4 or value.dtype != torch.float32:
+    if not _is_float(value) or value.dim() != 4 or any(isinstance(size, int) and not size for size in value.shape[1:]):
         return
     pooled: tuple[Any, tuple[Any, ...]] = (torch.ops.nmfx.average.default, (source,))
     flat = False
     if node.target == MAX_POOL:
         kernel, stride, padding, dilation = (_pair(named[name]) for name in ("kernel_size", "stride", "padding", "dilation"))
-        if dilation != (1, 1) or named["ceil_mode"]:
+        if dilation != (1, 1) or named["ceil_mode"] or not _fits_kernel(kernel, stride or kernel, padding, dilation):
             return
         pooled = (torch.ops.nmfx.max_pool2d.default, (source, kernel, stride or kernel, padding))
     elif node.target == MEAN:
@@ -137,6 +198,10 @@ def _fuse(
 ) -> tuple[fx.Node, tuple[fx.Node, ...], Fused] | None:
     """The last node that a site takes in, its inputs, and what it computes; None when its weight is no constant."""
     arguments = _arguments(node)
+    if not _is_float(node.meta.get("val")) or not _is_float(arguments["input"].meta.get("val")):
+        return None
+    if node.meta["val"].dim() != (4 if node.target == CONV else max(2, node.meta["val"].dim())):  # a picture without a batch
+        return None
     weight = _constant(graph, arguments["weight"], known)
     bias = _constant(graph, arguments["bias"], known) if arguments["bias"] is not None else None
     if weight is None or weight.dtype != torch.float32 or (arguments["bias"] is not None and bias is None):
@@ -151,6 +216,10 @@ def _fuse(
             padding = (ph + top, pw + left, ph + bottom, pw + right)
             padding = padding[:2] if padding[:2] == padding[2:] else padding
         geometry = (stride, padding, dilation)
+        if not _fits_kernel(tuple(weight.shape[2:]), *geometry):
+            return None
+    if not weight.numel() or (bias is not None and bias.dtype != torch.float32):
+        return None
     low, high = -math.inf, math.inf
     after = _only_user(last)
     if geometry and after is not None and after.target == BATCH_NORM:
@@ -161,7 +230,7 @@ def _fuse(
             after = _only_user(last)
     if geometry and after is not None and after.target == aten.add.Tensor and not after.kwargs:
         others = [arg for arg in after.args if arg is not last]
-        if len(others) == 1 and isinstance(others[0], fx.Node) and _shape(others[0]) == _shape(last):
+        if len(others) == 1 and isinstance(others[0], fx.Node) and _alike(others[0], last):
             inputs, last = [*inputs, others[0]], after
             after = _only_user(last)
     if (
@@ -170,8 +239,9 @@ def _fuse(
         and not after.kwargs
         and all(not isinstance(a, fx.Node) for a in after.args[1:])
     ):
-        low, high = CLAMPS[after.target](*after.args[1:])
-        last = after
+        limits = CLAMPS[after.target](*after.args[1:])
+        if not any(map(math.isnan, limits)):
+            (low, high), last = limits, after
     name = _name(arguments["weight"])
     return last, tuple(inputs), Fused(name, weight, bias, geometry, arguments.get("groups", 1), len(inputs) == 2, low, high)
 
@@ -188,9 +258,21 @@ def _only_user(node: fx.Node) -> fx.Node | None:
     return next(iter(node.users)) if len(node.users) == 1 else None
 
 
-def _shape(node: fx.Node) -> tuple[Any, ...] | None:
-    value = node.meta.get("val")
-    return tuple(map(str, value.shape)) if isinstance(value, Tensor) else None
+def _is_float(value: Any) -> bool:
+    """What sites read and give: float32, as PyTorch lays it out."""
+    return isinstance(value, Tensor) and value.dtype == torch.float32 and value.layout == torch.strided
+
+
+def _alike(one: fx.Node, other: fx.Node) -> bool:
+    """Whether two nodes give float32 of one shape."""
+    values = [node.meta.get("val") for node in (one, other)]
+    return all(map(_is_float, values)) and len({tuple(map(str, value.shape)) for value in values if value is not None}) == 1
+
+
+def _fits_kernel(kernel: Any, stride: Any, padding: Any, dilation: Any) -> bool:
+    """Whether the kernel takes such a window (`nmfx.runtime.checks`); what it does not take stays PyTorch's."""
+    steps = all(1 <= step <= WIDEST_STEP for step in stride)
+    return steps and all(0 <= size <= LONGEST for size in (*kernel, *padding, *dilation))
 
 
 def _name(node: fx.Node) -> str:

@@ -9,16 +9,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from nmfx.runtime.checks import check_conv2d, check_depthwise, check_linear, check_max_pool2d, check_pictures
 from nmfx.runtime.packed import unpack
 
 _PACKED = "Tensor values, Tensor columns, Tensor pointers, Tensor? bias"
 _LIBRARY = torch.library.Library("nmfx", "DEF")
 _LIBRARY.define(
-    f"sparse_conv2d(Tensor input, {_PACKED}, Tensor? residual, int out_channels, int[2] kernel, int[2] stride, int[] padding, "
-    "int[2] dilation, int groups, float low, float high, int chunk, int vectors) -> Tensor"
+    f"sparse_conv2d(Tensor input, {_PACKED}, Tensor? residual, int out_channels, int width, int[2] kernel, int[2] stride, "
+    "int[] padding, int[2] dilation, int groups, float low, float high, int chunk, int vectors) -> Tensor"
 )
 _LIBRARY.define(
-    f"sparse_linear(Tensor input, {_PACKED}, int out_features, float low, float high, int chunk, int vectors) -> Tensor"
+    f"sparse_linear(Tensor input, {_PACKED}, int out_features, int width, float low, float high, int chunk, "
+    "int vectors) -> Tensor"
 )
 _LIBRARY.define(
     "depthwise_conv2d(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, int[2] stride, int[] padding, "
@@ -37,6 +39,7 @@ def _conv2d(
     bias: Tensor | None,
     residual: Tensor | None,
     out_channels: int,
+    width: int,
     kernel: Sequence[int],
     stride: Sequence[int],
     padding: Sequence[int],
@@ -48,6 +51,8 @@ def _conv2d(
     vectors: int,
 ) -> Tensor:
     """Without the kernel: the weight unpacked, and a dense convolution."""
+    packed, rest = (values, columns, pointers, bias), (kernel, stride, padding, dilation, groups, low, high, chunk, vectors)
+    check_conv2d(input, packed, residual, out_channels, width, *rest, known=True)
     shape = (out_channels, input.shape[1] // groups, *kernel)
     weight = unpack(values, columns, pointers, shape, groups, chunk)
     if len(padding) == 4:
@@ -63,13 +68,15 @@ def _linear(
     pointers: Tensor,
     bias: Tensor | None,
     out_features: int,
+    width: int,
     low: float,
     high: float,
     chunk: int,
     vectors: int,
 ) -> Tensor:
     """Without the kernel: the weight unpacked, and a dense product."""
-    weight = unpack(values, columns, pointers, (out_features, input.shape[-1]), 1, chunk)
+    check_linear(input, (values, columns, pointers, bias), out_features, width, chunk, vectors, known=True)
+    weight = unpack(values, columns, pointers, (out_features, width), 1, chunk)
     return F.linear(input, weight, bias).clamp(low, high)
 
 
@@ -85,6 +92,7 @@ def _depthwise(
     high: float,
 ) -> Tensor:
     """Without the kernel: PyTorch's own."""
+    check_depthwise(input, weight, bias, residual, stride, padding, dilation)
     if len(padding) == 4:
         input, padding = padded(input, padding), (0, 0)
     y = F.conv2d(input, weight, bias, tuple(stride), tuple(padding), tuple(dilation), len(weight))
@@ -93,11 +101,13 @@ def _depthwise(
 
 def _max_pool2d(input: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> Tensor:
     """Without the kernel: PyTorch's own."""
+    check_max_pool2d(input, kernel, stride, padding)
     return F.max_pool2d(input, tuple(kernel), tuple(stride), tuple(padding))
 
 
 def _average(input: Tensor) -> Tensor:
     """Without the kernel: PyTorch's own."""
+    check_pictures(input)
     return F.adaptive_avg_pool2d(input, 1)
 
 
@@ -119,32 +129,27 @@ for _name, _plain in _PLAIN.items():
 
 
 @torch.library.register_fake("nmfx::sparse_conv2d")  # type: ignore[untyped-decorator]
-def _conv2d_shape(input: Tensor, *args: object) -> Tensor:
-    return input.new_empty((input.shape[0], args[5], *slid(input, *args[6:10])))  # type: ignore[arg-type]
+def _conv2d_shape(input: Tensor, *rest: Any) -> Tensor:
+    return input.new_empty(check_conv2d(input, rest[:4], *rest[4:], known=False))
 
 
 @torch.library.register_fake("nmfx::depthwise_conv2d")  # type: ignore[untyped-decorator]
 def _depthwise_shape(input: Tensor, weight: Tensor, bias: Any, residual: Any, *geometry: Any) -> Tensor:
-    return input.new_empty((*input.shape[:2], *slid(input, weight.shape[2:], *geometry[:3])))
+    return input.new_empty(check_depthwise(input, weight, bias, residual, *geometry[:3]))
 
 
 @torch.library.register_fake("nmfx::max_pool2d")  # type: ignore[untyped-decorator]
 def _max_pool2d_shape(input: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> Tensor:
-    return input.new_empty((*input.shape[:2], *slid(input, kernel, stride, padding, (1, 1))))
+    return input.new_empty(check_max_pool2d(input, kernel, stride, padding))
 
 
 @torch.library.register_fake("nmfx::average")  # type: ignore[untyped-decorator]
 def _average_shape(input: Tensor) -> Tensor:
+    check_pictures(input)
     return input.new_empty((*input.shape[:2], 1, 1))
 
 
-def slid(input: Tensor, kernel: Any, stride: Any, padding: Any, dilation: Any) -> list[int]:
-    """Height and width of what a window gives that slides over pictures."""
-    both = [first + last for first, last in zip(padding[:2], padding[-2:], strict=True)]
-    sizes = zip(input.shape[2:], kernel, stride, both, dilation, strict=True)
-    return [(n + p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in sizes]
-
-
 @torch.library.register_fake("nmfx::sparse_linear")  # type: ignore[untyped-decorator]
-def _linear_shape(input: Tensor, *args: object) -> Tensor:
-    return input.new_empty((*input.shape[:-1], args[4]))  # type: ignore[arg-type]
+def _linear_shape(input: Tensor, *rest: Any) -> Tensor:
+    out, width, _low, _high, chunk, vectors = rest[4:]
+    return input.new_empty(check_linear(input, rest[:4], out, width, chunk, vectors, known=False))

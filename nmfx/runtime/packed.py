@@ -63,6 +63,11 @@ class Packed:
     chunk: int
     vectors: int
 
+    @property
+    def width(self) -> int:
+        """Columns: weights of a row, zeros too."""
+        return math.prod(self.shape[1:])
+
 
 @torch.no_grad()
 def pack(weight: Tensor, groups: int = 1, *, chunk: int = 64, vectors: int = 8, whole: bool = False) -> Packed:

@@ -63,14 +63,23 @@ class Program:
         self.outputs = [self._result(node) for node in self.results]
 
     def numbers(self) -> Tensor:
-        """How many steps; each: whether it leaves the chain, itself, and the slots that nobody reads after it; the outputs."""
+        """The inputs' sizes; how many steps; each: whether it leaves the chain, itself, and the slots that nobody reads after
+        it; the outputs.
+        """
         first = len(self.inputs)
         last = {slot: number for number, step in enumerate(self.steps) for slot in (first + number, *step.reads)}
-        written = [len(self.steps)]
+        written = [first, *_lists(map(self._sizes, self.inputs)), len(self.steps)]
         for number, step in enumerate(self.steps):
             done = (slot for slot, reader in last.items() if reader == number and slot not in self.outputs)
             written += [int(step.leaves), *step.numbers, *_list(done)]
         return torch.tensor([*written, *_list(self.outputs)], dtype=torch.int64)
+
+    def _sizes(self, node: fx.Node) -> list[int]:
+        """Of an input, -1 for the batch and whatever is not fixed; none where lanes stand in for it or nothing is known."""
+        value = node.meta.get("val")
+        if node in self.given or not isinstance(value, Tensor):
+            return []
+        return [-1 if dim == 0 or not isinstance(size, int) else size for dim, size in enumerate(value.shape)]
 
     def stand_ins(self, inputs: Iterable[Tensor]) -> list[Tensor]:
         """Inputs as lanes, in the place of these; their values mean nothing."""
@@ -117,10 +126,11 @@ class Program:
             return [DEPTHWISE, x, *weights, *_lists(geometry), _real(low), _real(high)]
         packed = [self._constant(each) for each in (layer.values, layer.columns, layer.pointers, layer.bias)]
         if isinstance(layer, SparseLinear):
-            out, low, high, *tile = layer.options
-            return [LINEAR, x, *packed, out, _real(low), _real(high), *tile]
-        out, *geometry, groups, low, high = layer.options
-        return [CONV, x, *packed, residual, out, *_lists(geometry), groups, _real(low), _real(high), *layer.tile, int(over)]
+            out, width, low, high, *tile = layer.options
+            return [LINEAR, x, *packed, out, width, _real(low), _real(high), *tile]
+        out, width, *geometry, groups, low, high = layer.options
+        limits = (_real(low), _real(high))
+        return [CONV, x, *packed, residual, out, width, *_lists(geometry), groups, *limits, *layer.tile, int(over)]
 
     # --- by lanes
 
@@ -167,7 +177,8 @@ class Program:
         pitch = self.plan.planes(node) * self.plan.lanes[self.plan.source[node]].vectors
         packed, starts = pack_for_lanes(weight, groups, offsets, pitch, chunk=tile.chunk, whole=tile.whole)
         constants = (packed.values, packed.columns, packed.pointers, starts, layer.bias)
-        sizes = [layer.shape[0], weight[0].numel(), groups, packed.chunk, tile.vectors]
+        channels = weight.shape[1] * groups * self.plan.planes(node)
+        sizes = [channels, layer.shape[0], packed.width, groups, packed.chunk, tile.vectors]
         return [*map(self._constant, constants), *sizes]
 
     def _laid(self, copy: Copy) -> int:
@@ -239,7 +250,7 @@ def _window(graph: fx.GraphModule, node: fx.Node) -> Window | None:
     if node.target == MAX_POOLING:
         options: Any = [None, *node.args[1:4], (1, 1)]
     elif isinstance(layer, SparseConv2d) and layer.lanes:
-        options = layer.options
+        options = layer.options[1:]
     elif isinstance(layer, Depthwise) and layer.lanes:
         options = [None, cast(Any, layer).weight.shape[2:], *layer.options]
     else:

@@ -21,6 +21,7 @@ from nmfx.search.budget import Budget, BudgetKind, Prices
 from nmfx.search.domino import domino
 from nmfx.search.events import Event, Outcome, trim
 from nmfx.search.evidence import Evidence
+from nmfx.search.hull import hull
 from nmfx.search.lagrange import solve_all
 from nmfx.search.problem import Problem, make_scheme, pose
 from nmfx.search.sensitivity import SENSITIVITIES
@@ -47,6 +48,7 @@ METHODS: dict[str, Callable[..., Outcome]] = {
     "spdy": lambda problem, tables, **options: spdy(tables, **options),
 }
 MIXED = ("knapsack", "spdy")  # methods that choose among several M for one site
+STEPWISE = ("domino",)  # methods whose events are a history; those of the others say what was chosen, in model order
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,8 @@ class SearchResult:
         dense_reasons: why a site stayed dense, or took another M, whatever the budget.
         seconds: time of the search alone, sensitivities included.
         sensitivity: what a knapsack minimised.
+        curve: of a knapsack under one budget, the least summed sensitivity against it: (cost, loss), see `hull`.
+        summed: the summed sensitivity of the scheme, the loss of `curve`.
     """
 
     scheme: Scheme = field(repr=False)
@@ -82,6 +86,8 @@ class SearchResult:
     sensitivity: str = "weight"
     gap: float = math.inf
     optimal: bool = False
+    curve: tuple[tuple[int, float], ...] = field(default=(), repr=False)
+    summed: float = 0.0
 
     @property
     def comparison(self) -> str:
@@ -91,6 +97,11 @@ class SearchResult:
         least = f"{self.loss:.4%} of all, {above} the {'exact optimum' if self.optimal else 'least found'} at this budget"
         bound = "" if self.optimal else f"; no scheme is below {max(0.0, self.optimum - self.gap):.4%}"
         return f"{least} ({self.optimum:.4%}{bound})"
+
+    @property
+    def steps(self) -> tuple[Event, ...]:
+        """The history of a method that goes step by step; none of one that decides at once."""
+        return self.events if self.method in STEPWISE else ()
 
 
 def find_scheme(
@@ -163,6 +174,7 @@ def conclude(tables: Tables, outcome: Outcome, *, method: str, seconds: float, s
     scheme = make_scheme(tables.model, problem, patterns, method)
     loss = math.fsum(row[option] for row, option in zip(tables.squared_errors, outcome.choice, strict=True))
     least = solve_all(tables.squared_errors, problem.prices, [b.limit for b in problem.budgets])
+    solved = method == "knapsack" and len(problem.budgets) == 1
     lefts = tuple(problem.left(outcome.choice, b) for b in range(len(problem.budgets)))
     return SearchResult(
         scheme=scheme,
@@ -181,4 +193,6 @@ def conclude(tables: Tables, outcome: Outcome, *, method: str, seconds: float, s
         sensitivity=sensitivity,
         gap=least.gap / (tables.energy or 1.0),
         optimal=least.optimal,
+        curve=tuple(hull(tables.losses, problem.costs)) if solved else (),
+        summed=math.fsum(row[option] for row, option in zip(tables.losses, outcome.choice, strict=True)) if solved else 0.0,
     )

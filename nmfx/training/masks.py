@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
+from nmfx.errors import NmfxError
 from nmfx.graph.masked import masked_sites
 from nmfx.graph.reading import MaskSpec, MaskState
 from nmfx.passes.transform import Training
@@ -13,6 +14,10 @@ from nmfx.passes.transform import Training
 
 def set_training(model: nn.Module, training: Training, decay: float = 2e-4) -> None:
     """Train the masks of a converted model in another way (see `transform`); they stay as they are until a weight changes."""
+    if training not in ("sr-ste", "ste", "fixed") or not 0 <= decay < float("inf"):
+        raise NmfxError(
+            f"training={training!r}, decay={decay}: expected sr-ste, ste or fixed, and a finite factor of 0 or more"
+        )
     factor = {"sr-ste": decay, "ste": 0.0, "fixed": None}[training]
     for state in _states(model):
         _replace(state, replace(state.spec, decay=factor, frozen=training == "fixed"))

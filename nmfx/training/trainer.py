@@ -16,13 +16,14 @@ from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3, distribute_bn
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import IterableDataset
 
 from nmfx.data.config import PictureConfig, check_classes, picture_config
 from nmfx.data.loader import train_loader, validation_loader
 from nmfx.data.seeding import seed_of
 from nmfx.data.source import Data
-from nmfx.errors import CheckpointError, NmfxError
-from nmfx.files import remove_dead_drafts
+from nmfx.errors import CheckpointError, DataError, NmfxError
+from nmfx.files import check_writable, remove_dead_drafts
 from nmfx.graph.masked import deep_copy, masked_sites, renew
 from nmfx.graph.modes import keep_modes
 from nmfx.graph.parallel import find_units, gathered, shard, wrap
@@ -59,17 +60,24 @@ def finetune(
     teacher: nn.Module | None = None,
     about: Mapping[str, str] | None = None,
     progress: Callable[[Progress], None] | None = None,
+    after_epoch: Callable[[Epoch], None] | None = None,
 ) -> Finetuned:
     """Train `model` in place, on its device, and leave it in eval mode; how its masks train was said to `transform`.
 
+    The model is left as the last epoch made it; `load_best` takes the weights of the best one, which is the first of those with
+    the highest top-1.
+
     Args:
-        folder: where to keep ``last.safetensors``, ``best.safetensors`` and ``log.csv``. The same call with the same folder
-            goes on where the last save was, and ends with the same weights as a run without a stop; the weights that `model`
-            comes with then do not matter.
+        folder: where to keep ``last.safetensors``, ``best.safetensors`` and ``log.csv``; that they can be written is tried
+            first. The same call with the same folder goes on where the last save was, and ends with the same weights as a run
+            without a stop; the weights that `model` comes with then do not matter. With more epochs than before, the run is
+            extended: it goes on from its last state at the learning rate that the longer schedule has at that place (a cosine
+            that had come down starts again from the longer one's height).
         config: how pictures are brought to the model; found as `picture_config` does when None.
         teacher: the dense model to distil from, when the settings say so; it is moved to the model's device.
         about: what else has to agree for a run to be resumed, such as where the weights came from.
         progress: called after every update; a KeyboardInterrupt that it raises within an epoch leaves a save behind.
+        after_epoch: called with the line of the log, once an epoch is evaluated and saved.
 
     Under torch.distributed, started by the caller, every process takes its share of each batch and only the first one writes.
     With ``parallel="fsdp"`` a copy is trained whose weights, gradients, optimiser state and moving average are shared out
@@ -95,7 +103,10 @@ def finetune(
         with Board(board, start=run.at.epoch) as tensorboard:
             while run.at.epoch < settings.epochs:
                 run.train_epoch(progress)
-                tensorboard.add(run.end_epoch())
+                done = run.end_epoch()
+                tensorboard.add(done)
+                if after_epoch is not None:
+                    after_epoch(done)
     return run.conclude()
 
 
@@ -128,6 +139,11 @@ class Run:
         identity: Mapping[str, Any],
     ) -> None:
         check_classes(data, model)
+        if folder is not None and rank() == 0:
+            whole = sum(value.numel() * value.element_size() for value in model.state_dict().values())
+            check_writable(folder, (LAST, BEST, LOG), size=whole * (3 if settings.ema else 2))  # and the optimiser's on top
+        if not isinstance(data.validation, IterableDataset) and not len(data.validation):
+            raise DataError(f"{data.name}: there are no validation pictures, so that no epoch could be evaluated")
         self.model, self.settings, self.folder, self.teacher, self.identity = model, settings, folder, teacher, identity
         self.whole = model  # what the caller gave; under FSDP `model` is a copy that is shared out
         self.device, self.at = next(model.parameters()).device, Position()
@@ -313,7 +329,7 @@ class Run:
         if not path.exists():
             return
         tensors, about = load_state(path, state.Run)
-        check_identity(path, about.identity, self.identity)
+        check_identity(path, _extended(about.identity, self.settings.epochs), self.identity)
         self._check(tensors, about, path)
         restore_optimizer(self.optimizer, under("optimizer", tensors), about.optimizer, path)
         fill(self.model, under("model", tensors), path)
@@ -353,6 +369,12 @@ class Run:
         self.whole.eval()
         renew(self.whole)
         return Finetuned(evaluate(self.whole, self.validation), tuple(self.at.log))
+
+
+def _extended(identity: Mapping[str, Any], epochs: int) -> Mapping[str, Any]:
+    """The identity of a run on disk if it had been asked for these epochs: more are no other run, fewer are."""
+    before = identity.get("epochs")
+    return {**identity, "epochs": epochs} if isinstance(before, int) and before < epochs else identity
 
 
 def load_best(folder: Path, model: nn.Module) -> Epoch:

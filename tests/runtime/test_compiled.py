@@ -20,8 +20,8 @@ import nmfx
 from nmfx.errors import ModelError, NmfxError
 from nmfx.runtime.building import load_kernel
 from nmfx.runtime.chain import Chain, link
-from nmfx.runtime.compiled import CompiledModel, time_sites
-from nmfx.runtime.layers import Depthwise, SparseConv2d, SparseLinear, sparse_layer
+from nmfx.runtime.compiled import Choice, CompiledModel, Lowered, time_sites
+from nmfx.runtime.layers import DEPTHWISE, Depthwise, SparseConv2d, SparseLinear, sparse_layer
 from nmfx.runtime.lowering import export, lower
 from nmfx.runtime.packed import Tile
 from nmfx.runtime.program import steps_by_lanes
@@ -48,14 +48,17 @@ def settled(model: nn.Module, seed: int = 0) -> nn.Module:
 def all_sparse(model: nn.Module, x: Tensor, *, lanes: bool = False) -> CompiledModel:
     """Every site by the kernel, whatever is faster: what is tested must not hang on a clock."""
     assert load_kernel() == ""
-    graph, free = export(nmfx.bake(model).eval(), x)
-    sites = lower(graph)
-    for node, fused in sites:
+    plain = nmfx.bake(model).eval()
+    graph, domain = export(plain, x)
+    choices = []
+    for node, fused in lower(graph):
         by_channel = lanes and fused.depthwise
         layer = Depthwise(fused, lanes=True) if by_channel else sparse_layer(fused, Tile(lanes=lanes))
         graph.add_submodule(str(node.target), layer)
+        chosen = f"{DEPTHWISE}, lanes" if by_channel else str(Tile(lanes=lanes))
+        choices.append(Choice(fused.name, tuple(fused.weight.shape), fused.kept, 0.0, 0.0, chosen))
     graph.recompile()
-    return CompiledModel(graph, (), len(x), free, "")
+    return CompiledModel(Lowered(graph, domain, tuple(choices), len(x)), original=plain)
 
 
 def by_lanes(compiled: CompiledModel) -> int:
@@ -67,7 +70,8 @@ def linked_copy(compiled: CompiledModel, images: int = 0) -> CompiledModel:
     """The same by calls of chains, in passes of so many images."""
     graph = copy.deepcopy(compiled.graph)
     link(graph, images)
-    return CompiledModel(graph, (), compiled.batch, compiled.free, "")
+    original = compiled._original[0]
+    return CompiledModel(Lowered(graph, compiled._first.domain, compiled.choices, compiled.batch, images), original=original)
 
 
 def close(found: Tensor, wanted: Tensor) -> None:
@@ -130,10 +134,11 @@ def test_outputs_are_the_models(name: str) -> None:
 
 def test_batch_norm_residual_and_clamp_are_fused() -> None:
     model = settled(torchvision.models.resnet50(weights=None))
-    graph, free = export(model, torch.zeros(2, 3, 64, 64))
+    graph, domain = export(model, torch.zeros(2, 3, 64, 64))
     sites = lower(graph)
     kinds = [node.target for node in graph.graph.nodes if node.op == "call_function"]
-    assert free
+    assert domain.free
+    assert domain.apart
     assert len(sites) == 54
     assert [fused.residual for _, fused in sites].count(True) == 16
     assert [fused.low for _, fused in sites].count(0.0) == 49
@@ -232,7 +237,7 @@ def test_torch_compile_sees_the_operators() -> None:
 
 
 def test_residual_networks_are_one_chain() -> None:
-    model, x = settled(torchvision.models.resnet50(weights=None)), torch.randn(1, 3, 64, 64)
+    model, x = settled(torchvision.models.resnet50(weights=None)), torch.randn(2, 3, 64, 64)
     linked = linked_copy(all_sparse(model, x))
     targets = [node.target for node in linked.graph.graph.nodes if node.op == "call_module"]
     assert targets == ["chain0"]
@@ -279,7 +284,7 @@ def test_residuals_are_written_over_only_when_nobody_reads_them() -> None:
 
 def test_a_program_that_does_not_fit_is_refused() -> None:
     with pytest.raises(RuntimeError, match="a program of another version"):
-        torch.ops.nmfx.chain([torch.zeros(1, 2)], [], torch.tensor([1, 0, 99]), 0)
+        torch.ops.nmfx.chain([torch.zeros(1, 2)], [], torch.tensor([1, 0, 1, 0, 99, 0, 0]), 0)
     with pytest.raises(RuntimeError, match="a program of int64"):
         torch.ops.nmfx.chain([torch.zeros(1, 2)], [], torch.zeros(3), 0)
 
@@ -332,10 +337,15 @@ def test_a_fixed_batch_size_is_said() -> None:
             return self.third(self.norm(self.first(x))) + torch.ones(int(x.shape[0]), 1, 1, 1)
 
     model, x = settled(Fixed()), torch.randn(2, 3, 9, 9)
-    compiled = nmfx.compile(model, x)
+    compiled = nmfx.compile(model, x, shapes=0)
     with torch.no_grad():
-        close(compiled(torch.cat([x, x])), model(torch.cat([x, x])))
+        close(compiled(x), model(x))
     assert copy.deepcopy(compiled)(x).shape == compiled(x).shape
-    if not compiled.free:
-        with pytest.raises(NmfxError, match="compiled for batches of 2, got one of 3"):
-            compiled(torch.randn(3, 3, 9, 9))
+    assert not compiled.free
+    with pytest.raises(NmfxError, match=r"sizes \(3, 9, 9\) in batches of 2, on cpu, got float32 \(3, 3, 9, 9\)"):
+        compiled(torch.randn(3, 3, 9, 9))
+    compiled = nmfx.compile(model, x)
+    for count in (1, 2, 3, 4):
+        with torch.no_grad():
+            close(compiled(x := torch.randn(count, 3, 9, 9)), model(x))
+    assert len(compiled.others) == 3

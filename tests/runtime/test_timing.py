@@ -204,6 +204,17 @@ def test_a_changed_file_gives_what_was_written_or_is_measured_again(data: st.Dat
     assert all(isinstance(seconds, float) and 0 < seconds < 1e7 for seconds in found.values())
 
 
+def test_a_bit_of_a_number_is_noticed() -> None:
+    asked("a", 1.0)
+    text = file().read_text()
+    assert text.count(":1.0") == 3  # two times, and the pace
+    for number in ("1.5", "9.0", "2.0"):
+        file().write_text(text.replace('"dense":1.0', f'"dense":{number}'))
+        assert asked("a", 3.0) == (dict.fromkeys(WAYS, 3.0), True)
+        file().write_text(text)
+        assert asked("a", 3.0) == (dict.fromkeys(WAYS, 1.0), False)
+
+
 @pytest.mark.parametrize(
     "make", [os.mkfifo, os.mkdir, lambda path: os.symlink("/dev/zero", path)], ids=["pipe", "folder", "device"]
 )

@@ -9,25 +9,47 @@
 #include <bit>
 #include <vector>
 
+#include "lanes_operators.h"
 #include "operators.h"
 
 namespace {
 
 // What the operators of a chain read, one number after the other: nmfx/runtime/program.py writes it.
 struct Program {
-  const int64_t* at;
+  const int64_t *at, *end;
   const std::vector<at::Tensor>& constants;
   std::vector<at::Tensor>& slots;
+  size_t inputs = slots.size();
+  std::vector<bool> leaves = std::vector<bool>(inputs, true);  // whether the memory of a slot may leave the chain
 
-  int64_t number() { return *at++; }
-  double real() { return std::bit_cast<double>(*at++); }
+  int64_t number() {
+    check(at < end, "a program that is whole");
+    return *at++;
+  }
+  double real() { return std::bit_cast<double>(number()); }
   at::IntArrayRef numbers() {
-    const int64_t count = *at++;
+    const int64_t count = number();
+    check(0 <= count && count <= end - at, "a program that is whole");
     at += count;
     return {at - count, static_cast<size_t>(count)};
   }
-  const at::Tensor& slot() { return slots.at(*at++); }
-  const at::Tensor& constant() { return constants.at(*at++); }
+  const at::Tensor& in(const std::vector<at::Tensor>& all, int64_t place) {
+    check(0 <= place && place < static_cast<int64_t>(all.size()) && all[place].defined(), "places that a program has filled");
+    return all[place];
+  }
+  const at::Tensor& slot() { return in(slots, number()); }
+  const at::Tensor& constant() { return in(constants, number()); }
+  std::optional<at::Tensor> optional(const std::vector<at::Tensor>& from) {
+    const int64_t place = number();
+    if (place == -1) return std::nullopt;
+    return in(from, place);
+  }
+  // Whether to write over the slot that was named at `place`, which must be the chain's own.
+  bool over(const int64_t* place) {
+    const bool writes = number() != 0;
+    check(!writes || *place >= static_cast<int64_t>(inputs), "inputs that stay as they are");
+    return writes;
+  }
   Lanes lanes() {
     Lanes found{};
     for (int64_t* one : {&found.rows, &found.width, &found.pitch, &found.length, &found.before, &found.vectors, &found.strips,
@@ -46,15 +68,22 @@ struct Program {
   }
   After after() {
     std::optional<Laid> residual;
-    if (number()) residual = picture();
+    const bool added = number() != 0;
+    const int64_t* place = at;
+    if (added) residual = picture();
     const auto mask = optional(constants);
     const double low = real(), high = real();
-    return {residual, mask, low, high, number() != 0};
+    return {residual, mask, low, high, over(place)};
   }
-  std::optional<at::Tensor> optional(const std::vector<at::Tensor>& from) {
-    const int64_t place = *at++;
-    if (place < 0) return std::nullopt;
-    return from.at(place);
+  // Inputs as the program is for: of each its sizes, those below zero free; none where any will do.
+  void check_inputs() {
+    check(number() == static_cast<int64_t>(inputs), "as many inputs as the program has");
+    for (size_t i = 0; i < inputs; ++i) {
+      const at::IntArrayRef wanted = numbers(), found = slots[i].sizes();
+      bool fits = wanted.empty() || wanted.size() == found.size();
+      for (size_t d = 0; fits && d < wanted.size(); ++d) fits = wanted[d] < 0 || wanted[d] == found[d];
+      check(fits, "an input of the sizes ", wanted, " that the chain is for (-1 are free), got ", found);
+    }
   }
 };
 
@@ -67,22 +96,24 @@ at::Tensor step(Program& p) {
   switch (p.number()) {
     case CONV: {
       const at::Tensor &x = p.slot(), &values = p.constant(), &columns = p.constant(), &pointers = p.constant();
-      const auto bias = p.optional(p.constants), residual = p.optional(p.slots);
-      const int64_t out = p.number();
+      const auto bias = p.optional(p.constants);
+      const int64_t* place = p.at;
+      const auto residual = p.optional(p.slots);
+      const int64_t out = p.number(), width = p.number();
       const auto kernel = p.numbers(), stride = p.numbers(), padding = p.numbers(), dilation = p.numbers();
       const int64_t groups = p.number();
       const double low = p.real(), high = p.real();
-      const int64_t chunk = p.number(), vectors = p.number(), over = p.number();
-      return convolution(x, values, columns, pointers, bias, residual, out, kernel, stride, padding, dilation, groups, low, high,
-                         chunk, vectors, over);
+      const int64_t chunk = p.number(), vectors = p.number();
+      return convolution(x, values, columns, pointers, bias, residual, out, width, kernel, stride, padding, dilation, groups, low,
+                         high, chunk, vectors, p.over(place));
     }
     case LINEAR: {
       const at::Tensor &x = p.slot(), &values = p.constant(), &columns = p.constant(), &pointers = p.constant();
       const auto bias = p.optional(p.constants);
-      const int64_t out = p.number();
+      const int64_t out = p.number(), width = p.number();
       const double low = p.real(), high = p.real();
       const int64_t chunk = p.number(), vectors = p.number();
-      return sparse_linear(x, values, columns, pointers, bias, out, low, high, chunk, vectors);
+      return sparse_linear(x, values, columns, pointers, bias, out, width, low, high, chunk, vectors);
     }
     case DEPTHWISE: {
       const at::Tensor &x = p.slot(), &weight = p.constant();
@@ -97,7 +128,11 @@ at::Tensor step(Program& p) {
       return max_pool2d(x, kernel, stride, padding);
     }
     case AVERAGE: return average(p.slot());
-    case FLATTEN: return at::flatten(p.slot(), 1);
+    case FLATTEN: {
+      const at::Tensor& x = p.slot();
+      check(x.dim() > 1, "a batch to flatten");
+      return at::flatten(x, 1);
+    }
     case REARRANGE: {
       const at::Tensor &x = p.slot(), &index = p.constant();
       const bool plain = p.number() != 0;
@@ -107,10 +142,11 @@ at::Tensor step(Program& p) {
       const Laid x = p.picture();
       const at::Tensor &values = p.constant(), &columns = p.constant(), &pointers = p.constant(), &starts = p.constant();
       const auto bias = p.optional(p.constants);
-      const int64_t out = p.number(), width = p.number(), groups = p.number(), chunk = p.number(), vectors = p.number();
+      const int64_t channels = p.number(), out = p.number(), width = p.number(), groups = p.number();
+      const int64_t chunk = p.number(), vectors = p.number();
       const Stride stride = p.stride();
       const Lanes lanes = p.lanes();
-      return lanes_conv2d(x, values, columns, pointers, starts, bias, out, width, groups, chunk, vectors, stride, lanes,
+      return lanes_conv2d(x, values, columns, pointers, starts, bias, channels, out, width, groups, chunk, vectors, stride, lanes,
                           p.after());
     }
     case LANES_DEPTHWISE:
@@ -141,30 +177,42 @@ std::vector<at::Tensor> pass(const std::vector<at::Tensor>& inputs, const std::v
                              const at::Tensor& program) {
   const int64_t* numbers = program.const_data_ptr<int64_t>();
   std::vector<at::Tensor> slots(inputs);
-  Program p{numbers, constants, slots};
-  const int64_t steps = p.number();
-  slots.reserve(inputs.size() + steps);  // steps hold references into it
   const struct Closing {
     ~Closing() { pool.rest(); }
   } closing;
+  Program p{numbers, numbers + program.numel(), constants, slots};
+  p.check_inputs();
+  const int64_t steps = p.number();
+  check(0 <= steps && steps <= program.numel(), "a program that is whole");
+  slots.reserve(inputs.size() + steps);  // steps hold references into it
   for (int64_t i = 0; i < steps; ++i) {
-    pool.open = !p.number();  // what leaves the chain is PyTorch's
+    const bool leaves = p.number() != 0;
+    const int64_t* kind = p.at;
+    pool.open = !leaves;  // what leaves the chain is PyTorch's
     slots.push_back(step(p));
-    for (const int64_t place : p.numbers()) slots.at(place) = at::Tensor();
+    p.leaves.push_back(*kind == FLATTEN ? p.leaves[kind[1]] : leaves);  // which shares the memory of what it flattens
+    for (const int64_t place : p.numbers()) {
+      p.in(slots, place);
+      slots[place] = at::Tensor();
+    }
   }
   std::vector<at::Tensor> outputs;
-  for (const int64_t place : p.numbers()) outputs.push_back(slots.at(place));
+  for (const int64_t place : p.numbers()) {
+    outputs.push_back(p.in(slots, place));
+    check(p.leaves[place], "outputs that may leave the chain");
+  }
+  check(p.at == p.end, "a program that is whole");
   return outputs;
 }
 
 // The steps of a program, one after the other; with `images` > 0 in passes of so many, each of which stays on one thread.
 std::vector<at::Tensor> chain(at::TensorList inputs, at::TensorList constants, const at::Tensor& program, int64_t images) {
-  check(program.scalar_type() == at::kLong && program.is_contiguous(), "a program of int64");
+  check(packed_in_order(program, at::kLong), "a program of int64");
   check(!inputs.empty() && inputs[0].dim() > 0, "inputs with a batch");
   const std::vector<at::Tensor> own = constants.vec();
   const int64_t batch = inputs[0].size(0);
   for (const at::Tensor& input : inputs) images = input.dim() > 1 && input.size(0) == batch ? images : 0;
-  const int64_t passes = images > 0 ? (batch + images - 1) / images : 1;
+  const int64_t passes = 0 < images && images < batch ? (batch + images - 1) / images : 1;
   if (passes < 2) return pass(inputs.vec(), own, program);
   std::vector<std::vector<at::Tensor>> parts(passes);
   at::parallel_for(0, passes, 1, [&](int64_t begin, int64_t end) {
@@ -192,10 +240,10 @@ TORCH_LIBRARY_FRAGMENT(nmfx, m) {
 }
 
 TORCH_LIBRARY_IMPL(nmfx, CPU, m) {
-  m.impl("sparse_conv2d", &sparse_conv2d);
-  m.impl("sparse_linear", &sparse_linear);
-  m.impl("depthwise_conv2d", &depthwise_conv2d);
-  m.impl("max_pool2d", &max_pool2d);
-  m.impl("average", &average);
-  m.impl("chain", &chain);
+  m.impl("sparse_conv2d", &Guarded<&sparse_conv2d>::call);
+  m.impl("sparse_linear", &Guarded<&sparse_linear>::call);
+  m.impl("depthwise_conv2d", &Guarded<&depthwise_conv2d>::call);
+  m.impl("max_pool2d", &Guarded<&max_pool2d>::call);
+  m.impl("average", &Guarded<&average>::call);
+  m.impl("chain", &Guarded<&chain>::call);
 }

@@ -10,13 +10,13 @@
 #include <new>
 #include <vector>
 
+#include "checks.h"
+
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
 
 namespace {
-
-void check(bool holds, const char* expected) { TORCH_CHECK(holds, "nmfx runtime: expected ", expected); }
 
 // Memory for what is between the operators of a chain. Buffers go round, so that what is written is still in some cache, in
 // huge pages where the system has them; they stay with their thread.
@@ -78,7 +78,7 @@ thread_local Pool pool;
 at::Tensor output(at::IntArrayRef sizes, const at::Tensor& like) {
   if (!pool.open) return at::empty(sizes, like.options());
   int64_t size = 1;
-  for (const int64_t one : sizes) size *= one;
+  for (const int64_t one : sizes) size = product({size, one});
   const Pool::Buffer buffer = pool.take(size);
   return at::from_blob(buffer.data, sizes, [buffer](void*) { pool.free.push_back(buffer); }, like.options());
 }
@@ -92,7 +92,7 @@ at::Tensor output_strips(std::vector<int64_t> sizes, const at::Tensor& like) {
   std::vector<int64_t> strides(sizes.size());
   for (int64_t i = static_cast<int64_t>(sizes.size()) - 1; i >= 0; --i) {
     strides[i] = size;
-    size *= sizes[i];
+    size = product({size, sizes[i]});
   }
   const Pool::Buffer buffer = pool.take((strides[0] + PAGE - 1) / PAGE * PAGE * sizes[0]);
   strides[0] = buffer.size / sizes[0] / PAGE * PAGE;

@@ -1,0 +1,152 @@
+"""What the operators ask of their tensors and numbers, as the kernel does (kernel/checks.h): for plain PyTorch and shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+LONGEST = 1 << 30  # of a picture's sides, padding and dilation
+WIDEST_STEP = 256  # of strides
+
+
+def expect(holds: object, what: str) -> None:
+    """Raise as the kernel does.
+
+    Raises:
+        RuntimeError: it does not hold.
+    """
+    if not holds:
+        raise RuntimeError(f"nmfx runtime: expected {what}")
+
+
+def check_pictures(x: Tensor) -> None:
+    """Pictures ``(batch, channels, height, width)`` that have pixels."""
+    expect(
+        x.dim() == 4 and x.dtype == torch.float32 and x.layout == torch.strided,
+        "float32 pictures (batch, channels, height, width)",
+    )
+    expect(all(1 <= size <= LONGEST for size in x.shape[1:]), f"pictures with channels and pixels, got {list(x.shape)}")
+
+
+def check_window(
+    x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> list[int]:
+    """Height and width of what a window gives that slides over pictures."""
+    expect(len(kernel) == 2 and _within(kernel, 1, LONGEST), "a kernel of two sizes")
+    expect(len(stride) == 2 and _within(stride, 1, WIDEST_STEP), f"two strides of 1 to {WIDEST_STEP}")
+    expect(len(padding) in (2, 4) and _within(padding, 0, LONGEST), "padding of two or four numbers")
+    expect(len(dilation) == 2 and _within(dilation, 1, LONGEST), "two dilations")
+    out = slid(x, kernel, stride, padding, dilation)
+    expect(all(size > 0 for size in out), "pictures no smaller than the kernel")
+    return out
+
+
+def slid(x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]) -> list[int]:
+    """The same, unchecked."""
+    both = [first + last for first, last in zip(padding[:2], padding[-2:], strict=True)]
+    sizes = zip(x.shape[2:], kernel, stride, both, dilation, strict=True)
+    return [(n + p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in sizes]
+
+
+def check_packed(
+    tensors: Sequence[Tensor | None], out: int, groups: int, width: int, chunk: int, vectors: int, *, known: bool
+) -> None:
+    """Values, columns, pointers and bias of packed weights; what columns and pointers say too, where it is `known`."""
+    values, columns, pointers, bias = tensors
+    assert values is not None
+    assert columns is not None
+    assert pointers is not None
+    expect(1 <= vectors <= 8, "1 to 8 vectors")
+    expect(0 < chunk <= 65536 and 0 < width <= LONGEST, "chunks of up to 65,536 columns, and a width")
+    expect(groups > 0 and 0 < out <= LONGEST and out % groups == 0, "output channels that divide by the groups")
+    kinds = (values.dtype, columns.dtype, pointers.dtype) == (torch.float32, torch.int16, torch.int32)
+    in_order = all(one.is_contiguous() and one.dim() == 1 for one in (values, columns, pointers))
+    expect(kinds and in_order, "contiguous values of float32, columns of int16, pointers of int32")
+    chunks = -(-width // chunk)
+    expect(
+        pointers.numel() == out * chunks + 1 and columns.numel() == values.numel(),
+        "packed weights of this shape",
+    )
+    check_bias(bias, out)
+    if known:
+        _check_places(columns, pointers, out // groups, width, chunk)
+
+
+def _check_places(columns: Tensor, pointers: Tensor, rows: int, width: int, chunk: int) -> None:
+    counts = pointers[1:].long() - pointers[:-1].long()
+    rises = int(pointers[0]) == 0 and int(pointers[-1]) == len(columns) and bool((counts >= 0).all())
+    expect(rises, "pointers that rise from 0 to the number of values")
+    part = torch.arange(len(counts), device=counts.device) // rows % (-(-width // chunk))
+    room = (width - part * chunk).clamp_max(chunk)
+    expect(bool((counts <= room).all()), "no more columns in a row than its chunk has")
+    lines = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
+    places = columns.long() & 0xFFFF
+    rising = (places[1:] > places[:-1]) | (lines[1:] != lines[:-1])
+    expect(bool((places < room[lines]).all()) and bool(rising.all()), "columns in order and within their chunk")
+
+
+def check_bias(bias: Tensor | None, rows: int) -> None:
+    """One number for each row."""
+    fits = bias is None or (bias.dtype == torch.float32 and bias.is_contiguous() and tuple(bias.shape) == (rows,))
+    expect(fits, "a contiguous float32 bias of every row")
+
+
+def check_residual(residual: Tensor | None, sizes: Sequence[int]) -> None:
+    """What is added, as large as the output."""
+    fits = residual is None or (residual.dtype == torch.float32 and tuple(residual.shape) == tuple(sizes))
+    expect(fits, f"a float32 residual of the output's shape {list(sizes)}")
+
+
+def check_conv2d(
+    input: Tensor, packed: Sequence[Tensor | None], residual: Tensor | None, out: int, width: int, *rest: object, known: bool
+) -> tuple[int, ...]:
+    """The output's sizes of a sparse convolution."""
+    kernel, stride, padding, dilation, groups, _low, _high, chunk, vectors = rest
+    expect(groups > 0 and input.dim() == 4 and input.shape[1] % groups == 0, "channels that divide by the groups")  # type: ignore[operator]
+    check_pictures(input)
+    sizes = check_window(input, kernel, stride, padding, dilation)  # type: ignore[arg-type]
+    channels = input.shape[1] // groups  # type: ignore[operator]
+    expect(channels * kernel[0] * kernel[1] == width, f"pictures of the weight's channels, got {input.shape[1]}")  # type: ignore[index]
+    check_packed(packed, out, groups, width, chunk, vectors, known=known)  # type: ignore[arg-type]
+    check_residual(residual, (input.shape[0], out, *sizes))
+    return (input.shape[0], out, *sizes)
+
+
+def check_depthwise(
+    input: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, *geometry: Sequence[int]
+) -> tuple[int, ...]:
+    """The output's sizes of a depthwise convolution."""
+    check_pictures(input)
+    fits = weight.dim() == 4 and weight.dtype == torch.float32 and tuple(weight.shape[:2]) == (input.shape[1], 1)
+    expect(fits, f"a float32 weight (channels, 1, height, width) of these channels, got {input.shape[1]}")
+    sizes = (*input.shape[:2], *check_window(input, weight.shape[2:], *geometry))
+    check_residual(residual, sizes)
+    check_bias(bias, len(weight))
+    return sizes
+
+
+def check_linear(
+    input: Tensor, packed: Sequence[Tensor | None], out: int, width: int, chunk: int, vectors: int, *, known: bool
+) -> tuple[int, ...]:
+    """The output's sizes of a sparse linear layer."""
+    tokens = input.dim() >= 1 and input.dtype == torch.float32 and input.layout == torch.strided
+    expect(tokens, "float32 tokens (..., features)")
+    expect(input.shape[-1] == width, f"tokens of {width} features, got {input.shape[-1]}")
+    check_packed(packed, out, 1, width, chunk, vectors, known=known)
+    return (*input.shape[:-1], out)
+
+
+def check_max_pool2d(input: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> tuple[int, ...]:
+    """The output's sizes of a max pooling."""
+    check_pictures(input)
+    expect(len(padding) == 2, "padding of two numbers")
+    sizes = check_window(input, kernel, stride, padding, (1, 1))
+    half = all(2 * pad <= size for pad, size in zip(padding, kernel, strict=True))
+    expect(half, "pictures no smaller than the kernel, padding of half of it at most")
+    return (*input.shape[:2], *sizes)
+
+
+def _within(numbers: Sequence[int], least: int, most: int) -> bool:
+    return all(least <= number <= most for number in numbers)
