@@ -188,7 +188,7 @@ def convert(tree: Any, kind: type[T], origin: str, error: type[NmfxError] = Nmfx
     """
     try:
         return msgspec.convert(tree, kind, strict=strict)
-    except (msgspec.ValidationError, RecursionError, OverflowError) as problem:
+    except (msgspec.ValidationError, RecursionError, OverflowError, UnicodeError) as problem:
         said, _, place = str(problem).partition(" - at `$")
         where = place.removesuffix("`").lstrip(".")
         raise error(f"{origin}: {f'{printable(where)}: ' if where else ''}{printable(said)}") from problem

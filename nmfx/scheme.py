@@ -314,9 +314,10 @@ def _parse(content: str, origin: str) -> tuple[Scheme, _Totals]:
     info = parsing.convert({key: tree.pop(key) for key in INFO if key in tree}, dict[str, Text], origin, SchemeError)
     layout, short = tree.get("layout", "strict"), tree.get("short", "false")
     if layout not in ("strict", "flat") or short not in ("true", "false"):
-        raise SchemeError(f"{origin}: layout {layout!r} or short {short!r}: expected strict or flat, true or false")
+        said = parsing.printable(f"layout {layout!r} or short {short!r}", 120)
+        raise SchemeError(f"{origin}: {said}: expected strict or flat, true or false")
     if not all(re.fullmatch(r"[0-9]{1,3}", size) for size in info.get("m", "1").split(", ")):
-        raise SchemeError(f"{origin}: m: {info['m']!r} is not a group size")
+        raise SchemeError(f"{origin}: m: {parsing.printable(info['m'], 60)!r} is not a group size")
     if not all(isinstance(tree.get(key, {}), dict) for key in ("patterns", "shapes")):
         raise SchemeError(f"{origin}: 'patterns' and 'shapes' should map weight names to N:M and to shapes")
     body = parsing.convert(tree, _Body, origin, SchemeError, strict=False)

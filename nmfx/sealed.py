@@ -30,10 +30,13 @@ def write_sealed(path: Path, content: Mapping[str, Any], tensors: Mapping[str, T
     """Write both whole or not at all; tensors are on the CPU and contiguous.
 
     Raises:
-        NmfxError: it cannot be written, or a file is there and `force` is false.
+        NmfxError: it cannot be written, or a file is there and `force` is false; `content` holds a number that is not finite.
     """
     sealed = {**content, "digest": digest_of(content, tensors)}
-    metadata = {"nmfx": json.dumps(sealed, sort_keys=True, allow_nan=False)}
+    try:
+        metadata = {"nmfx": json.dumps(sealed, sort_keys=True, allow_nan=False)}
+    except ValueError as error:
+        raise CheckpointError(f"{path}: its header would hold a number that is not finite, and could not be read") from error
     write_atomic(path, lambda draft: save_file(dict(tensors), draft, metadata), force=force)
 
 

@@ -15,7 +15,7 @@ def check_keys(tree: dict[str, Any], known: Iterable[str], origin: str, error: t
     known = list(known)
     for key in tree:
         if key not in known:
-            raise error(f"{origin}: unknown key {key!r}{nearest(key, known)}; known: {', '.join(known)}")
+            raise error(f"{origin}: unknown key {key[:80]!r}{nearest(key[:80], known)}; known: {', '.join(known)}")
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -332,7 +332,8 @@ def open_work(path: Path) -> Work:
         find_source(form.model)
         size = parse_size(form.input_size or None)
     except NmfxError as error:
-        raise NmfxError(f"{file}: {str(error).replace('--input-size', 'input_size')}") from error
+        said = str(error).replace("--input-size", "input_size")
+        raise NmfxError(f"{file}: {parsing.printable(said, 400)}") from error
     return Work(path, form.model, form.weights, form.note, size, kwargs)
 
 

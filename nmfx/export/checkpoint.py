@@ -34,6 +34,7 @@ from nmfx.zoo.building import build_stored, check_state, load_state
 from nmfx.zoo.source import Source, identify
 
 VERSION = 1
+MOST_WEIGHTS = 1 << 48  # of one site: sizes that no arithmetic overflows
 Decay = Annotated[float, Meta(ge=0, le=1e6)]  # SR-STE's factor: 2e-4 and the like
 
 
@@ -108,7 +109,7 @@ class _SiteForm(Form, frozen=True):
             pattern = Pattern(self.pattern)
         except NmfxError as error:
             raise CheckpointError(f"{where}: pattern: {parsing.printable(str(error))}") from error
-        if math.prod(self.rows) != math.prod(self.shape):
+        if math.prod(self.rows) != math.prod(self.shape) or math.prod(self.shape) > MOST_WEIGHTS:
             raise CheckpointError(f"{where}: shape {self.shape} does not fit rows {self.rows}")
         return PackedSite(pattern, self.rows, self.flat, self.shape, self.decay, self.frozen, self.derived)
 
@@ -276,7 +277,7 @@ def load_checkpoint(path: str | Path, model: nn.Module | None = None) -> nn.Modu
             try:
                 state[name], masks[name] = unpack(values, positions, site.pattern.n, site.grouping, site.shape)
             except CheckpointError as error:
-                raise CheckpointError(f"{path}: {name}: {error}") from error
+                raise CheckpointError(f"{path}: {parsing.printable(name)}: {error}") from error
     for name, first in header.aliases.items():
         state[name] = state[first]
         if first in masks:
@@ -292,7 +293,8 @@ def _source_of(header: Header, path: str | Path) -> Source:
     if header.source is None:
         ours = header.model.startswith(("timm.", "torchvision.", "nmfx."))
         why = "changed, or built with arguments that no file may give" if ours else "which is not of timm or torchvision"
-        raise CheckpointError(f"{path}: holds a {header.model}, {why}; build it and call load_checkpoint(path, model)")
+        model = parsing.printable(header.model, 100)
+        raise CheckpointError(f"{path}: holds a {model}, {why}; build it and call load_checkpoint(path, model)")
     return header.source
 
 
@@ -300,7 +302,7 @@ def _rebuild(source: Source, shapes: Mapping[str, tuple[int, ...]], path: str | 
     try:
         return build_stored(source, shapes, str(path))
     except ModelError as error:
-        said = str(error).removeprefix(f"{path}: ")
+        said = parsing.printable(str(error).removeprefix(f"{path}: "))
         raise CheckpointError(f"{path}: {source} cannot be built here: {said}; give load_checkpoint a model") from error
 
 
@@ -348,7 +350,7 @@ def _check_target(model: nn.Module, header: Header, state: dict[str, Tensor], or
     try:
         check_state(model, state, origin)
     except ModelError as error:
-        raise CheckpointError(str(error)) from error
+        raise CheckpointError(f"{origin}: {parsing.printable(str(error).removeprefix(f'{origin}: '))}") from error
     first: dict[int, str] = {}
     for name, tensor in (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)):
         if name not in state:

@@ -90,7 +90,7 @@ class Job:
         try:
             source = find_source(form.model)
         except ModelError as error:
-            raise NmfxError(f"{path}: model: {error}") from error
+            raise NmfxError(f"{path}: model: {parsing.printable(str(error), 400)}") from error
         return Dense(replace(source, kwargs=kwargs), form.weights, form.note)
 
     def model(self) -> nn.Module:

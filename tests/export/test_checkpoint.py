@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import random
+import re
 import resource
 import struct
 from collections.abc import Callable, Iterator
@@ -33,6 +34,7 @@ from nmfx.graph.site import Sites
 from nmfx.passes.baking import bake, verify
 from nmfx.passes.transform import scheme_of, transform
 from nmfx.scheme import Scheme
+from nmfx.sealed import read_sealed, write_sealed
 from nmfx.zoo.source import Source, find_source
 
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -494,6 +496,92 @@ def test_a_model_without_memory_is_refused_or_filled(whole: tuple[bytes, int], t
     except CheckpointError:
         return
     assert_same_facts(loaded, load_checkpoint(tmp_path / "good.safetensors"))
+
+
+# A digest that is right, over a header that is not.
+
+
+class Hooked(nn.Module):
+    """Its own loading fails, after some weights have been loaded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.last = load_demo(trained=False), nn.Linear(2, 2)
+        self.last.register_load_state_dict_pre_hook(self.fail)
+
+    @staticmethod
+    def fail(*_: Any) -> None:
+        raise ValueError("not today")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+def test_a_model_whose_own_loading_fails_is_left_alone(tmp_path: Path) -> None:
+    model, example = Hooked(), torch.randn(1, 1, 8, 8)
+    save_checkpoint(transform(model, "2:16", example_input=example), tmp_path / "model.safetensors")
+    before = state_of(model)
+    with pytest.raises(CheckpointError, match=r"Hooked cannot be loaded into: .*not today"):
+        load_checkpoint(tmp_path / "model.safetensors", model)
+    assert state_of(model) == before
+
+
+SITE = "block1.conv.weight"
+SPOILT: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "no sites": (lambda c: c.pop("sites"), "missing required field `sites`"),
+    "a list of sites": (lambda c: c.update(sites=[]), "sites: Expected `object`"),
+    "decay of 1e308": (lambda c: c["sites"][SITE].update(decay=1e308), rf"{SITE}: decay: Expected `float` <= "),
+    "decay of text": (lambda c: c["sites"][SITE].update(decay="1"), rf"{SITE}: decay: Expected `float"),
+    "negative decay": (lambda c: c["sites"][SITE].update(decay=-1), rf"{SITE}: decay: Expected `float` >= 0"),
+    "frozen maybe": (lambda c: c["sites"][SITE].update(frozen="maybe"), rf"{SITE}: frozen: Expected `bool`"),
+    "no pattern": (lambda c: c["sites"][SITE].pop("pattern"), rf"{SITE}: .*missing required field `pattern`"),
+    "another pattern": (lambda c: c["sites"][SITE].update(pattern="3:16"), rf"{SITE}: 3:16 over rows .* takes"),
+    "no pattern at all": (lambda c: c["sites"][SITE].update(pattern="abc"), rf"{SITE}: pattern: 'abc' is not an N:M pattern"),
+    "negative sizes": (lambda c: c["sites"][SITE].update(shape=[-32, -16, 3, 3]), rf"{SITE}: shape"),
+    "sizes without end": (lambda c: c["sites"][SITE].update(shape=[2**63, 2]), rf"{SITE}: shape"),
+    "a product without end": (lambda c: c["sites"][SITE].update(shape=[2**47] * 8, rows=[2**47] * 3), f"{SITE}: shape"),
+    "as large as two": (
+        lambda c: c["sites"][SITE].update(shape=[2**40, 2**40], rows=[2**40, 2**40, 1]),
+        f"{SITE}: shape .* does not fit",
+    ),
+    "other rows": (lambda c: c["sites"][SITE].update(rows=[1, 1, 1]), f"{SITE}: shape .* does not fit rows"),
+    "an unknown key": (lambda c: c["sites"][SITE].update(decya=1), f"{SITE}: .*unknown field `decya`"),
+    "a site of nothing": (lambda c: c["sites"].update(x=c["sites"][SITE]), "x:positions is missing"),
+    "a site less": (lambda c: c["sites"].pop(SITE), f"{SITE}:positions belongs to no site"),
+    "an alias of nothing": (lambda c: c["aliases"].update(x="y"), "aliases: x and y cannot share"),
+    "an alias of itself": (lambda c: c["aliases"].update(x="x"), "aliases: x and x cannot share"),
+    "two of each other": (lambda c: c["aliases"].update(x="y", y="x"), "cannot share"),
+    "an alias that is stored": (lambda c: c["aliases"].update({"classifier.bias": SITE}), "cannot share"),
+    "info of numbers": (lambda c: c["info"].update(target=1), "info"),
+    "a kind": (lambda c: c.update(kind="search"), "the state of a run to resume, not a checkpoint"),
+}
+
+
+@cases(SPOILT)
+def test_a_right_digest_makes_no_right_header(
+    name: str, whole: tuple[bytes, int], refused: Callable[..., str], tmp_path: Path
+) -> None:
+    (tmp_path / "good.safetensors").write_bytes(whole[0])
+    content, tensors = read_sealed(tmp_path / "good.safetensors", "a checkpoint", 1)
+    change, message = SPOILT[name]
+    change(content)
+    write_sealed(tmp_path / "bad.safetensors", content, tensors)
+    for model in ((), (None,)):
+        assert re.search(message, refused(None, *model))
+
+
+def test_positions_out_of_range_are_refused(whole: tuple[bytes, int], refused: Callable[..., str], tmp_path: Path) -> None:
+    (tmp_path / "good.safetensors").write_bytes(whole[0])
+    content, tensors = read_sealed(tmp_path / "good.safetensors", "a checkpoint", 1)
+    write_sealed(tmp_path / "bad.safetensors", content, tensors | {f"{SITE}:positions": tensors[f"{SITE}:positions"] | 255})
+    assert f"{SITE}: corrupt positions" in refused(None)
+
+
+def test_a_decay_that_no_file_may_hold_is_not_saved(tmp_path: Path) -> None:
+    model = transform(load_demo(trained=True), "2:16", example_input=torch.empty(1, 1, 8, 8), decay=1e30)
+    with pytest.raises(CheckpointError, match="decay"):
+        save_checkpoint(model, tmp_path / "model.safetensors")
+    assert list(tmp_path.iterdir()) == []
 
 
 # Writing.
