@@ -215,7 +215,10 @@ class Scheme(Mapping[str, Pattern]):
             return Scheme.from_published(content, _needed(sites, path), origin=str(path))
         scheme, said = _parse(content, str(path))
         if sites is not None:
-            totals = scheme.totals(sites)
+            try:
+                totals = scheme.totals(sites)
+            except SchemeError as error:
+                raise SchemeError(f"{path}: {parsing.printable(str(error))}") from error
             for key in ("weights", "kept", "macs", "kept_macs"):
                 if (value := getattr(said, key)) is not None and value != (found := getattr(totals, key)):
                     raise SchemeError(f"{path}: says {key} {value}, its patterns come to {found}; make it anew")

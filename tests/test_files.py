@@ -17,6 +17,7 @@ import pytest
 from children import forked
 
 from nmfx import files
+from nmfx.cli.work import find_work
 from nmfx.errors import NmfxError
 from nmfx.files import DRAFT, MARK, NEW, all_or_nothing, draft_in, locked, remove_dead_drafts, replace_folder, write_atomic
 
@@ -191,6 +192,28 @@ def test_a_folder_is_replaced_at_once_whenever_the_process_is_killed(
     write(folder)
     every_kill(lambda: replace_folder(folder, write), law)
     assert seen == {"old", "new"}
+
+
+def test_opening_a_work_directory_puts_back_what_a_killed_conversion_took_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "digits.nmfx"
+
+    def killed() -> None:
+        real = os.rename
+        monkeypatch.setattr(files, "_exchanged", lambda one, other: False)
+        monkeypatch.setattr(os, "rename", lambda a, b: real(a, b) if a == folder else os.kill(os.getpid(), signal.SIGKILL))
+        replace_folder(folder, lambda draft: (draft / "work.yaml").write_text("new"))
+
+    folder.mkdir()
+    (folder / "work.yaml").write_text("nmfx: work\nversion: 1\nmodel: demo:digits\nweights: random\n")
+    _, status = os.waitpid(forked(killed), 0)
+    assert os.WIFSIGNALED(status)
+    assert not folder.exists()
+    found = find_work(str(folder))
+    assert found is not None
+    assert found.model == "demo:digits"
+    assert os.listdir(tmp_path) == ["digits.nmfx"]
 
 
 def test_several_files_killed_anywhere_are_each_whole(tmp_path: Path) -> None:

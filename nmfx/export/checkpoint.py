@@ -282,7 +282,7 @@ def load_checkpoint(path: str | Path, model: nn.Module | None = None) -> nn.Modu
         if first in masks:
             masks[name] = masks[first]
     if rebuilt is not None:
-        return _fill(_in_dtypes_of(state, rebuilt), header, state, masks)
+        return _fill(_in_dtypes_of(state, rebuilt, path), header, state, masks)
     assert model is not None
     _check_target(model, header, state, str(path))
     return _fill(model, header, state, masks)
@@ -304,9 +304,11 @@ def _rebuild(source: Source, shapes: Mapping[str, tuple[int, ...]], path: str | 
         raise CheckpointError(f"{path}: {source} cannot be built here: {said}; give load_checkpoint a model") from error
 
 
-def _in_dtypes_of(state: Mapping[str, Tensor], model: nn.Module) -> nn.Module:
+def _in_dtypes_of(state: Mapping[str, Tensor], model: nn.Module, path: str | Path) -> nn.Module:
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if name in state and tensor.dtype != state[name].dtype:
+            if tensor.is_floating_point() != state[name].is_floating_point():
+                raise CheckpointError(f"{path}: {name} is {state[name].dtype}, the model has {tensor.dtype}")
             tensor.data = tensor.data.to(state[name].dtype)
     return model
 

@@ -158,6 +158,7 @@ class MaskState:
     def __init__(self, spec: MaskSpec) -> None:
         self.spec = spec
         self.cache: _Cache | None = None
+        self.shared_out = False  # by FSDP
         self.penalty: tuple[float, Tensor] | None = None  # on the weights that a mask keeps, at the next update only
 
     def __reduce__(self) -> Any:
@@ -172,7 +173,10 @@ class MaskState:
         if not isinstance(weight, Tensor):  # None, or a Proxy while fx traces: the graph reads the attribute when it runs
             return weight
         if not _can_cache(weight):
-            return weight if _is_shard(weight) else self._compute(owner, attr, weight)
+            if _is_shard(weight):
+                self.shared_out = True
+                return weight
+            return self._compute(owner, attr, weight)
         self.check_writes()
         cache = self.cache
         if cache is None or not cache.holds(weight):
@@ -183,7 +187,7 @@ class MaskState:
             owner._buffers[mask_name(attr)] = cache.mask
         if not (torch.is_grad_enabled() and weight.requires_grad):
             return cache.view
-        if cache.live is None:
+        if cache.live is None or self.shared_out:  # FSDP takes up what each forward pass gives to the weight by itself
             kept_only = self.spec.decay is None
             value = cast(Tensor, MaskedRead.apply(weight, cache.mask, cache.masked, kept_only, weakref.ref(cache)))
             cache.live = MaskedWeight.over(value, weight, cache.view.renew)

@@ -85,7 +85,7 @@ class Job:
         """What the build stage wrote."""
         path = self.folder / WORK
         tree = parsing.yaml_tree(parsing.read_text(path, "what the build stage wrote"), str(path))
-        form = parsing.convert(tree, _DenseForm, str(path))
+        form = parsing.convert({key: tree[key] for key in _DenseForm.__struct_fields__ if key in tree}, _DenseForm, str(path))
         kwargs = parse_kwargs(parsing.json_tree(form.kwargs, f"{path}: kwargs"), str(path), NmfxError)
         try:
             source = find_source(form.model)

@@ -66,7 +66,10 @@ def load_recipe(path: str | Path, *, data_root: str | None = None) -> Recipe:
     if "base" in tree:
         if not isinstance(tree["base"], str) or not re.fullmatch(r"[\w.+-]{1,100}", tree["base"]):
             raise NmfxError(f"{path}: base: expected the name of a recipe beside it or of nmfx, found {_shown(tree['base'])}")
-        start = find_recipe(tree["base"], beside=path.parent)
+        try:
+            start = find_recipe(tree["base"], beside=path.parent)
+        except NmfxError as error:
+            raise NmfxError(f"{path}: base: {error}") from error
         base = _read(start)
         if "base" in base:
             raise NmfxError(
@@ -133,7 +136,7 @@ def section(tree: Any, cls: type[T], where: str) -> T:
     try:
         return cls(**values)
     except NmfxError as error:
-        raise NmfxError(f"{where}: {error}") from error
+        raise NmfxError(f"{where}: {parsing.printable(str(error))}") from error
 
 
 def _check_search(tree: Mapping[str, Any], where: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -51,7 +52,7 @@ class Stamp:
         if self.outputs is None:
             return "it was stopped, and goes on"
         for name, digest in self.outputs.items():
-            if not (folder / name).is_file():
+            if not os.path.isfile(folder / name):  # false for names that no file can have
                 return f"{name} is gone"
             if digest_of(folder / name) != digest:
                 return f"{name} was altered"

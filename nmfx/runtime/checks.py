@@ -1,6 +1,4 @@
-"""What the operators ask of their tensors and numbers, as the kernel does (kernel/checks.h, kernel/operators.h): for plain PyTorch
-and for shapes alone.
-"""
+"""What the operators ask of their tensors and numbers, as the kernel does (kernel/checks.h): for plain PyTorch and shapes."""
 
 from __future__ import annotations
 
@@ -64,7 +62,7 @@ def check_packed(
     expect(0 < chunk <= 65536 and 0 < width <= LONGEST, "chunks of up to 65,536 columns, and a width")
     expect(groups > 0 and 0 < out <= LONGEST and out % groups == 0, "output channels that divide by the groups")
     kinds = (values.dtype, columns.dtype, pointers.dtype) == (torch.float32, torch.int16, torch.int32)
-    in_order = all(one.is_contiguous() for one in (values, columns, pointers))
+    in_order = all(one.is_contiguous() and one.dim() == 1 for one in (values, columns, pointers))
     expect(kinds and in_order, "contiguous values of float32, columns of int16, pointers of int32")
     chunks = -(-width // chunk)
     expect(
@@ -73,7 +71,7 @@ def check_packed(
     )
     check_bias(bias, out)
     if known:
-        _check_places(columns.flatten(), pointers.flatten(), out // groups, width, chunk)
+        _check_places(columns, pointers, out // groups, width, chunk)
 
 
 def _check_places(columns: Tensor, pointers: Tensor, rows: int, width: int, chunk: int) -> None:
@@ -91,7 +89,7 @@ def _check_places(columns: Tensor, pointers: Tensor, rows: int, width: int, chun
 
 def check_bias(bias: Tensor | None, rows: int) -> None:
     """One number for each row."""
-    fits = bias is None or (bias.dtype == torch.float32 and bias.is_contiguous() and bias.numel() == rows)
+    fits = bias is None or (bias.dtype == torch.float32 and bias.is_contiguous() and tuple(bias.shape) == (rows,))
     expect(fits, "a contiguous float32 bias of every row")
 
 

@@ -74,8 +74,8 @@ class Lowered:
     """A model lowered for one shape.
 
     Attributes:
-        graph: its ``site0, site1, ...`` are the layers of `nmfx.runtime.layers`, those of the kernel inside its ``chain0, chain1,
-            ...`` (`nmfx.runtime.chain`).
+        graph: its ``site0, site1, ...`` are the layers of `nmfx.runtime.layers`, those of the kernel inside its ``chain0,
+            chain1, ...`` (`nmfx.runtime.chain`).
         domain: for which inputs it is.
         batch: samples of a pass.
         images: samples that stay on one thread within a chain; 0 is all at once.
@@ -99,18 +99,18 @@ class CompiledModel(nn.Module):
 
     It gives what the masked model gives, up to rounding, or raises an NmfxError before anything is computed:
 
-    - *Sizes and batches.* It was lowered for the example's sizes, and for all batches from 2 on that torch.export could keep free
-      (for the example's alone where that is 1, or cannot be free: models may do something else with it). For other sizes, and
-      other batches than these, the model is exported and lowered once more at the first call, which takes seconds, with the same
-      choices and layers: nothing is timed again, so that `compile` with an example of that size may find faster ways. Up to
-      `shapes` of these are kept beside the first, then the oldest goes. The original model, with all its weights, is kept for it;
-      ``shapes=0`` keeps none and refuses. Several threads may call; they wait for each other only while a size is new.
-    - *Kinds.* Another type of numbers than the example's, another device or number of dimensions is refused, and so is autocast,
-      under which the masked model would give bfloat16.
-    - *Passes.* A batch larger than `batch` is cut into passes only where the graph shows that samples do not see each other and
-      that all outputs have the batch first.
-    - *Inf and NaN* in activations spread through a dropped weight in the masked model (0 * inf is NaN), and not here, where it is
-      not there.
+    - *Sizes and batches.* It was lowered for the example's sizes, and for all batches from 2 on that torch.export could keep
+      free; for the example's batch alone where that is 1 or cannot be free, since models may do something else with it. For
+      other sizes and batches the model is exported and lowered once more at the first call, which takes seconds, with the same
+      choices and layers: nothing is timed again, and `compile` with an example of that size may find faster ways. Up to
+      `shapes` of these are kept beside the first, then the oldest goes. The original model, with all its weights, is kept for
+      that; ``shapes=0`` keeps none and refuses. Threads wait for each other only while a size is new.
+    - *Kinds.* Another type of numbers than the example's, another device or number of dimensions is refused, and so is
+      autocast, under which the masked model would give bfloat16.
+    - *Passes.* A batch larger than `batch` is cut into passes only where the graph shows that samples do not see each other
+      and that all outputs have the batch first.
+    - *Inf and NaN* in activations spread through a dropped weight in the masked model (0 * inf is NaN), and not here, where
+      it is not there; and the clamps of dense sites, which are oneDNN's, make 0 of NaN. Look for them before, not after.
 
     `copy.deepcopy` copies it. It cannot be saved: loading a pickle runs code. Save the model (`save_checkpoint`), load it and
     compile it again.
@@ -167,9 +167,7 @@ class CompiledModel(nn.Module):
             layout = "" if x.layout == torch.strided else f", {x.layout}"
             raise NmfxError(f"{self._made_for()}, got {_kind(x.dtype)} {tuple(x.shape)} on {x.device}{layout}")
         if torch.is_autocast_enabled("cpu"):
-            raise NmfxError(
-                f"{self._made_for()}, and computes in float32; under autocast the model itself would not: leave autocast around it"
-            )
+            raise NmfxError(f"{self._made_for()}, to compute in float32, as the model does not under autocast: leave it")
 
     def _made_for(self) -> str:
         wanted = self._first.domain
@@ -231,15 +229,16 @@ def _kind(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+@torch.inference_mode(False)  # whose tensors have no versions
 def lower_again(first: Lowered, model: nn.Module, example: Tensor, *, kernel: bool) -> Lowered:
     """A baked model lowered for an example of another size with the choices of the first, whose layers are shared.
 
     Raises:
         ModelError: torch.export cannot follow the model with this example.
     """
-    if not example[:1].numel():
+    if 0 in example.shape[1:]:
         raise ModelError("there are no pixels")
-    graph, domain = export(model, example)
+    graph, domain = export(model, example.clone())
     choices = defaultdict[str, list[Choice]](list)
     for choice in first.choices:
         choices[choice.name].append(choice)
@@ -266,6 +265,7 @@ def _joined(parts: list[Any]) -> Any:
     return tree_map(lambda *each: torch.cat(each) if isinstance(each[0], Tensor) else each[0], parts[0], *parts[1:])
 
 
+@torch.inference_mode(False)  # whose tensors have no versions
 def compile(
     model: nn.Module, example_input: Tensor, *, batch: int | None = None, shapes: int = SHAPES, progress: Advance = ignore
 ) -> CompiledModel:
@@ -277,8 +277,8 @@ def compile(
 
     Args:
         example_input: a batch of the size and shape to be fast for.
-        batch: samples of a pass, where samples do not see each other; None measures 1, 2, 4, ... up to the example's, and one at a
-            time on each thread.
+        batch: samples of a pass, where samples do not see each other; None measures 1, 2, 4, ... up to the example's, and one
+            at a time on each thread.
         shapes: how many other sizes and batches a lowering is made and kept for, when they come; 0 refuses them, and the
             model's dense weights are not kept.
         progress: called with the share done and the site.
@@ -293,7 +293,7 @@ def compile(
         raise ModelError(f"compile: expected passes of 1 sample or more, and shapes of 0 or more, got {batch} and {shapes}")
     if torch.is_autocast_enabled("cpu"):
         raise ModelError("compile: compiled models compute in float32; leave autocast around compile and its calls")
-    example = example_input.detach().cpu().contiguous()
+    example = example_input.detach().cpu().clone(memory_format=torch.contiguous_format)
     plain = bake(model).cpu().eval()
     kernel = load_kernel()
     with keep_modes(plain):

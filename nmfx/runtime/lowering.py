@@ -70,8 +70,8 @@ class Domain:
 def export(model: nn.Module, example: Tensor) -> tuple[fx.GraphModule, Domain]:
     """The graph of a model in eval mode, and for which inputs it is.
 
-    It is for all batches from 2 on as far as torch.export can keep them free and says what it assumed of them; for the example's
-    alone where it cannot. Batches of 0 and 1 are taken as they are: models may do something else with them.
+    It is for all batches from 2 on as far as torch.export can keep them free and says what it assumed of them; for the
+    example's alone where it cannot. Batches of 0 and 1 are taken as they are: models may do something else with them.
 
     Raises:
         ModelError: torch.export cannot follow the model.

@@ -15,11 +15,12 @@ from nmfx.runtime.packed import unpack
 _PACKED = "Tensor values, Tensor columns, Tensor pointers, Tensor? bias"
 _LIBRARY = torch.library.Library("nmfx", "DEF")
 _LIBRARY.define(
-    f"sparse_conv2d(Tensor input, {_PACKED}, Tensor? residual, int out_channels, int width, int[2] kernel, int[2] stride, int[] padding, "
-    "int[2] dilation, int groups, float low, float high, int chunk, int vectors) -> Tensor"
+    f"sparse_conv2d(Tensor input, {_PACKED}, Tensor? residual, int out_channels, int width, int[2] kernel, int[2] stride, "
+    "int[] padding, int[2] dilation, int groups, float low, float high, int chunk, int vectors) -> Tensor"
 )
 _LIBRARY.define(
-    f"sparse_linear(Tensor input, {_PACKED}, int out_features, int width, float low, float high, int chunk, int vectors) -> Tensor"
+    f"sparse_linear(Tensor input, {_PACKED}, int out_features, int width, float low, float high, int chunk, "
+    "int vectors) -> Tensor"
 )
 _LIBRARY.define(
     "depthwise_conv2d(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, int[2] stride, int[] padding, "

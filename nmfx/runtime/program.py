@@ -63,8 +63,9 @@ class Program:
         self.outputs = [self._result(node) for node in self.results]
 
     def numbers(self) -> Tensor:
-        """The inputs' sizes; how many steps; each: whether it leaves the chain, itself, and the slots that nobody reads after it;
-        the outputs."""
+        """The inputs' sizes; how many steps; each: whether it leaves the chain, itself, and the slots that nobody reads after
+        it; the outputs.
+        """
         first = len(self.inputs)
         last = {slot: number for number, step in enumerate(self.steps) for slot in (first + number, *step.reads)}
         written = [first, *_lists(map(self._sizes, self.inputs)), len(self.steps)]

@@ -174,8 +174,10 @@ def _made(node: fx.Node, first: First) -> bool:
     return not any(isinstance(each, fx.Node) for each in node.args[1:])
 
 
-SIZED = (aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.expand.default)
-SIZED += (aten.full.default, aten.zeros.default, aten.ones.default)  # which may be told the batch size
+SIZED = {  # which may be told the batch size
+    *(aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.expand.default),
+    *(aten.full.default, aten.zeros.default, aten.ones.default),
+}
 RULES: dict[Any, Rule] = {
     **dict.fromkeys((aten.conv1d.default, aten.conv2d.default, aten.conv3d.default), _convolution),
     aten.linear.default: lambda node, first: _only(node, first) and _rank(node) >= 2,
@@ -196,7 +198,9 @@ RULES: dict[Any, Rule] = {
     **dict.fromkeys((aten.cat.default, aten.stack.default), _joined),
     **dict.fromkeys((aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints), _only),
     **dict.fromkeys((aten.squeeze.dims, aten.unsqueeze.default, aten.clone.default, aten.contiguous.default), _only),
-    **dict.fromkeys((aten._to_copy.default, aten.alias.default, aten.detach.default), _only),
+    **dict.fromkeys((aten._to_copy.default, aten.to.dtype, aten.alias.default, aten.detach.default), _only),
+    **dict.fromkeys((aten.hardswish.default, aten.hardsigmoid.default, aten.hardtanh.default, aten.relu6.default), _only),
+    **dict.fromkeys((aten.gelu.default, aten.silu.default, aten.mish.default, aten.leaky_relu.default), _only),
     aten.dropout.default: lambda node, first: _only(node, first) and node.args[2] is False,
     aten.permute.default: _permuted,
     aten.transpose.int: _transposed,

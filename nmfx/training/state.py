@@ -22,6 +22,7 @@ from nmfx.states import check_tensors, read_state, write_state
 from nmfx.training.record import Epoch
 
 KIND = "finetune"
+AS_WEIGHTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")  # of optimisers: shaped as their parameters
 T = TypeVar("T")
 
 
@@ -109,8 +110,9 @@ def check_identity(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]
     different = [f"{name} {_shown(before, name)} -> {_shown(now, name)}" for name in names if before.get(name) != now.get(name)]
     if different:
         more = f" and {len(different) - 3} more" if len(different) > 3 else ""
+        shown = "; ".join(printable(each, 200) for each in different[:3])
         raise CheckpointError(
-            f"{path} is of a run with other settings ({'; '.join(different[:3])}{more}); give the same ones to resume it, or "
+            f"{path} is of a run with other settings ({shown}{more}); give the same ones to resume it, or "
             f"--force (another folder, from Python) to start anew"
         )
 
@@ -173,17 +175,29 @@ def check_optimizer(optimizer: Optimizer, tensors: Tensors, plain: Numbers, path
         CheckpointError: it has other parameters or groups, or a tensor of neither a parameter's shape nor one number.
     """
     shapes = [parameter.shape for group in optimizer.param_groups for parameter in group["params"]]
+    entries: dict[str, set[str]] = {}
     for key in (*tensors, *plain.numbers):
         index, _, name = key.partition(".")
         if not (index.isascii() and index.isdigit() and len(index) < 10 and int(index) < len(shapes) and name):
             raise CheckpointError(f"{path}: optimizer: {printable(key)} is of none of its {len(shapes)} parameters")
+        value = tensors.get(key)
+        shape = {"step": torch.Size(), **dict.fromkeys(AS_WEIGHTS, shapes[int(index)])}.get(name)
+        if value is not None and shape is not None and value.shape != shape:
+            raise CheckpointError(f"{path}: optimizer: {key} has shape {tuple(value.shape)}, expected {tuple(shape)}")
+        entries.setdefault(index, set()).add(name)
+    if len({frozenset(names) for names in entries.values()}) > 1:
+        raise CheckpointError(f"{path}: optimizer: entries of some parameters are missing")
     groups = [group.keys() for group in optimizer.param_groups]
     if len(groups) != len(plain.groups) or not all(saved.keys() <= own for saved, own in zip(plain.groups, groups)):
         raise CheckpointError(f"{path}: optimizer: its {len(plain.groups)} groups have other options than this run's")
 
 
-def restore_optimizer(optimizer: Optimizer, tensors: Tensors, plain: Numbers) -> None:
-    """Give an optimiser of the same parameters the state that `optimizer_state` took (see `check_optimizer`)."""
+def restore_optimizer(optimizer: Optimizer, tensors: Tensors, plain: Numbers, path: Path) -> None:
+    """Give an optimiser of the same parameters the state that `optimizer_state` took (see `check_optimizer`).
+
+    Raises:
+        CheckpointError: it does not take it, and is then as it was.
+    """
     whole = optimizer.state_dict()
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     whole["state"] = {}
@@ -195,7 +209,12 @@ def restore_optimizer(optimizer: Optimizer, tensors: Tensors, plain: Numbers) ->
         whole["state"].setdefault(index, {})[name] = value
     for group, saved in zip(whole["param_groups"], plain.groups, strict=True):
         group.update(saved)
-    optimizer.load_state_dict(whole)
+    before = dict(optimizer.__dict__)
+    try:
+        optimizer.load_state_dict(whole)
+    except Exception as error:  # of any optimiser
+        optimizer.__dict__.update(before)
+        raise CheckpointError(f"{path}: optimizer: {type(error).__name__}: {printable(str(error))}") from error
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -331,10 +331,10 @@ class Run:
         tensors, about = load_state(path, state.Run)
         check_identity(path, _extended(about.identity, self.settings.epochs), self.identity)
         self._check(tensors, about, path)
+        restore_optimizer(self.optimizer, under("optimizer", tensors), about.optimizer, path)
         fill(self.model, under("model", tensors), path)
         if self.ema is not None:
             fill(self.ema.module, under("ema", tensors), path)
-        restore_optimizer(self.optimizer, under("optimizer", tensors), about.optimizer)
         masks = under("mask", tensors)
         for model in (*self.trained, *([self.whole] if self.sharded else [])):
             for site in masked_sites(model):

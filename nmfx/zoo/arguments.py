@@ -22,6 +22,7 @@ Few = Annotated[int, Meta(ge=0, le=256)]
 Pixels = Annotated[int, Meta(ge=1, le=8192)]
 Patch = Annotated[int, Meta(ge=1, le=1024)]
 Scale = Annotated[float, Meta(ge=0, le=16)]
+TWO = Meta(min_length=2, max_length=2)  # msgspec 0.22 crashes on bounded int | tuple[int, int]
 Word = Annotated[str, Meta(pattern=r"\A[a-z0-9_]{0,32}\Z")]  # a name of timm's own tables, as avg or gelu
 
 ARGUMENTS: dict[str, Any] = {
@@ -29,9 +30,9 @@ ARGUMENTS: dict[str, Any] = {
     "num_classes": Classes,
     "in_chans": Channels,
     # timm: sizes
-    "img_size": Pixels | tuple[Pixels, Pixels],
-    "patch_size": Patch | tuple[Patch, Patch],
-    "window_size": Patch | tuple[Patch, Patch],
+    "img_size": Pixels | Annotated[tuple[Pixels, ...], TWO],
+    "patch_size": Patch | Annotated[tuple[Patch, ...], TWO],
+    "window_size": Patch | Annotated[tuple[Patch, ...], TWO],
     "window_ratio": Patch,
     "output_stride": Literal[8, 16, 32],
     "reg_tokens": Few,

@@ -244,7 +244,10 @@ def test_ctrl_c_waits_for_the_update_and_saves(work: Path, nmfx: Run, monkeypatc
     assert MODEL.read_bytes() == Path("whole/model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("how", [[], ["--fsdp"]], ids=["ddp", "fsdp"])
+DDP = pytest.param([], id="ddp", marks=pytest.mark.slow)  # the same law as in tests/training/test_trainer.py
+
+
+@pytest.mark.parametrize("how", [DDP, pytest.param(["--fsdp"], id="fsdp")])
 def test_two_processes_end_where_one_does(how: list[str], work: Path, nmfx: Run) -> None:
     """Batch statistics are each process's own, so the scores agree to 2 points, as in tests/training/test_trainer.py."""
     argv = ("finetune", str(work), *DIGITS, "--epochs", "12", "--lr", "0.02")

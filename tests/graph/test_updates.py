@@ -22,6 +22,7 @@ from timm.optim import Lookahead
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
 import nmfx
@@ -456,7 +457,9 @@ def worker(rank: int, folder: str, ways: list[str]) -> None:
                 fully_shard(layer, mesh=init_device_mesh("cpu", (2,)))
         forward = torch.compile(parallel, backend="eager") if "compiled" in how else parallel
         scaler = torch.amp.GradScaler("cpu", enabled="scaled" in how)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+        optimizer: Any = torch.optim.SGD(model.parameters(), lr=0.5)
+        if how.startswith("zero"):  # an optimiser around another
+            optimizer = ZeroRedundancyOptimizer(model.parameters(), torch.optim.SGD, lr=0.5)
         for _ in range(3):
             optimizer.zero_grad()
             for part in range(4):
@@ -469,7 +472,26 @@ def worker(rank: int, folder: str, ways: list[str]) -> None:
                 whole = whole.full_tensor() if "fsdp" in how else whole
                 was, kept = before[name]
                 torch.testing.assert_close(whole, torch.where(kept, was, was * (1 - 0.5 * 0.25) ** 3), rtol=1e-12, atol=0)
+    if "fsdp" in ways:
+        for training in ("sr-ste", "fixed"):
+            twice(training)
     dist.destroy_process_group()
+
+
+def twice(training: Any) -> None:
+    """Two forward passes before a backward pass, and one without any: FSDP trains as one process does."""
+    alone, shared = (transform(Untied(), "2:4", example_input=X, decay=0.25, training=training) for _ in range(2))
+    for layer in layers(shared):
+        fully_shard(layer, mesh=init_device_mesh("cpu", (2,)))
+    for model in (alone, shared):
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        for _ in range(2):
+            optimizer.zero_grad()
+            (model(X).square().sum() + model(2 * X).square().sum()).backward()
+            optimizer.step()
+            model(X)
+    for found, wanted in zip(shared.parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(found.detach().full_tensor(), wanted.detach())  # type: ignore[attr-defined]
 
 
 class Untied(nn.Module):
@@ -485,7 +507,9 @@ class Untied(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "ways", [["ddp", "scaled ddp", "fsdp"], pytest.param(["compiled fsdp"], marks=pytest.mark.slow)], ids=["eager", "compiled"]
+    "ways",
+    [["ddp", "scaled ddp", "zero ddp", "fsdp"], pytest.param(["compiled fsdp"], marks=pytest.mark.slow)],
+    ids=["eager", "compiled"],
 )
 def test_two_processes_pull_as_one(ways: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:

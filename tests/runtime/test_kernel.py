@@ -67,20 +67,8 @@ def conv_case(seed: int) -> None:
     residual = draw(*wanted.shape) if pick.random() < 0.5 else None
     wanted = (wanted if residual is None else wanted + residual).clamp(low, high)
     packed = pack(weight, groups, chunk=pick.choice([1, 7, 16, 64, 100, 4096]), vectors=pick.randint(1, 8))
-    arguments = (
-        packed.values,
-        packed.columns,
-        packed.pointers,
-        bias,
-        residual,
-        out,
-        packed.width,
-        kernel,
-        stride,
-        padding,
-        dilation,
-        groups,
-    )
+    weights = (packed.values, packed.columns, packed.pointers, bias, residual, out, packed.width)
+    arguments = (*weights, kernel, stride, padding, dilation, groups)
     found = torch.ops.nmfx.sparse_conv2d(x, *arguments, low, high, packed.chunk, packed.vectors)
     scale = F.conv2d(around.abs(), weight.double().abs(), None, stride, 0, dilation, groups) + 3  # bias and residual
     assert found.shape == wanted.shape
@@ -188,22 +176,7 @@ def test_two_threads_give_what_one_gives() -> None:
     make, before = torch.Generator().manual_seed(0), torch.get_num_threads()
     x = torch.randn(2, 32, 14, 14, generator=make)
     packed = pack(masked(torch.randn(64, 32, 3, 3, generator=make), "2:16"))
-    arguments = (
-        packed.values,
-        packed.columns,
-        packed.pointers,
-        None,
-        None,
-        64,
-        288,
-        (3, 3),
-        (1, 1),
-        (1, 1),
-        (1, 1),
-        1,
-        -INF,
-        INF,
-    )
+    arguments = (packed.values, packed.columns, packed.pointers, None, None, 64, 288, (3, 3), *[(1, 1)] * 3, 1, -INF, INF)
     found = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
@@ -238,9 +211,8 @@ def test_columns_beyond_15_bits() -> None:
     make = torch.Generator().manual_seed(0)
     x, weight = torch.randn(3, 60_000, generator=make), masked(torch.randn(2, 60_000, generator=make), "1:32")
     packed = pack(weight, chunk=65536, vectors=1)
-    found = torch.ops.nmfx.sparse_linear(
-        x, packed.values, packed.columns, packed.pointers, None, 2, 60_000, -INF, INF, 65536, 1
-    )
+    options = (None, 2, 60_000, -INF, INF, 65536, 1)
+    found = torch.ops.nmfx.sparse_linear(x, packed.values, packed.columns, packed.pointers, *options)
     torch.testing.assert_close(found.double(), F.linear(x.double(), weight.double()), rtol=1e-4, atol=1e-3)
     assert torch.equal(unpack(packed.values, packed.columns, packed.pointers, (2, 60_000), 1, 65536), weight)
 

@@ -48,6 +48,7 @@ bool sound(const at::Tensor& t, at::ScalarType type) {
   return t.const_data_ptr() && (last + 1) * t.itemsize() <= static_cast<int64_t>(t.storage().nbytes());
 }
 bool packed_in_order(const at::Tensor& t, at::ScalarType type) { return sound(t, type) && t.is_contiguous(); }
+bool line(const at::Tensor& t, at::ScalarType type) { return packed_in_order(t, type) && t.dim() == 1; }
 bool aligned(const void* data, int64_t bytes) { return reinterpret_cast<uintptr_t>(data) % bytes == 0; }
 
 // What indexes within the values of some tensors reach; what else was asked of these values held.

@@ -54,11 +54,11 @@ Packs packs_of(const at::Tensor& values, const at::Tensor& columns, const at::Te
                int64_t out, int64_t groups, int64_t width, int64_t chunk) {
   check(0 < chunk && chunk <= 65536 && 0 < width && width <= LONGEST, "chunks of up to 65,536 columns, and a width");
   check(groups > 0 && 0 < out && out <= LONGEST && out % groups == 0, "output channels that divide by the groups");
-  check(packed_in_order(values, at::kFloat) && packed_in_order(columns, at::kShort) && packed_in_order(pointers, at::kInt),
+  check(line(values, at::kFloat) && line(columns, at::kShort) && line(pointers, at::kInt),
         "contiguous values of float32, columns of int16, pointers of int32");
   const int64_t rows = out / groups, chunks = (width + chunk - 1) / chunk;
   check(pointers.numel() == product({out, chunks}) + 1 && columns.numel() == values.numel(), "packed weights of this shape");
-  check(!starts || (packed_in_order(*starts, at::kInt) && starts->numel() == product({groups, chunks})), "a start of every chunk");
+  check(!starts || (line(*starts, at::kInt) && starts->numel() == product({groups, chunks})), "a start of every chunk");
   Packs packs{values.const_data_ptr<float>(), reinterpret_cast<const uint16_t*>(columns.const_data_ptr<int16_t>()),
               pointers.const_data_ptr<int32_t>(), rows, width, chunk, chunks, {}};
   const Known::Numbers asked{out, groups, width, chunk, values.numel(), starts != nullptr};
@@ -69,7 +69,7 @@ Packs packs_of(const at::Tensor& values, const at::Tensor& columns, const at::Te
 
 const float* bias_of(const std::optional<at::Tensor>& bias, int64_t rows) {
   if (!bias) return nullptr;
-  check(packed_in_order(*bias, at::kFloat) && bias->numel() == rows, "a contiguous float32 bias of every row");
+  check(line(*bias, at::kFloat) && bias->numel() == rows, "a contiguous float32 bias of every row");
   return bias->const_data_ptr<float>();
 }
 
