@@ -91,6 +91,7 @@ def same(found: Any, wanted: Any) -> None:
     assert len(found) == len(wanted)
     for one, other in zip(found, wanted, strict=True):
         if isinstance(other, Tensor):
+            other = other.detach()
             assert one.dtype == other.dtype
             scale = float(other.abs().max()) if other.numel() else 0.0
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4 * scale)
@@ -122,7 +123,9 @@ def right_or_refused(compiled: CompiledModel, model: nn.Module, x: Tensor) -> bo
 def test_every_batch_and_size_is_right_or_refused(name: str) -> None:
     forward, apart = FORWARDS[name]
     model = Net(forward).eval()
-    model = nmfx.transform(model, {"a.weight": "1:3", "b.weight": "2:8"}, example_input=torch.zeros(4, 3, 16, 16))
+    with torch.no_grad():  # masked, baked: transform refuses what some of these forwards do not read
+        for layer in (model.a, model.b):
+            layer.weight[:, ::2] = 0
     compiled = nmfx.compile(model, torch.randn(4, 3, 16, 16), batch=2)
     assert compiled._first.domain.apart is apart
     right = [shape for shape in SHAPES if right_or_refused(compiled, model, torch.randn(shape))]
