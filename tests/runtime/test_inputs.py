@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from test_compiled import MODELS, all_sparse, linked_copy, settled
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
@@ -218,3 +219,20 @@ def test_padding_that_follows_the_size() -> None:
     compiled = nmfx.compile(model, torch.randn(1, 3, 64, 64), batch=1)
     for size in ((33, 34), (35, 72)):
         assert right_or_refused(compiled, model, torch.randn(1, 3, *size))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+def test_architectures_at_other_sizes_channels_and_batches(name: str) -> None:
+    """Every site by the kernel, in chains by lanes, whatever is faster."""
+    torch.manual_seed(0)
+    size = 224 if any(word in name for word in ("swin", "mixer")) else 64
+    model, x = settled(MODELS[name]()), torch.randn(2, 3, size, size)
+    scheme = nmfx.find_scheme(model, target=0.6, m=8, method="uniform", remainder="smaller", example_input=x).scheme
+    converted = nmfx.transform(model, scheme, example_input=x)
+    compiled = linked_copy(all_sparse(converted, x, lanes=True))
+    shapes = [(0, 3, size, size), (1, 3, size, size), (7, 3, size, size), (2, 1, size, size), (2, 4, size, size)]
+    shapes += [(2, 3, 96, 96), (1, 3, 65, 72), (2, 3, 48, 80), (3, 3, 33, 34), (1, 3, 1, 1)]
+    right = [shape for shape in shapes if right_or_refused(compiled, converted, torch.randn(shape))]
+    assert shapes[1] in right
+    assert shapes[2] in right
