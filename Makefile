@@ -1,16 +1,20 @@
 # make demo: the main job on real digits, from nothing, in a minute.   make test: lint, types, import contract, tests.
+# make oldest: the main road, files, passes, data and training on the lowest versions of pyproject.toml, with Python 3.10.
 VENV ?= .venv
 PYTHON ?= python3
 TORCH ?= torch==2.14.1 torchvision==0.29.1 timm==1.0.31
 BIN := $(VENV)/bin
+PYTHON310 ?= $(shell for one in python3.10 $(HOME)/.pyenv/versions/3.10.*/bin/python; do \
+    $$one -c '' 2>/dev/null && echo $$one && break; done)
+OLDEST := $(VENV)-oldest
 
-.PHONY: demo test lint slow
+.PHONY: demo test lint slow oldest
 
 demo: $(VENV)/.ready
 	$(BIN)/python examples/digits.py
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 slow: $(VENV)/.ready
 	$(BIN)/python -m pytest -m slow --timeout=3600
@@ -19,6 +23,20 @@ lint: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+oldest: $(OLDEST)/.ready
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -rP tests/oldest.py -k lowest
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest \
+	    tests/oldest.py tests/test_scheme.py tests/data tests/export tests/passes tests/training
+
+$(OLDEST)/.ready: pyproject.toml
+	test -n "$(PYTHON310)" || { echo "make oldest wants Python 3.10: say PYTHON310=/where/it/is"; exit 1; }
+	$(PYTHON310) -m venv $(OLDEST)
+	sed -n '/^dependencies = /,/^]/p; /^demo = /p; /^runtime = /p' pyproject.toml \
+	    | sed -n 's/.*"\([a-z-]*\)>=\([0-9.]*\)".*/\1==\2/p' > $(OLDEST)/lowest.txt
+	$(OLDEST)/bin/python -m pip install --quiet --constraint $(OLDEST)/lowest.txt --editable '.[demo,runtime]' \
+	    'hypothesis>=6.100' 'pytest>=8.2' 'pytest-timeout>=2.3'
+	touch $@
 
 $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -1,4 +1,4 @@
-"""Run nmfx over every model of timm and torchvision: python benchmarks/zoo.py [--only GLOB] [--jobs 2] [--out zoo.jsonl]
+"""Run nmfx over every model of timm and torchvision: python benchmarks/zoo.py [--only GLOB,...] [--jobs 2] [--out zoo.jsonl]
 
 One forked process a model, with limits on time and memory; one JSON line a model; models that have a line are not run again.
 Structure is checked on the meta device for every model, numerics on the CPU for those of up to --numerics parameters.
@@ -31,13 +31,15 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import nmfx
-from nmfx.graph.census import Census, Operand, _plain_attention, storage_of
 from nmfx.graph.coverage import find_coverage
+from nmfx.graph.following import Census, plain_kernels
 from nmfx.graph.masked import masked_sites, throw_away_copy
 from nmfx.graph.reading import mask_name
 from nmfx.graph.tracer import to_graph
+from nmfx.passes.receiving import received
 from nmfx.passes.transform import conversion_difference
 from nmfx.scheme import Scheme
+from nmfx.sparsity.mask import check_groups
 from nmfx.zoo.example import Example, example_for
 from nmfx.zoo.source import Source, find_source, list_models, versions
 from nmfx.zoo.table import Entry, Table
@@ -45,26 +47,13 @@ from nmfx.zoo.table import Entry, Table
 PATTERNS = ("2:4", "4:16")
 
 
-class Reads(Census):
-    """Notes every weight that an operation reads without its mask."""
-
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self.unmasked: set[int] = set()
-
-    def _record_weight(self, operand: Operand) -> None:
-        if (key := storage_of(operand.tensor)) in self.own:
-            self.unmasked |= {id(p) for p in self.sources[key]}
-        super()._record_weight(operand)
-
-
 def check_reads(converted: nn.Module, example: Example, names: set[str]) -> list[str]:
-    """Names of masked weights that the eval forward pass reads without their mask."""
+    """Names of masked weights that a product of the eval forward pass reads without their mask."""
     parameters = dict(converted.named_parameters())
-    reads = Reads(list(parameters.values()), (example.args, example.kwargs))
-    with next(iter(parameters.values())).device, torch.no_grad(), _plain_attention(), reads:
+    reads = Census(list(parameters.values()), (example.args, example.kwargs))
+    with next(iter(parameters.values())).device, torch.no_grad(), plain_kernels(), reads:
         converted.eval()(*example.args, **example.kwargs)
-    return [name for name in names if id(parameters[name]) in reads.unmasked]
+    return [name for name in names if id(parameters[name]) in reads.plain]
 
 
 def structure(source: Source) -> tuple[dict[str, Any], nmfx.Sites]:
@@ -135,29 +124,48 @@ def equal(a: list[Tensor], b: list[Tensor]) -> bool:
     return len(a) == len(b) and all(x.shape == y.shape and torch.equal(x.nan_to_num(), y.nan_to_num()) for x, y in zip(a, b))
 
 
-def smaller(model: nn.Module, example: Example) -> Example:
+def smaller(model: nn.Module, example: Example, side: int = 96) -> Example:
     """The same weights meet fewer pixels, where the model takes pictures of another size."""
-    (x, *more), side = example.args or (None,), 128
+    (x, *more) = example.args or (None,)
     if more or not isinstance(x, Tensor) or x.dim() != 4 or min(x.shape[2:]) <= side:
         return example
-    less = Example((x[..., :side, :side].contiguous(),))
+    less = Example((torch.rand_like(x[..., :side, :side]),))
     try:
-        with torch.no_grad():
-            shapes = [[leaf.shape[1] for leaf in tree_leaves(model(*e.args)) if leaf.dim() == 2] for e in (less, example)]
+        outputs(model, less)
     except Exception:
-        return example
-    return less if shapes[0] == shapes[1] else example
+        return smaller(model, example, 128) if side < 128 else example
+    return less
+
+
+def check_received(converted: nn.Module, example: Example, sites: nmfx.Sites) -> dict[str, Any]:
+    """Every site that an eval forward pass reads arrives at its product with the zeros of its pattern.
+
+    Returns:
+        How many sites arrived, how many did not (auxiliary heads, branches not taken), and the least share of zeros by pattern.
+    """
+    arrived, least, unmet = received(converted, example), {}, []
+    for masked in masked_sites(converted):
+        name, pattern = masked.spec.name, str(masked.spec.pattern)
+        if (nonzero := arrived.get(id(masked.parameter))) is None:
+            unmet.append(name)
+            continue
+        check_groups(name, nonzero, masked.spec.pattern.n, masked.spec.grouping)
+        least[pattern] = min(least.get(pattern, 1.0), 1 - float(nonzero.float().mean()))
+    lost = [name for name in unmet if not sites[name].train_only]
+    zeros = {pattern: round(share, 6) for pattern, share in sorted(least.items())}
+    return {"arrived": len(list(masked_sites(converted))) - len(unmet), "unmet": lost, "zeros": zeros}
 
 
 def numerics(source: Source, sites: nmfx.Sites | None = None, *, followed: bool = False) -> dict[str, Any]:
     """Dense conversion, masked against pre-masked (outputs, gradients, buffers), modes, baking, checkpoint, fx: on the CPU, at
-    128x128 where that will do.
+    96x96 where that will do.
     """
     torch.manual_seed(0)
     model = source.build()
+    noise = torch.randn(1 << 20) * 0.02
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.02)
+        for parameter in model.parameters():  # no zeros to begin with
+            parameter.add_(noise.repeat(-(-parameter.numel() // len(noise)))[: parameter.numel()].view(parameter.shape))
     fill = lambda t: torch.rand_like(t) if t.is_floating_point() else t  # noqa: E731
     example = smaller(model, example_for(model))
     example = Example(*tree_map_only(Tensor, fill, (example.args, example.kwargs)))
@@ -171,6 +179,7 @@ def numerics(source: Source, sites: nmfx.Sites | None = None, *, followed: bool 
         unread = check_reads(converted, example, set(both))
         assert not unread, f"read without their mask: {unread[:5]}"
         record["reads"] = "all masked"
+    record |= check_received(converted, example, sites)
     plain = nmfx.bake(converted)
     with torch.no_grad():
         expected = outputs(plain, example)
@@ -210,6 +219,8 @@ def with_targets(model: nn.Module, example: Example) -> Example:
 def train_step(converted: nn.Module, plain: nn.Module, example: Example) -> str:
     """Outputs, gradients and buffers after one train-mode step, masked against pre-masked."""
     twice, results = with_targets(plain, example.doubled()), []
+    # Baked, a standardised weight is a plain one: its gradient, and its gain, are others; all that lies behind it agrees.
+    derived = tuple(f"{masked.path}." for masked in masked_sites(converted) if masked.spec.derived)
     for model in (converted.train(), plain.train()):
         try:
             out = outputs(model, twice)
@@ -220,6 +231,7 @@ def train_step(converted: nn.Module, plain: nn.Module, example: Example) -> str:
             results.append(f"cannot train on its example input: {type(error).__name__}")
             continue
         grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        grads = {name: grad for name, grad in grads.items() if not name.startswith(derived)}
         masks = {f"{m.path}.{mask_name(m.attr)}".lstrip(".") for m in masked_sites(model)}
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers() if name not in masks}
         results.append((out, grads, buffers))
@@ -252,7 +264,7 @@ def run_one(name: str, numerics_limit: float, memory: float, path: str) -> None:
         record["ok"] = True
     except Exception as error:
         record |= {"ok": False, "error": f"{type(error).__name__}: {error}"[:500], "trace": traceback.format_exc()[-1500:]}
-    record["seconds"] = round(time.perf_counter() - start, 2)
+    record["seconds"], record["cpu_seconds"] = round(time.perf_counter() - start, 2), round(time.process_time(), 2)
     Path(path).write_text(json.dumps(record))
 
 
@@ -327,10 +339,16 @@ def numerics_summary(good: list[dict[str, Any]], limit: float) -> list[str]:
     ran, left = [r for r in good if "train" in r], [r for r in good if "train" not in r]
     small = [record["model"] for record in left if record["parameters"] <= limit]
     assert not small, f"not run on the CPU though below --numerics {limit:g} (give the limit of the run): {small[:5]}"
+    sites, zeros = sum(r["arrived"] for r in ran), [r["zeros"].get("2:4", 0.5) for r in ran]
+    unmet = {r["model"]: len(r["unmet"]) for r in ran if r["unmet"]}
+    where = f" ({one_line(str(unmet))})" if unmet else ""
     untrained = [record for record in ran if record["train"] != "exact"]
     lines = [
         f"- {len(ran)} ran on the CPU: dense conversion, masked against pre-masked in eval, after train() and eval(), baking "
         f"and checkpoint are exact, bit for bit; {sum(r['graph'] == 'exact' for r in ran)} fx graphs too;",
+        f"- in these, {sites:,} sparse sites were looked at where a product receives them: each group of M holds at most N "
+        f"non-zeros there (2:4: at least {min(zeros, default=0.5):.2%} zeros in every site); {sum(unmet.values())} sites are "
+        f"not met by the eval forward pass{where};",
         f"- {len(ran) - len(untrained)} of these made a train step: outputs, gradients and buffers are exact; "
         f"{len(untrained)} made none{':' if untrained else ';'}",
     ]
@@ -382,6 +400,7 @@ def main() -> None:
     """Run what is missing, two at a time."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="*")
+    parser.add_argument("--retry", action="store_true", help="run models again whose line says that they failed")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--out", default="zoo.jsonl")
     parser.add_argument("--numerics", type=float, default=60e6, help="largest model, in parameters, to run on the CPU")
@@ -395,8 +414,10 @@ def main() -> None:
         date = time.strftime("%Y-%m-%d", time.gmtime(out.stat().st_mtime))  # when the last model was done
         write_table([json.loads(line) for line in out.read_text().splitlines()], date, args.numerics, args.table, args.csv)
         return
-    done = {json.loads(line)["model"] for line in out.read_text().splitlines()} if out.exists() else set()
-    names = [n for n in list_models() if fnmatch.fnmatch(n, args.only) and n not in done]
+    records = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
+    done = {record["model"] for record in records if record["ok"] or not args.retry}
+    globs = args.only.split(",")
+    names = [n for n in list_models() if any(fnmatch.fnmatch(n, glob) for glob in globs) and n not in done]
     context, running, total = multiprocessing.get_context("fork"), [], len(names)
     folder = tempfile.mkdtemp()
     while names or running:

@@ -34,7 +34,7 @@ class RowReader(nn.Module):
 
 
 def train(model: nn.Module, x: Tensor, y: Tensor, *, epochs: int, lr: float) -> nn.Module:
-    """A plain loop. After `transform`, the forward pass reads masked weights and SR-STE is in the gradient."""
+    """A plain loop. After `transform`, the forward pass reads masked weights and each step adds SR-STE's pull."""
     optimizer = torch.optim.AdamW(model.parameters(), lr)
     model.train()
     for _ in range(epochs):

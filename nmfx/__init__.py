@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from nmfx.graph.site import Sites as Sites
     from nmfx.graph.tracer import to_graph as to_graph
     from nmfx.graph.tracer import to_graphs as to_graphs
+    from nmfx.graph.updates import pull as pull
     from nmfx.passes.baking import bake as bake
     from nmfx.passes.baking import verify as verify
     from nmfx.passes.calibration import recalibrate_bn as recalibrate_bn
@@ -47,6 +48,7 @@ _HOMES = {
     "Sites": "nmfx.graph.site",
     "to_graph": "nmfx.graph.tracer",
     "to_graphs": "nmfx.graph.tracer",
+    "pull": "nmfx.graph.updates",
     "bake": "nmfx.passes.baking",
     "verify": "nmfx.passes.baking",
     "scheme_of": "nmfx.passes.transform",

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+from nmfx.text import printable
+
 
 class NmfxError(Exception):
-    """Base of all errors raised by nmfx; the message names the site, the shape, what was expected and what to do."""
+    """Base of all errors raised by nmfx; the message names the site, the shape, what was expected and what to do.
+
+    Its text is one line that can be shown on any terminal, whatever the names of files and models in it.
+    """
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class PatternError(NmfxError, ValueError):

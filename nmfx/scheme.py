@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import ast
-import fnmatch
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import msgspec
 import yaml
 
-from nmfx import text
-from nmfx.errors import SchemeError
+from nmfx import parsing, text
+from nmfx.errors import PatternError, SchemeError
 from nmfx.files import write_atomic
 from nmfx.graph.site import Site, Sites
+from nmfx.parsing import Count, Finite, Form, Text
 from nmfx.sparsity.layout import Grouping, Layout, group
 from nmfx.sparsity.pattern import Pattern
 
@@ -121,21 +122,21 @@ class Scheme(Mapping[str, Pattern]):
         layout: Layout = "strict",
         remainder: Remainder = "dense",
     ) -> Scheme:
-        """Globs over site names to patterns, the first match counts; a site that nothing matches stays dense.
+        """Globs over names of sites, or modules above them, to patterns; the first match counts, and what has none stays dense.
 
         Raises:
             SchemeError: a glob matches no site, or a rule that names one site asks for what it cannot take.
         """
         dense, wanted = list(keep_dense), {glob: Pattern(p) for glob, p in rules.items()}
         for glob in (*dense, *wanted):
-            if not any(fnmatch.fnmatchcase(site.name, glob) for site in sites):
+            if not any(text.matches(site.name, glob) for site in sites):
                 why = next((f" (skipped: {skipped.reason})" for skipped in sites.skipped if skipped.name == glob), "")
-                why = why or text.nearest(glob, [site.name for site in sites])
+                why = why or text.unmatched(glob, [site.name for site in sites])
                 raise SchemeError(f"no site matches {glob!r}{why}; `nmfx inspect MODEL` lists the sites")
         patterns = {}
         for site in sites:
-            rule = next((glob for glob in wanted if fnmatch.fnmatchcase(site.name, glob)), None)
-            if rule is not None and not any(fnmatch.fnmatchcase(site.name, glob) for glob in dense):
+            rule = next((glob for glob in wanted if text.matches(site.name, glob)), None)
+            if rule is not None and not any(text.matches(site.name, glob) for glob in dense):
                 patterns[site.name], reason = fit(site, wanted[rule], layout, remainder)
                 if rule == site.name and reason and remainder == "dense":
                     group(site.name, site.rows, wanted[rule], layout)  # raises: this very site was asked for
@@ -209,19 +210,17 @@ class Scheme(Mapping[str, Pattern]):
             SchemeError: the file is missing or malformed, or does not fit the model, naming the first difference.
         """
         path = Path(path)
-        try:
-            content = path.read_text(encoding="utf-8")
-        except FileNotFoundError:
-            raise SchemeError(f"{path}: no such file") from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise SchemeError(f"{path}: cannot be read as a scheme: {error}") from error
+        content = parsing.read_text(path, "a scheme", SchemeError)
         if content.lstrip().startswith("{"):
             return Scheme.from_published(content, _needed(sites, path), origin=str(path))
-        scheme = Scheme.from_yaml(content, origin=str(path))
+        scheme, said = _parse(content, str(path))
         if sites is not None:
-            totals, said = scheme.totals(sites), text.load_yaml(content, str(path), SchemeError).get("totals", {})
-            for key, value in said.items():
-                if key != "sparsity" and str(found := getattr(totals, key, None)) != value:
+            try:
+                totals = scheme.totals(sites)
+            except SchemeError as error:
+                raise SchemeError(f"{path}: {parsing.printable(str(error))}") from error
+            for key in ("weights", "kept", "macs", "kept_macs"):
+                if (value := getattr(said, key)) is not None and value != (found := getattr(totals, key)):
                     raise SchemeError(f"{path}: says {key} {value}, its patterns come to {found}; make it anew")
         return scheme
 
@@ -245,28 +244,7 @@ class Scheme(Mapping[str, Pattern]):
     @staticmethod
     def from_yaml(content: str, origin: str = "scheme") -> Scheme:
         """The scheme that `to_yaml` wrote. Unknown keys, doubled names and malformed patterns are errors."""
-        tree = text.load_yaml(content, origin, SchemeError)
-        if tree.pop("nmfx", None) != "scheme":
-            raise SchemeError(f"{origin}: not a scheme file (it should begin with 'nmfx: scheme')")
-        if (version := tree.pop("version", "1")) != str(VERSION):
-            raise SchemeError(f"{origin}: scheme version {version}, this nmfx reads version {VERSION}; upgrade nmfx")
-        text.check_keys(tree, (*INFO, "layout", "short", "totals", "patterns", "shapes"), origin, SchemeError)
-        layout, short = tree.get("layout", "strict"), tree.get("short", "false")
-        if layout not in ("strict", "flat") or short not in ("true", "false"):
-            raise SchemeError(f"{origin}: layout {layout!r} or short {short!r}: expected strict or flat, true or false")
-        if "patterns" not in tree or ("sites" in tree and tree.get("shapes", {}).keys() != tree["patterns"].keys()):
-            raise SchemeError(f"{origin}: patterns or shapes are missing: the file is truncated; make it anew")
-        if not all(size.isdigit() for size in str(tree.get("m", "1")).split(", ")):
-            raise SchemeError(f"{origin}: m: {tree['m']!r} is not a group size")
-        patterns, shapes = tree.get("patterns", {}), tree.get("shapes", {})
-        if not isinstance(patterns, dict) or not isinstance(shapes, dict):
-            raise SchemeError(f"{origin}: 'patterns' and 'shapes' should map weight names to N:M and to shapes")
-        try:
-            parsed = {name: Pattern.DENSE if p == "dense" else Pattern(p) for name, p in patterns.items()}
-            sizes = {name: tuple(int(size) for size in shape.split("x")) for name, shape in shapes.items()}
-        except (ValueError, AttributeError) as error:
-            raise SchemeError(f"{origin}: {error}") from error
-        return Scheme(parsed, layout, short == "true", sizes, {k: tree[k] for k in INFO if k in tree})
+        return _parse(content, origin)[0]
 
     def to_published(self, sites: Sites) -> str:
         """The one-line format of the published code, a Python dict literal (domino.md, section 7).
@@ -291,11 +269,7 @@ class Scheme(Mapping[str, Pattern]):
         Raises:
             SchemeError: malformed, or its layers are not those of the model, naming the first difference.
         """
-        try:
-            entries = ast.literal_eval(content.strip())
-            patterns = {str(key): Pattern(f"{n}:{m}") for key, (n, m) in entries.items()}  # 4.5 and True are no numbers here
-        except (ValueError, SyntaxError, TypeError, AttributeError, MemoryError, RecursionError) as error:
-            raise SchemeError(f"{origin}: not a published scheme, a dict of 'layer': [N, M]: {error}") from error
+        patterns = published_entries(content, origin)
         keys = published_keys(sites)
         for ours, theirs in zip(keys.values(), patterns, strict=False):
             if ours != theirs:
@@ -306,6 +280,93 @@ class Scheme(Mapping[str, Pattern]):
         crossing = any(not p.is_dense and sites[name].length % p.m for name, p in named.items())
         m = max((p.m for p in patterns.values()), default=16)
         return Scheme(named, "flat" if crossing else "strict", shapes=shapes_of(sites), info={"m": str(m)})
+
+
+class _Totals(Form, frozen=True):
+    """Totals as a scheme file states them."""
+
+    weights: Count | None = None
+    kept: Count | None = None
+    macs: Count | None = None
+    kept_macs: Count | None = None
+    sparsity: Finite | None = None
+
+
+class _Body(Form, frozen=True):
+    """A scheme file below its first two lines."""
+
+    layout: Layout = "strict"
+    short: bool = False
+    totals: _Totals = _Totals()
+    patterns: dict[str, str] = msgspec.field(default_factory=dict)
+    shapes: dict[str, str] = msgspec.field(default_factory=dict)
+
+
+def _parse(content: str, origin: str) -> tuple[Scheme, _Totals]:
+    """A scheme in YAML, and the totals that it states."""
+    tree = parsing.yaml_tree(content, origin, SchemeError)
+    if tree.pop("nmfx", None) != "scheme":
+        raise SchemeError(f"{origin}: not a scheme file (it should begin with 'nmfx: scheme')")
+    if (version := tree.pop("version", "1")) != str(VERSION):
+        said = parsing.printable(str(version), 20)
+        raise SchemeError(f"{origin}: scheme version {said}, this nmfx reads version {VERSION}; upgrade nmfx")
+    text.check_keys(tree, (*INFO, "layout", "short", "totals", "patterns", "shapes"), origin, SchemeError)
+    info = parsing.convert({key: tree.pop(key) for key in INFO if key in tree}, dict[str, Text], origin, SchemeError)
+    layout, short = tree.get("layout", "strict"), tree.get("short", "false")
+    if layout not in ("strict", "flat") or short not in ("true", "false"):
+        raise SchemeError(f"{origin}: layout {layout!r} or short {short!r}: expected strict or flat, true or false")
+    if not all(re.fullmatch(r"[0-9]{1,3}", size) for size in info.get("m", "1").split(", ")):
+        raise SchemeError(f"{origin}: m: {info['m']!r} is not a group size")
+    if not all(isinstance(tree.get(key, {}), dict) for key in ("patterns", "shapes")):
+        raise SchemeError(f"{origin}: 'patterns' and 'shapes' should map weight names to N:M and to shapes")
+    body = parsing.convert(tree, _Body, origin, SchemeError, strict=False)
+    if "patterns" not in tree or ("sites" in info and body.shapes.keys() != body.patterns.keys()):
+        raise SchemeError(f"{origin}: patterns or shapes are missing: the file is truncated; make it anew")
+    patterns = {name: _pattern(p, f"{origin}: patterns.{parsing.printable(name)}") for name, p in body.patterns.items()}
+    shapes = {name: _shape(shape, f"{origin}: shapes.{parsing.printable(name)}") for name, shape in body.shapes.items()}
+    return Scheme(patterns, body.layout, body.short, shapes, info), body.totals
+
+
+def _pattern(said: str, where: str) -> Pattern:
+    try:
+        return Pattern.DENSE if said == "dense" else Pattern(said)
+    except PatternError as error:
+        raise SchemeError(f"{where}: {parsing.printable(str(error))}") from error
+
+
+def _shape(said: str, where: str) -> tuple[int, ...]:
+    if not re.fullmatch(r"[0-9]{1,12}(x[0-9]{1,12}){0,7}", said):
+        raise SchemeError(f"{where}: {parsing.printable(said, 60)!r} is not a shape, as 64x3x7x7")
+    return tuple(map(int, said.split("x")))
+
+
+ENTRY = re.compile(
+    r"""\s*(?P<quote>['"])(?P<key>[^'"\\]{0,200})(?P=quote)\s*:\s*"""
+    r"""(?:\[\s*(?P<n>[0-9]{1,3})\s*,\s*(?P<m>[0-9]{1,3})\s*,?\s*\]|\(\s*(?P<n2>[0-9]{1,3})\s*,\s*(?P<m2>[0-9]{1,3})\s*,?\s*\))"""
+    r"""\s*(?P<end>,\s*\}|,|\})"""
+)
+
+
+def published_entries(content: str, origin: str = "scheme") -> dict[str, Pattern]:
+    """The layers of the published one-line format and their patterns: a dict of ``'layer': [N, M]``, read letter by letter.
+
+    Raises:
+        SchemeError: it is something else, or a layer is there twice.
+    """
+    entries: dict[str, Pattern] = {}
+    content = content.strip()
+    place, end = 1, ""
+    while not end.endswith("}"):
+        entry = ENTRY.match(content, place) if content.startswith("{") else None
+        if entry is None or entry["key"] in entries:
+            near = parsing.printable(content[place : place + 30])
+            raise SchemeError(f"{origin}: not a published scheme, a dict of 'layer': [N, M], once each: at {near!r}")
+        n, m = entry["n"] or entry["n2"], entry["m"] or entry["m2"]
+        entries[entry["key"]] = _pattern(f"{n}:{m}", f"{origin}: {parsing.printable(entry['key'])}")
+        place, end = entry.end(), entry["end"]
+    if place != len(content):
+        raise SchemeError(f"{origin}: not a published scheme: something follows it")
+    return entries
 
 
 def shapes_of(sites: Sites) -> dict[str, tuple[int, ...]]:

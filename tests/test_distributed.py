@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -70,29 +68,40 @@ def by_units(model: nn.Module) -> nn.Module:
     return model
 
 
-def worker(rank: int, folder: str, wrap: Callable[[nn.Module], nn.Module], kind: str, decay: float | None) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    model = wrap(converted(kind, decay))
-    x, y = batch()
-    train(model, x[rank::2], y[rank::2])
-    whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
-    if whole:  # FSDP gives the first process everything, and the others nothing
-        torch.save(whole, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
-
-
 CASES = [(wrap, "chain", decay) for wrap in (ddp, fsdp) for decay in (None, 0.0, 0.01)]
 CASES += [(by_units, kind, decay) for kind in ("chain", "mixed") for decay in (None, 0.01)]
 
 
-@pytest.mark.parametrize(("wrap", "kind", "decay"), CASES)
-def test_two_processes_follow_one(wrap: Callable[[nn.Module], nn.Module], kind: str, decay: float | None) -> None:
+def worker(rank: int, folder: str) -> None:
+    """All cases, one after the other: what takes long is to start the processes."""
+    torch.set_num_threads(1)
+    for number, (wrap, kind, decay) in enumerate(CASES):
+        dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous-{number}", rank=rank, world_size=2)
+        model = wrap(converted(kind, decay))
+        x, y = batch()
+        train(model, x[rank::2], y[rank::2])
+        whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+        if whole:  # FSDP gives the first process everything, and the others nothing
+            torch.save(whole, f"{folder}/{number}-{rank}.pt")
+        dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of what two processes have trained."""
+    folder = tmp_path_factory.mktemp("trained")
+    mp.spawn(worker, args=(str(folder),), nprocs=2)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "number", range(len(CASES)), ids=lambda number: "-".join(str(getattr(x, "__name__", x)) for x in CASES[number])
+)
+def test_two_processes_follow_one(number: int, trained: Path) -> None:
+    _, kind, decay = CASES[number]
     alone = converted(kind, decay)
     train(alone, *batch())
-    with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(worker, args=(folder, wrap, kind, decay), nprocs=2)
-        states = [torch.load(path, weights_only=True) for path in sorted(Path(folder).glob("*.pt"))]
+    states = [torch.load(path, weights_only=True) for path in sorted(trained.glob(f"{number}-*.pt"))]
     assert list(states[0]) == list(alone.state_dict())
     for key, value in alone.state_dict().items():
         assert torch.equal(states[0][key], states[-1][key])

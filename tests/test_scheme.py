@@ -295,7 +295,7 @@ MISMATCHES: dict[str, tuple[Callable[[Net], Any], str]] = {
             net.__setattr__("wide", nn.Conv2d(16, 24, 1)),
             net.__setattr__("grouped", nn.Conv2d(20, 8, 1)),
         ),
-        r"^[^:]*wide\.weight",
+        r"^(\S*scheme\.yaml: )?[^:]*wide\.weight",
     ),
     "gone": (lambda net: net.__setattr__("head", nn.Identity()), r"head\.weight \(5, 8\): in the scheme, but no site of Net"),
     "moved": (

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from nmfx.cli import report, work
 from nmfx.cli.console import advancing, output, warn, working
+from nmfx.cli.latency import check_kernel
 from nmfx.errors import NmfxError
 from nmfx.export.checkpoint import load_checkpoint
 from nmfx.export.plain import save_onnx
@@ -34,6 +35,7 @@ def run(args: Namespace) -> None:
     report.check(args.figure, None, force=args.force)
     batches, threads = _numbers(args.batch, "--batch"), _numbers(args.threads, "--threads") if args.threads else ()
     dense, converted, pictures, label = _models(args)
+    check_kernel()
     with _onnx(dense, pictures) as path, advancing(f"timing {label}") as advance:
         found = bench(
             dense,
@@ -53,34 +55,36 @@ def run(args: Namespace) -> None:
 
 def _models(args: Namespace) -> tuple[nn.Module, nn.Module, Tensor, str]:
     """The dense model, the converted one, an input, and what to call them."""
-    path, size = Path(args.what), work.parse_size(args.input_size)
+    what, size = work.asked(args.what, "bench"), work.parse_size(args.input_size)
+    path = Path(what)
     if path.is_dir():
-        found = work.open_work(path)
-        dense, tuned = found.load(), found.tuned_path
-        example = work.example_of(dense, size or found.input_size)
-        if tuned.is_file() and not args.scheme:
-            return dense, load_checkpoint(tuned), work.pictures_of(example), str(tuned)
-        scheme_path = Path(args.scheme) if args.scheme else found.scheme_path
-        if not scheme_path.is_file():
-            raise NmfxError(f"{path} has no scheme yet; run `nmfx search {path}` first")
-        sites = found.sites(dense)
-        return dense, transform(dense, Scheme.load(scheme_path, sites), sites=sites), work.pictures_of(example), f"{path}"
-    if path.is_file() or path.suffix == ".safetensors":
+        found = work.open_work(path).check(args)
+        found.warn()
+        dense = found.load()
+        example, sites = work.example_of(dense, size or found.input_size), found.sites(dense)
+        scheme = found.scheme(sites, args.scheme)
+        if (finished := found.finished(scheme)) is not None:
+            return dense, load_checkpoint(finished), work.pictures_of(example), str(finished)
+        return dense, transform(dense, scheme, sites=sites), work.pictures_of(example), f"{path}"
+    if path.is_file():
         if not is_compressed(path):
             raise NmfxError(f"{path}: plain weights; bench takes a compressed checkpoint, a work directory or a model's name")
-        converted = load_checkpoint(path)
+        converted, inside = load_checkpoint(path), work.around(path)
+        size = size or (inside.input_size if inside else None)
         return bake(converted), converted, work.pictures_of(work.example_of(converted, size)), str(path)
-    built = build_model(args.what)
+    built = build_model(what, kwargs={"num_classes": args.classes} if args.classes else {})
+    if built.weights == "random":
+        work.check_random(args, work.random_weights(what, built.note))
     dense, example = built.model, work.example_of(built.model, size)
     sites = find_sites(dense, example)
     if args.scheme:
         scheme = Scheme.load(args.scheme, sites)
     else:
-        with working(f"searching {args.what}"):
+        with working(f"searching {what}"):
             scheme = find_scheme(dense, sites=sites, target=args.target, m=args.m, method="knapsack").scheme
     if built.weights == "random":
-        warn(f"{args.what} has random weights: times are right, outputs mean nothing")
-    return dense, transform(dense, scheme, sites=sites), work.pictures_of(example), args.what
+        warn(f"{work.random_weights(what, built.note)}: times are right, outputs mean nothing")
+    return dense, transform(dense, scheme, sites=sites), work.pictures_of(example), what
 
 
 @contextlib.contextmanager
@@ -100,8 +104,8 @@ def _onnx(dense: nn.Module, pictures: Tensor) -> Iterator[Path | None]:
 
 def _numbers(text: str, option: str) -> tuple[int, ...]:
     parts = text.split(",")
-    if not all(part.isascii() and part.isdigit() and int(part) for part in parts):
-        raise NmfxError(f"{option} {text}: expected whole numbers with commas, as in 1,8")
+    if not all(part.isascii() and part.isdigit() and len(part) < 5 and int(part) for part in parts):
+        raise NmfxError(f"{option} {text}: expected whole numbers below 10,000 with commas, as in 1,8")
     return tuple(dict.fromkeys(map(int, parts)))
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import string
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 from rich.text import Text
@@ -20,9 +21,11 @@ from nmfx.errors import ModelError, NmfxError, SchemeError
 from nmfx.export.checkpoint import read_checkpoint
 from nmfx.graph.census import find_sites
 from nmfx.graph.site import Site, Sites
+from nmfx.parsing import read_text
 from nmfx.passes.scoring import sorted_magnitudes, weight_of
 from nmfx.report.record import Report
 from nmfx.scheme import Scheme
+from nmfx.zoo.building import build_meta
 from nmfx.zoo.source import Source, find_source
 
 
@@ -33,6 +36,7 @@ class Network:
     name: str
     sites: Sites
     model: nn.Module | None = None
+    guessed: bool = False  # from a name alone, which does not say what it was built with
 
 
 def run(args: Namespace) -> None:
@@ -46,8 +50,8 @@ def run(args: Namespace) -> None:
         raise NmfxError(f"{lost}: no such file or directory")
     reports_io.check(args.figure, args.html, force=args.force)
     with working("finding the sites"):
-        network = _network(paths, args.model)
-        schemes = [_scheme(path, network.sites) for path in paths]
+        network = _network(paths, args)
+        schemes = [_scheme(path, network) for path in paths]
     errors = [_error(network, scheme) for scheme in schemes] if network.model else []
     labels = [path.name if [p.name for p in paths].count(path.name) == 1 else str(path) for path in paths]
     reports = [
@@ -61,29 +65,33 @@ def run(args: Namespace) -> None:
         output().print(f"wrote {', '.join(map(str, written))}", soft_wrap=True)
 
 
-def _network(paths: Sequence[Path], named: str | None) -> Network:
-    """The network of --model, of the first work directory among `paths`, or of the first scheme that says its own."""
-    if named is not None:
-        return _of_work(Path(named)) if Path(named).is_dir() else _of_source(find_source(named))
-    if directory := next((path for path in paths if path.is_dir()), None):
-        return _of_work(directory)
+def _network(paths: Sequence[Path], args: Namespace) -> Network:
+    """The network of --model, of the first work directory that is or holds one of `paths`, or that the first scheme names."""
+    size, kwargs = work.parse_size(args.input_size), {"num_classes": args.classes} if args.classes else {}
+    if args.model is not None:
+        directory = Path(args.model)
+        return _of_work(work.open_work(directory)) if directory.is_dir() else _of_name(args.model, kwargs, size)
+    for path in [] if kwargs or size else [*filter(Path.is_dir, paths), *filter(Path.is_file, paths)]:
+        if (found := work.open_work(path) if path.is_dir() else work.around(path)) is not None:
+            return _of_work(found)
     for path in paths:
         if (source := _source(path)) is not None:
-            return _of_source(source)
+            return _of_name(str(source), {**source.kwargs, **kwargs}, size)
     raise NmfxError(f"{paths[0]}: does not say which network it is for; give --model NAME, or a work directory")
 
 
-def _of_work(path: Path) -> Network:
-    found = work.open_work(path)
+def _of_work(found: work.Work) -> Network:
     if found.weights == "random":
-        return Network(found.model, _named(found.sites(found.source.build_meta()), found.model))
+        return Network(found.model, _named(found.sites(found.build_meta()), found.model))
     model = found.load()
     return Network(found.model, _named(found.sites(model), found.model), model)
 
 
-def _of_source(source: Source) -> Network:
-    model = source.build_meta()
-    return Network(str(source), _named(find_sites(model, work.example_of(model, None)), str(source)))
+def _of_name(name: str, kwargs: Mapping[str, Any], size: tuple[int, ...] | None) -> Network:
+    source = replace(find_source(name), kwargs=dict(kwargs))
+    model = build_meta(source)
+    sites = find_sites(model, work.example_of(model, size))
+    return Network(str(source), _named(sites, str(source)), guessed=True)
 
 
 def _named(sites: Sites, name: str) -> Sites:
@@ -95,7 +103,7 @@ def _source(path: Path) -> Source | None:
     """What a checkpoint or a scheme says of its network; None when it says nothing that we could build."""
     if path.suffix == ".safetensors":
         return read_checkpoint(path)[0].source
-    if path.read_text(encoding="utf-8", errors="replace").lstrip().startswith("{"):
+    if read_text(path, "a scheme", SchemeError).lstrip().startswith("{"):
         return None  # the published format
     try:
         return find_source(str(Scheme.load(path).info["model"]))
@@ -103,12 +111,13 @@ def _source(path: Path) -> Source | None:
         return None
 
 
-def _scheme(path: Path, sites: Sites) -> Scheme:
+def _scheme(path: Path, network: Network) -> Scheme:
     """The scheme of a file or work directory, checked against the network.
 
     Raises:
         NmfxError: naming the file and the first difference.
     """
+    sites = network.sites
     try:
         if path.is_dir():
             found = work.open_work(path)
@@ -118,8 +127,11 @@ def _scheme(path: Path, sites: Sites) -> Scheme:
         scheme = read_checkpoint(path)[0].scheme if path.suffix == ".safetensors" else Scheme.load(path, sites)
         scheme.check(sites)
     except SchemeError as error:
-        said = str(error)
-        raise SchemeError(said if said.startswith(str(path)) else f"{path}: {said}") from error
+        said = str(error) if str(error).startswith(str(path)) else f"{path}: {error}"
+        if network.guessed:
+            said = said.removesuffix("; make it anew")
+            said += "; made for other classes or another input? say --classes N, --input-size CxHxW, or --model DIR"
+        raise SchemeError(said) from error
     return scheme
 
 

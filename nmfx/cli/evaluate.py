@@ -16,11 +16,12 @@ from nmfx.data.config import PictureConfig, check_classes, picture_config
 from nmfx.data.loader import validation_loader
 from nmfx.data.source import Data, open_data
 from nmfx.errors import NmfxError
-from nmfx.export.checkpoint import load_checkpoint
+from nmfx.export.checkpoint import load_checkpoint, read_checkpoint
 from nmfx.export.start import is_compressed
 from nmfx.passes.transform import transform
 from nmfx.processes import world
 from nmfx.scheme import Scheme
+from nmfx.text import sentence
 from nmfx.training.evaluation import Evaluation, evaluate
 from nmfx.zoo.building import build_model
 
@@ -32,7 +33,7 @@ def run(args: Namespace) -> None:
 
 
 def _run(args: Namespace, device: str) -> None:
-    reference = _load(args.reference, None).to(device) if args.reference else None
+    reference = _load(work.asked(args.reference, "evaluate"), args).to(device) if args.reference else None
     data: Data | None = None
     rows: list[tuple[str, Evaluation]] = []
     for label, model, size in _models(args):
@@ -40,10 +41,15 @@ def _run(args: Namespace, device: str) -> None:
         batch = max(1, args.batch_size // world())
         with working(f"evaluating {label} on {data.name}"):
             batches = validation_loader(data, config, batch_size=batch, workers=args.workers)
-            rows.append((label, evaluate(model.to(device), batches, reference=reference)))
+            try:
+                rows.append((label, evaluate(model.to(device), batches, reference=reference)))
+            except RuntimeError as error:
+                shape = "x".join(map(str, config.input_size))
+                hint = "give --input-size as the model expects it"
+                raise NmfxError(f"{label}: the forward pass fails on pictures of {shape}: {sentence(error)}; {hint}") from error
         if reference is None and label in ("dense", "start"):
             reference = model
-    output().print(_table(rows))
+    output().print(score_table(rows))
     output().print(f"{rows[0][1].samples:,} validation pictures of {data}", soft_wrap=True)
 
 
@@ -59,40 +65,51 @@ def pictures(
 
 def _models(args: Namespace) -> Iterator[tuple[str, nn.Module, tuple[int, ...] | None]]:
     """What is asked for, with a label; a work directory has its dense model (or sparse start), the masked and the tuned one."""
-    size, path = work.parse_size(args.input_size), Path(args.what)
+    size, what = work.parse_size(args.input_size), work.asked(args.what, "evaluate")
+    path = Path(what)
     if not path.is_dir():
-        yield args.what, _load(args.what, args.model), size
+        inside = work.around(path) if path.is_file() else None
+        yield what, _load(what, args), size or (inside.input_size if inside else None)
         return
-    found = work.open_work(path)
+    found = work.open_work(path).check(args)
     found.warn()
     size = size or found.input_size
     dense = found.load()
     yield "start" if found.start_path.is_file() else "dense", dense, size
+    scheme = None
     if found.scheme_path.is_file():
         sites = found.sites(dense)
-        yield "masked, untrained", transform(dense, Scheme.load(found.scheme_path, sites), sites=sites), size
-    if found.tuned_path.is_file():
-        yield "fine-tuned", load_checkpoint(found.tuned_path), size
+        scheme = Scheme.load(found.scheme_path, sites)
+        yield "masked, untrained", transform(dense, scheme, sites=sites), size
+    for label, file in (("recalibrated", found.recalibrated_path), ("fine-tuned", found.tuned_path)):
+        if file.is_file():
+            other = scheme is not None and read_checkpoint(file)[0].scheme.patterns != scheme.patterns
+            yield f"{label}{', another scheme' if other else ''}", load_checkpoint(file), size
 
 
-def _load(what: str, model: str | None) -> nn.Module:
-    """A compressed checkpoint, weights of the model called `model`, a work directory's dense model, or a model by name."""
-    path = Path(what)
+def _load(what: str, args: Namespace) -> nn.Module:
+    """A compressed checkpoint, weights of the model called --model, a work directory's dense model, or a model by name."""
+    path, kwargs = Path(what), {"num_classes": args.classes} if args.classes else {}
     if path.is_dir():
         return work.open_work(path).load()
-    if path.is_file() or path.suffix in (".safetensors", ".pth", ".pt", ".bin"):
+    if path.is_file():
         if is_compressed(path):
             return load_checkpoint(path)
-        if model is None:
+        if args.model is None:
             raise NmfxError(f"{what}: plain weights; give --model NAME, the network they are for")
-        return build_model(model, weights=what).model
-    built = build_model(what)
+        built = build_model(args.model, weights=what, kwargs=kwargs, entry=args.weights_entry)
+        if built.note != f"weights from {what}":
+            output().print(built.note, soft_wrap=True)
+        return built.model
+    built = build_model(what, kwargs=kwargs)
     if built.weights == "random":
-        warn(f"{what} has random weights ({built.note or 'it has no others'}): its scores mean nothing", red=True)
+        said = work.random_weights(what, built.note)
+        work.check_random(args, said)
+        warn(f"{said}: its scores mean nothing", red=True)
     return built.model
 
 
-def _table(rows: list[tuple[str, Evaluation]]) -> Table:
+def score_table(rows: list[tuple[str, Evaluation]]) -> Table:
     agreed = any(found.agreement is not None for _, found in rows)
     table = Table(box=None, pad_edge=False)
     table.add_column("")

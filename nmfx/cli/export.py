@@ -22,32 +22,30 @@ from nmfx.scheme import Scheme
 
 def run(args: Namespace) -> None:
     """Transform the work directory's model by its scheme and write it."""
-    found = work.find_work(args.work)
-    if found is None:
-        raise NmfxError("no work directory here; make one with `nmfx convert MODEL`, then `nmfx search`")
+    found = work.need_work(args.work, "export").check(args)
     scheme_path = Path(args.scheme) if args.scheme else found.scheme_path
     if not args.scheme and not scheme_path.is_file():
-        raise NmfxError(f"{found.path} has no scheme yet; run `nmfx search {found.path}` or give --scheme FILE")
+        raise NmfxError(f"{found.path} has no scheme yet; run `{found.command('search')}`, or give --scheme FILE")
     folder = Path(args.out) if args.out else found.path / "export"
     name = found.model.partition(":")[2]
     paths = {"scheme": folder / "scheme.yaml", "checkpoint": folder / f"{name}.safetensors"}
     paths |= {"baked": folder / f"{name}.baked.safetensors"} if args.baked else {}
     paths |= {"onnx": folder / f"{name}.onnx"} if args.onnx else {}
     work.check_free([*paths.values(), paths["scheme"].with_suffix(".txt")], force=args.force)
-    _write(found, scheme_path, paths)
+    _write(found, scheme_path, paths, args.epoch)
     for stale in (folder / f"{name}.baked.safetensors", folder / f"{name}.onnx"):
-        if stale not in paths.values():  # of an earlier export, with another scheme
-            stale.unlink(missing_ok=True)
+        if stale not in paths.values() and stale.exists():
+            warn(f"{stale} was there and is not of this export, so perhaps of another scheme; it is left as it was")
 
 
-def _write(found: work.Work, scheme_path: Path, paths: Mapping[str, Path]) -> None:
+def _write(found: work.Work, scheme_path: Path, paths: Mapping[str, Path], epoch: str) -> None:
     out, folder = output(), paths["scheme"].parent
     with working(f"exporting {found.model}"):
         model = found.load()
         sites, example = found.sites(model), found.example(model)
         scheme = Scheme.load(scheme_path, sites)
         dense = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
-        weights = _convert(model, scheme, sites, found)
+        weights = _convert(model, scheme, sites, found, epoch)
         checked = verify(model) if len(scheme) else None
         with all_or_nothing(folder) as draft:
             written = work.save_scheme(scheme, draft / paths["scheme"].name, sites)
@@ -70,13 +68,10 @@ def _write(found: work.Work, scheme_path: Path, paths: Mapping[str, Path]) -> No
     found.warn()
 
 
-def _convert(model: nn.Module, scheme: Scheme, sites: Sites, found: work.Work) -> str:
-    """Mask the work directory's model, with its fine-tuned weights where they were trained under this scheme; says which."""
-    if found.tuned_path.is_file():
-        header, _ = read_checkpoint(found.tuned_path)
-        if header.scheme.patterns == scheme.patterns:
-            load_checkpoint(found.tuned_path, model)
-            return header.info.get("weights", "fine-tuned")
-        warn(f"{found.tuned_path} was trained under another scheme: what is exported is not fine-tuned")
+def _convert(model: nn.Module, scheme: Scheme, sites: Sites, found: work.Work, epoch: str) -> str:
+    """Mask the work directory's model, with the fine-tuned or recalibrated weights that are under this scheme; says which."""
+    if (path := found.finished(scheme, epoch)) is not None:
+        load_checkpoint(path, model)
+        return read_checkpoint(path)[0].info.get("weights", "fine-tuned")
     transform(model, scheme, sites=sites, inplace=True)
     return found.weights

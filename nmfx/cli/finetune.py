@@ -5,34 +5,38 @@ from __future__ import annotations
 import shlex
 from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 from torch import nn
 
 from nmfx.cli import evaluate as evaluating
 from nmfx.cli import work
-from nmfx.cli.console import advancing, output, working
+from nmfx.cli.console import advancing, hint, output, warn, working
 from nmfx.cli.processes import asked_to_stop, processes
 from nmfx.data.augment import Augment
 from nmfx.data.config import PictureConfig
 from nmfx.data.loader import validation_loader
 from nmfx.data.source import Data
 from nmfx.errors import NmfxError
-from nmfx.export.checkpoint import load_checkpoint, save_checkpoint
+from nmfx.export.checkpoint import load_checkpoint
+from nmfx.files import check_writable
 from nmfx.graph.census import find_sites
 from nmfx.passes.baking import verify
 from nmfx.passes.transform import scheme_of, transform
 from nmfx.processes import rank, world
+from nmfx.recipe.tuned import TUNED, describe_epoch, save_epochs
+from nmfx.recipe.written import remove_state
 from nmfx.scheme import INFO, Scheme
-from nmfx.training.evaluation import evaluate
+from nmfx.training.evaluation import Evaluation, evaluate
 from nmfx.training.masks import set_training
-from nmfx.training.record import Finetuned, Progress
+from nmfx.training.record import Epoch, Finetuned, Progress
 from nmfx.training.settings import Settings
 from nmfx.training.state import fingerprint
 from nmfx.training.trainer import BEST, LAST, LOG, finetune
 from nmfx.zoo.building import build_random
 
-MODEL = "model.safetensors"
+MODEL = TUNED["best"]
 
 
 def run(args: Namespace) -> None:
@@ -42,7 +46,9 @@ def run(args: Namespace) -> None:
 
 
 def _run(args: Namespace, device: str) -> None:
-    found = work.find_work(args.work)
+    found = work.find_work(args.work, "finetune")
+    if found is not None and not args.start:
+        work.check_random(args, found.random) if args.weights or found.weights == "random" else None
     if found is None and not args.start:
         raise NmfxError("no work directory here; make one with `nmfx convert MODEL`, then `nmfx search`, or give --from FILE")
     if found is None and not args.out:
@@ -51,13 +57,15 @@ def _run(args: Namespace, device: str) -> None:
     if args.start and (folder / MODEL).resolve() == Path(args.start).resolve():
         raise NmfxError(f"{args.start} would be overwritten; give -o another folder")
     settings = _settings(args)
+    if rank() == 0:
+        check_writable(folder, (*TUNED.values(), LAST, BEST, LOG))  # before hours are spent
     model, info = _model(args, found)
     about = {"weights before": fingerprint(model)}
     teacher = _teacher(args, found)
     data, config = evaluating.pictures(args, model, found.input_size if found else None)
     if args.force and rank() == 0:
-        for stale in (LAST, BEST, LOG, MODEL):
-            (folder / stale).unlink(missing_ok=True)
+        for line in [line for stale in (LAST, BEST, LOG, *TUNED.values()) for line in remove_state(folder / stale)]:
+            warn(line)
     if world() > 1:
         dist.barrier()  # nobody looks for a run to resume before it is gone
     if (folder / LAST).exists():
@@ -72,15 +80,21 @@ def _run(args: Namespace, device: str) -> None:
             line = f"epoch {now.epoch + 1}/{now.epochs}: loss {now.loss:.4f}{top1}, {now.images_per_second:,.0f} images/s"
             advance(now.share, line)
 
-        result = finetune(
-            model, data, settings=settings, folder=folder, config=config, teacher=teacher, about=about, progress=progress
-        )
-    if rank() == 0:
-        save_checkpoint(model, folder / MODEL, info=info)
-    _check(folder / MODEL, result, data, config, settings, device)
-    _show(model, result, folder)
+        def after_epoch(done: Epoch) -> None:
+            advance((done.epoch + 1) / settings.epochs, describe_epoch(done, settings.epochs), lasting=True)
+
+        run: dict[str, Any] = {"config": config, "teacher": teacher, "about": about}
+        result = finetune(model, data, settings=settings, folder=folder, progress=progress, after_epoch=after_epoch, **run)
+    save_epochs(model, result, folder, info)
+    best = _check(folder / MODEL, model, data, config, settings, device)
+    _show(model, result, best, folder)
     if found is not None and not args.start and args.weights is None:
         found.warn()
+    if found is not None and not args.out:
+        hint(
+            (found.command("evaluate", *work.data_options(args)), "what it scores"),
+            (found.command("export", scheme=args.scheme if args.scheme != "dense" else None), "write it out"),
+        )
 
 
 def _settings(args: Namespace) -> Settings:
@@ -147,24 +161,26 @@ def _teacher(args: Namespace, found: work.Work | None) -> nn.Module | None:
     return found.load()
 
 
-def _check(path: Path, result: Finetuned, data: Data, config: PictureConfig, settings: Settings, device: str) -> None:
-    """What is on disk scores as what was trained, digit for digit."""
+def _check(path: Path, model: nn.Module, data: Data, config: PictureConfig, settings: Settings, device: str) -> Evaluation:
+    """What is on disk scores as what was trained, digit for digit: that score."""
     if world() > 1:
         dist.barrier()  # it has been written
     size = settings.pictures_a_pass(world())
     with working(f"evaluating {path}"):
-        loaded = load_checkpoint(path).to(device)
-        found = evaluate(loaded, validation_loader(data, config, batch_size=size, workers=settings.workers))
-    if found != result.evaluation:
-        raise NmfxError(f"{path}: evaluates as {found}, the trained model as {result.evaluation}; do not use it")
+        batches = validation_loader(data, config, batch_size=size, workers=settings.workers)
+        trained, found = evaluate(model, batches), evaluate(load_checkpoint(path).to(device), batches)
+    if found != trained:
+        raise NmfxError(f"{path}: evaluates as {found}, the trained model as {trained}; do not use it")
+    return found
 
 
-def _show(model: nn.Module, result: Finetuned, folder: Path) -> None:
-    out, end = output(), result.evaluation
-    out.print(f"top-1 {end.top1:.2%}, top-5 {end.top5:.2%}, loss {end.loss:.4f} on {end.samples:,} validation pictures")
-    out.print(f"best: top-1 {result.best.top1:.2%} after epoch {result.best.epoch + 1} of {len(result.epochs)}")
+def _show(model: nn.Module, result: Finetuned, best: Evaluation, folder: Path) -> None:
+    out, end, epochs = output(), result.evaluation, len(result.epochs)
+    for which, one, name in ((f"best, epoch {result.best.epoch + 1} of {epochs}", best, MODEL), ("last", end, TUNED["last"])):
+        scores = f"top-1 {one.top1:.2%}, top-5 {one.top5:.2%}, loss {one.loss:.4f} on {one.samples:,} validation pictures"
+        out.print(f"{which}: {scores} ({name})", soft_wrap=True)
     if len(scheme_of(model)):
         checked = verify(model)
         out.print(f"verified: {checked.groups:,} groups of {checked.sites} sites hold at most N")
     out.print(f"verified: {folder / MODEL}, loaded again, evaluates the same to the last digit", soft_wrap=True)
-    out.print(f"wrote {', '.join(str(folder / name) for name in (MODEL, BEST, LAST, LOG))}", soft_wrap=True)
+    out.print(f"wrote {', '.join(str(folder / name) for name in (*TUNED.values(), BEST, LAST, LOG))}", soft_wrap=True)

@@ -2,46 +2,46 @@
 
 from __future__ import annotations
 
-import ast
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
 from nmfx.cli import convert, tables, work
 from nmfx.cli.console import heading, output, working
-from nmfx.errors import NmfxError, SchemeError
+from nmfx.errors import SchemeError
 from nmfx.export.checkpoint import read_checkpoint
 from nmfx.graph.census import find_sites
-from nmfx.scheme import Scheme
+from nmfx.parsing import read_text
+from nmfx.scheme import Scheme, published_entries
 from nmfx.zoo.source import find_source
 
 
 def run(args: Namespace) -> None:
     """Look at what `args.what` names, and show it."""
-    path = Path(args.what)
+    what = work.asked(args.what, "inspect")
+    path = Path(what)
     if path.is_dir():
         _show_work(path)
     elif path.suffix == ".safetensors":
         _show_checkpoint(path)
     elif path.is_file():
         _show_scheme(path)
-    elif path.suffix in (".yaml", ".yml", ".txt", ".nmfx") or len(path.parts) > 1:
-        raise NmfxError(f"{path}: no such file or directory")
     else:
-        _show_model(args.what, work.parse_size(args.input_size))
+        _show_model(what, work.parse_size(args.input_size), args.classes)
 
 
 def _show_work(path: Path) -> None:
     found, out = work.open_work(path), output()
     out.print(heading("work directory", f" {path}: {found.model}, {found.weights} weights"))
     with working("finding the sites"):
-        model = find_source(found.model).build_meta()
+        model = found.build_meta()
         sites = found.sites(model)
     if start := found.start(sites):
         out.print(heading("starts from a compressed checkpoint: ", tables.start_line(start, sites)), soft_wrap=True)
     scheme = Scheme.load(found.scheme_path, sites) if found.scheme_path.is_file() else None
     if scheme is None:
         out.print(tables.site_table(sites, Scheme({}), {}))
-        out.print(f"\nno scheme yet; next: nmfx search {path}")
+        out.print(f"\nno scheme yet; next: {found.command('search')}", soft_wrap=True)
     else:
         out.print(tables.scheme_bars(sites, scheme, out.width))
         out.print()
@@ -58,7 +58,7 @@ def _show_checkpoint(path: Path) -> None:
     rows = {name: tensors[f"{name}:values"].numel() for name in header.sites if name not in header.aliases}
     weights = sum(header.grouping(name).numel for name in rows)
     for name, kept in rows.items():
-        numel, shape = header.grouping(name).numel, "x".join(map(str, header.sites[name]["shape"]))
+        numel, shape = header.grouping(name).numel, "x".join(map(str, header.sites[name].shape))
         out.print(f"  {scheme[name]!s:>6}  {name}  {shape}  {kept:,} of {numel:,}", soft_wrap=True)
     plain = [tensor for name, tensor in tensors.items() if ":" not in name]
     counts = tables.pattern_counts(scheme)
@@ -72,16 +72,13 @@ def _show_scheme(path: Path) -> None:
     try:
         scheme = Scheme.load(path)
     except SchemeError:
-        try:
-            entries = ast.literal_eval(path.read_text(encoding="utf-8").strip())
-            rows = {key: f"{n}:{m}" for key, (n, m) in entries.items()}
-        except (ValueError, SyntaxError, TypeError, AttributeError, UnicodeDecodeError):
-            rows = None
-        if rows is None:
+        content = read_text(path, "a scheme", SchemeError)
+        if not content.lstrip().startswith("{"):
             raise
+        rows = published_entries(content, str(path))
         out.print(heading("scheme", f" {path}: published format, {len(rows)} layers, numbered in module order"))
         for key, pattern in rows.items():
-            out.print(f"  {pattern:>6}  {key}", soft_wrap=True)
+            out.print(f"  {pattern!s:>6}  {key}", soft_wrap=True)
         return
     out.print(heading("scheme", f" {path}: {len(scheme)} sparse sites of {len(scheme.shapes) or '?'}, layout {scheme.layout}"))
     for name in scheme.shapes or scheme:
@@ -95,8 +92,8 @@ def _show_info(scheme: Scheme) -> None:
         output().print("  ".join(f"{key}: {value}" for key, value in info.items()), soft_wrap=True)
 
 
-def _show_model(name: str, size: tuple[int, ...] | None) -> None:
-    source, out = find_source(name), output()
+def _show_model(name: str, size: tuple[int, ...] | None, classes: int | None) -> None:
+    source, out = replace(find_source(name), kwargs={"num_classes": classes} if classes else {}), output()
     with working(f"building {source} without memory"):
         model = source.build_meta()
         sites = find_sites(model, work.example_of(model, size))

@@ -9,10 +9,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from nmfx.cli.console import advancing, heading, output, working
+from nmfx.cli.console import advancing, heading, output, warn, working
 from nmfx.errors import SearchError
 from nmfx.graph.site import Sites
 from nmfx.passes.transform import transform
+from nmfx.runtime.building import load_kernel
 from nmfx.runtime.latency import NANO, Latency, measure_latency, measured_seconds
 from nmfx.search.budget import parse_target
 from nmfx.search.finder import SearchResult
@@ -59,6 +60,7 @@ def search(
     problem = pose(sites, target=0.0, mixed=True, **question)
     offered = zip(sites, problem.options, strict=True)
     groupings = {site.name: {p: problem.grouping(i, p) for p in options} for i, (site, options) in enumerate(offered)}
+    check_kernel()
     with advancing("timing every pattern of every site") as advance:
         latency = measure_latency(model, groupings, pictures, progress=advance)
     dense, wanted, tries = latency.baseline / NANO, float(share) * latency.baseline / NANO, list[Reached]()
@@ -82,6 +84,14 @@ def search(
             f"patterns it takes {best.measured * 1e3:.3g} ms, {dense / best.measured:.2f}x; offer sparser ones, as with --m 32"
         )
     return best
+
+
+def check_kernel() -> None:
+    """Build or load the sparse kernel; one line if it cannot be had, with what to do."""
+    with working("loading the sparse kernel; the first time it is built, which takes a minute"):
+        reason = load_kernel()
+    if reason:
+        warn(f"no sparse kernel, so nothing gets faster than dense: {reason}")
 
 
 def _target(latency: Latency, share: Fraction) -> tuple[Fraction, bool]:

@@ -8,28 +8,32 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 
 from nmfx import __version__
+from nmfx.cli.arguments import Parser, add_strict, real, seed, shared, whole, workers
 
 EPILOG = """\
-a first tour:
-  nmfx search                          search a pattern for each layer of the embedded demo network
-  nmfx convert resnet50                build, find the sites, verify, write resnet50.nmfx/
-  nmfx search --target 0.875           search the work directory in this folder
-  nmfx finetune --data DIR --epochs 10 train the network under its scheme; the same command resumes
-  nmfx evaluate DIR --data DIR         accuracy of the dense, masked and fine-tuned network
-  nmfx export --baked --onnx           scheme, compressed checkpoint, plain weights, ONNX
-  nmfx bench resnet50.nmfx             its speed here: dense engines and the sparse runtime, in one run
-  nmfx run digits                      all of these from one recipe; stages that are done are skipped
-  nmfx inspect resnet50.nmfx           what is in a work directory, checkpoint, scheme or model
-  nmfx models "timm:vit_*"             what is known of the models that can be converted by name
+a first tour, in an empty folder (real digits, two minutes; needs nmfx[demo]):
+  nmfx convert digits                     build, find the sites, digits.nmfx/
+  nmfx search                             a pattern for each of its layers
+  nmfx recalibrate --data digits          batch norms to fit, no training
+  nmfx finetune --data digits --batch-size 32 --epochs 5   train it; it resumes
+  nmfx evaluate --data digits             accuracy, from dense to fine-tuned
+  nmfx export --baked                     compressed checkpoint, plain weights
+  nmfx inspect                            what a directory, file or model holds
+  nmfx bench --batch 1 --turns 5          its speed here, dense and sparse
+  nmfx run digits --check                 the same from one recipe, a dry run
+  nmfx models "timm:vit_*"                what is known of models by name
+
+your own: nmfx convert resnet50 [--weights FILE] [--classes N], and a folder of
+pictures for --data: DIR/train/CLASS/*.jpg and DIR/val/CLASS/*.jpg
 """
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="nmfx",
         description="Layer-wise N:M sparsity for any timm or torchvision network.",
         epilog=EPILOG,
@@ -38,20 +42,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"nmfx {__version__}")
     parser.add_argument("-v", "--verbose", action="store_true", help="log what the library does, show full tracebacks")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    _add_convert(commands.add_parser("convert", help="build a model, find its sites, write a work directory"))
-    _add_search(commands.add_parser("search", help="choose a pattern for every site under a budget"))
-    _add_finetune(commands.add_parser("finetune", help="train the masked model on pictures; stopped runs go on"))
-    _add_evaluate(commands.add_parser("evaluate", help="measure the accuracy of a checkpoint, work directory or model"))
-    _add_export(commands.add_parser("export", help="write scheme files and the compressed checkpoint"))
-    _add_bench(
-        commands.add_parser("bench", help="time the network on this machine's CPU: dense engines and the sparse runtime")
-    )
-    _add_run(commands.add_parser("run", help="build, search, fine-tune, export and evaluate as a recipe says"))
-    inspect = commands.add_parser("inspect", help="show a checkpoint, scheme, work directory or model")
-    inspect.add_argument("what", metavar="FILE|DIR|MODEL")
-    inspect.add_argument("--input-size", metavar="CxHxW", help="input of a model given by name")
-    _add_compare(commands.add_parser("compare", help="show where schemes for one network differ"))
-    _add_models(commands.add_parser("models", help="list the models of timm and torchvision, with what was measured"))
+    for name, (add, said) in COMMANDS.items():
+        add(commands.add_parser(name, help=said, parents=[shared()]))
     return parser
 
 
@@ -65,14 +57,34 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
         help="auto: pretrained, or random where they cannot be had (default); none: random; FILE: safetensors or .pth, or a "
         "compressed checkpoint of nmfx, to search a sparser scheme from",
     )
+    _add_entry(parser)
     chosen = parser.add_mutually_exclusive_group()
     chosen.add_argument("--pattern", metavar="N:M", help="this pattern on every site that can take it")
     chosen.add_argument("--scheme", metavar="FILE", help="a scheme file, YAML or the published one-line format")
     _add_policy(parser)
-    parser.add_argument("--input-size", metavar="CxHxW", help="input without the batch, as in 3x224x224")
-    parser.add_argument("--classes", type=int, metavar="N", help="classes of the classifier, where not the model's own number")
+    _add_size(parser)
+    _add_classes(parser)
     parser.add_argument("--graph", action="store_true", help="print the fx graph of the converted model")
+    add_strict(parser)
     _add_output(parser, "work directory (default: NAME.nmfx)")
+
+
+def _add_entry(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--weights-entry",
+        metavar="NAME",
+        help="which weights of a training checkpoint, as state_dict or state_dict_ema (default: averaged ones first)",
+    )
+
+
+def _add_classes(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--classes", type=whole(1, 1_000_000), metavar="N", help="classes of a model given by name, where not its own number"
+    )
+
+
+def _add_size(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--input-size", metavar="CxHxW", help="input without the batch, as in 3x224x224")
 
 
 def _add_search(parser: argparse.ArgumentParser) -> None:
@@ -83,7 +95,9 @@ def _add_search(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("work", nargs="?", metavar="DIR", help="work directory made by nmfx convert")
     parser.add_argument("--model", metavar="NAME", help="convert this model first, if NAME.nmfx is not there yet")
-    parser.add_argument("--target", help="sparsity to reach, as 0.875, or times fewer, as 8x (default: 0.875)")
+    parser.add_argument(
+        "--target", help="sparsity to reach, as 0.875, or times fewer, as 8x (default: 0.875, or what is in reach)"
+    )
     parser.add_argument(
         "--budget",
         choices=("params", "macs", "bytes", "latency"),
@@ -102,14 +116,17 @@ def _add_search(parser: argparse.ArgumentParser) -> None:
         metavar="2x",
         help="times faster than the best dense run on this CPU, by nmfx.compile; every pattern of every site is timed first",
     )
-    parser.add_argument("--latency-batch", type=int, default=1, metavar="B", help="batch size to be fast for (default: 1)")
+    parser.add_argument(
+        "--latency-batch", type=whole(1, 4096), default=1, metavar="B", help="batch size to be fast for (default: 1)"
+    )
     parser.add_argument("--method", default=None, help="knapsack (default), domino, spdy, erk or uniform")
     _add_choices(parser.add_argument_group("what a site may be given"))
     _add_policy(parser)
     _add_data(parser.add_argument_group("searching with data"))
-    parser.add_argument("--events", action="store_true", help="list every step of the search")
+    parser.add_argument("--events", action="store_true", help="list every step of the search, or choice of an exact one")
     parser.add_argument("--figure", metavar="FILE", help="draw the result: .png, .svg or .pdf (needs nmfx[figures])")
     parser.add_argument("--html", metavar="FILE", help="write the result as one page (needs nmfx[figures])")
+    add_strict(parser)
     _add_output(parser, "scheme file (default: scheme.yaml in the work directory, with scheme.txt beside it)")
 
 
@@ -122,7 +139,9 @@ def _add_choices(parser: argparse._ArgumentGroup) -> None:
     )
     parser.add_argument("--candidates", metavar="N,N,...", help="the N's to choose from (default: powers of two up to M)")
     parser.add_argument("--patterns", metavar="N:M,...", help="only these patterns, as 2:4 for hardware")
-    parser.add_argument("--keep-dense", action="append", default=[], metavar="GLOB", help="sites that stay dense; repeatable")
+    parser.add_argument(
+        "--keep-dense", action="append", default=[], metavar="GLOB", help="sites or modules that stay dense; repeatable"
+    )
     parser.add_argument(
         "--min-density", action="append", default=[], metavar="[GLOB=]SHARE", help="least density of the sites; repeatable"
     )
@@ -141,24 +160,45 @@ def _add_data(parser: argparse._ArgumentGroup) -> None:
         default=None,
         help="what the knapsack sums up: weight (default), activation, gradient (default with --data) or measured",
     )
-    parser.add_argument("--pictures", type=int, default=256, help="training pictures to look at (default: 256)")
-    parser.add_argument("--seconds", type=float, default=60.0, help="time limit of spdy (default: 60)")
+    parser.add_argument("--pictures", type=whole(), default=256, help="training pictures to look at (default: 256)")
+    parser.add_argument("--seconds", type=real(above=True), default=60.0, help="time limit of spdy (default: 60)")
     parser.add_argument("--no-eta", action="store_true", help="domino without layer-wise penalty factors, the ablation")
-    parser.add_argument("--lr", type=float, default=0.01, help="domino: learning rate (default: 0.01)")
-    parser.add_argument("--decay", type=float, default=0.1, help="domino: penalty on kept weights (default: 0.1)")
-    parser.add_argument("--vote-every", type=int, default=100, metavar="T", help="domino: iterations between votes (100)")
-    parser.add_argument("--most", type=int, default=100_000, metavar="T", help="domino: iterations to give up after (100000)")
-    parser.add_argument("--batch-size", type=int, default=64, help="pictures a batch, of all processes together (default: 64)")
-    parser.add_argument("--workers", type=int, default=0, help="processes that read pictures (default: 0)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--lr", type=real(), default=0.01, help="domino: learning rate (default: 0.01)")
+    parser.add_argument("--decay", type=real(), default=0.1, help="domino: penalty on kept weights (default: 0.1)")
+    parser.add_argument("--vote-every", type=whole(), default=100, metavar="T", help="domino: iterations between votes (100)")
+    parser.add_argument(
+        "--most", type=whole(), default=100_000, metavar="T", help="domino: iterations to give up after (100000)"
+    )
+    parser.add_argument(
+        "--batch-size", type=whole(), default=64, help="pictures a batch, of all processes together (default: 64)"
+    )
+    parser.add_argument("--workers", type=workers, default=0, help="processes that read pictures (default: 0)")
+    parser.add_argument("--seed", type=seed, default=0)
     parser.add_argument("--device", default="auto", help="auto: the first GPU, or the CPU (GPUs are untested)")
+
+
+def _add_recalibrate(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Masks change what batch norms see. Move the running means and variances of a work directory's masked model by the "
+        "difference that its masks make on a few hundred pictures, and write DIR/recalibrated/model.safetensors: what export, "
+        "evaluate and bench take where nothing has been fine-tuned."
+    )
+    parser.add_argument("work", nargs="?", metavar="DIR", help="work directory with a scheme")
+    parser.add_argument("--scheme", metavar="FILE", help="another scheme than the work directory's")
+    pictures = parser.add_argument_group("pictures")
+    _add_pictures(pictures, batch=64)
+    pictures.add_argument("--pictures", type=whole(), help="training pictures to look at (default: 512, or all)")
+    pictures.add_argument("--seed", type=seed, default=0, help="which ones (default: 0)")
+    add_strict(parser)
+    _add_output(parser, "folder to write to (default: DIR/recalibrated)")
 
 
 def _add_finetune(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Train a work directory's model under its scheme, with the published settings unless told otherwise, and write "
-        "DIR/finetune/model.safetensors. The same command goes on with a run that was stopped. Several processes: torchrun "
-        "--nproc_per_node=K -m nmfx finetune ..."
+        "DIR/finetune/model.safetensors (the best epoch) and model.last.safetensors. The same command goes on with a run that "
+        "was stopped, and with more --epochs extends it, at the learning rate that the longer schedule has there. Several "
+        "processes: torchrun --nproc_per_node=K -m nmfx finetune ..."
     )
     parser.add_argument("work", nargs="?", metavar="DIR", help="work directory with a scheme")
     start = parser.add_argument_group("what to start from")
@@ -171,43 +211,50 @@ def _add_finetune(parser: argparse.ArgumentParser) -> None:
         default="sr-ste",
         help="masks follow the weights with a pull on dropped ones (default) or without, or stay as they are (ASP)",
     )
-    start.add_argument("--decay", type=float, default=2e-4, help="sr-ste: lambda, the pull on dropped weights (default: 2e-4)")
+    start.add_argument("--decay", type=real(), default=2e-4, help="sr-ste: lambda, the pull on dropped weights (default: 2e-4)")
     _add_pictures(parser.add_argument_group("pictures"), batch=256)
     pictures = parser.add_argument_group("what is done to them")
     pictures.add_argument("--no-augment", action="store_true", help="no crops, no mirroring, no jitter")
-    pictures.add_argument("--mixup", type=float, default=0.0, metavar="ALPHA", help="mix pairs of pictures (default: 0)")
-    pictures.add_argument("--cutmix", type=float, default=0.0, metavar="ALPHA", help="paste parts of others (default: 0)")
+    pictures.add_argument("--mixup", type=real(), default=0.0, metavar="ALPHA", help="mix pairs of pictures (default: 0)")
+    pictures.add_argument("--cutmix", type=real(), default=0.0, metavar="ALPHA", help="paste parts of others (default: 0)")
     _add_training(parser.add_argument_group("training"))
-    parser.add_argument("--save-seconds", type=float, default=180.0, help="time between saves within an epoch (default: 180)")
+    parser.add_argument("--save-seconds", type=real(), default=180.0, help="time between saves within an epoch (default: 180)")
     parser.add_argument("--tensorboard", action="store_true", help="also log for TensorBoard")
+    add_strict(parser)
     _add_output(parser, "folder to write to (default: DIR/finetune)")
 
 
 def _add_training(parser: argparse._ArgumentGroup) -> None:
-    parser.add_argument("--epochs", type=int, default=120, help="default: 120")
-    parser.add_argument("--lr", type=float, default=0.01, help="highest learning rate (default: 0.01)")
-    parser.add_argument("--momentum", type=float, default=0.9, help="default: 0.9")
-    parser.add_argument("--weight-decay", type=float, default=5e-5, help="not on norms and biases (default: 5e-5)")
-    parser.add_argument("--warmup-epochs", type=float, default=None, help="default: a 24th of the epochs, 5 of 120")
+    parser.add_argument("--epochs", type=whole(1, 1_000_000), default=120, help="default: 120")
+    parser.add_argument("--lr", type=real(), default=0.01, help="highest learning rate (default: 0.01)")
+    parser.add_argument("--momentum", type=real(0, 1, below=True), default=0.9, help="default: 0.9")
+    parser.add_argument("--weight-decay", type=real(), default=5e-5, help="not on norms and biases (default: 5e-5)")
+    parser.add_argument("--warmup-epochs", type=real(), default=None, help="default: a 24th of the epochs, 5 of 120")
     parser.add_argument("--opt", default="momentum", help="an optimiser of timm (default: momentum, which is SGD)")
     parser.add_argument("--sched", default="cosine", help="a schedule of timm (default: cosine)")
-    parser.add_argument("--smoothing", type=float, default=0.0, help="label smoothing (default: 0)")
+    parser.add_argument("--smoothing", type=real(0, 1, below=True), default=0.0, help="label smoothing (default: 0)")
     parser.add_argument("--amp", choices=("none", "bf16"), default="none", help="bf16: compute in bfloat16 where it is safe")
     parser.add_argument("--channels-last", action="store_true", help="lay pictures and weights out with channels last")
-    parser.add_argument("--accumulate", type=int, default=1, metavar="K", help="cut each batch into K passes (default: 1)")
+    parser.add_argument("--accumulate", type=whole(), default=1, metavar="K", help="cut each batch into K passes (default: 1)")
     parser.add_argument("--fsdp", action="store_true", help="share weights and optimiser state out over torchrun's processes")
     parser.add_argument("--compile", nargs="?", const="inductor", metavar="BACKEND", help="torch.compile (inductor)")
     parser.add_argument(
-        "--ema", type=float, default=0.0, metavar="DECAY", help="average the weights, as in 0.9998 (default: 0)"
+        "--ema",
+        type=real(0, 1, below=True),
+        default=0.0,
+        metavar="DECAY",
+        help="average the weights, as in 0.9998 (default: 0)",
     )
-    parser.add_argument("--clip-grad", type=float, default=0.0, metavar="NORM", help="largest norm of the gradient")
+    parser.add_argument("--clip-grad", type=real(), default=0.0, metavar="NORM", help="largest norm of the gradient")
     parser.add_argument(
-        "--distill", type=float, default=0.0, metavar="SHARE", help="share of the dense model's answers in the loss"
+        "--distill", type=real(0, 1), default=0.0, metavar="SHARE", help="share of the dense model's answers in the loss"
     )
     parser.add_argument(
-        "--seed", type=int, default=0, help="of the order of pictures, their augmentation, dropout (default: 0)"
+        "--seed", type=seed, default=0, help="of the order of pictures, their augmentation, dropout (default: 0)"
     )
-    parser.add_argument("--temperature", type=float, default=1.0, help="softens both answers for --distill (default: 1)")
+    parser.add_argument(
+        "--temperature", type=real(above=True), default=1.0, help="softens both answers for --distill (default: 1)"
+    )
 
 
 def _add_pictures(parser: argparse._ArgumentGroup, *, batch: int) -> None:
@@ -219,33 +266,54 @@ def _add_pictures(parser: argparse._ArgumentGroup, *, batch: int) -> None:
     )
     parser.add_argument("--data-root", metavar="DIR", help="where a named data set is kept")
     parser.add_argument(
-        "--batch-size", type=int, default=batch, help=f"pictures a batch, of all processes together (default: {batch})"
+        "--batch-size", type=whole(), default=batch, help=f"pictures a batch, of all processes together (default: {batch})"
     )
-    parser.add_argument("--workers", type=int, default=0, help="processes that read pictures (default: 0)")
+    parser.add_argument("--workers", type=workers, default=0, help="processes that read pictures (default: 0)")
     parser.add_argument("--device", default="auto", help="auto: the first GPU, or the CPU (GPUs are untested)")
 
 
 def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Top-1, top-5 and loss on the validation pictures: of a compressed checkpoint, of plain weights with --model, of a "
-        "model by name, or of a work directory's dense, masked and fine-tuned model."
+        "model by name, or of a work directory's dense, masked, recalibrated and fine-tuned model."
     )
-    parser.add_argument("what", metavar="FILE|DIR|MODEL")
+    _add_what(parser)
     parser.add_argument("--model", metavar="NAME", help="the network that plain weights are for")
+    _add_entry(parser)
+    _add_classes(parser)
     parser.add_argument("--reference", metavar="FILE|DIR|MODEL", help="also the share of answers that agree with this model's")
-    parser.add_argument("--input-size", metavar="CxHxW", help="input without the batch, as in 3x224x224")
+    _add_size(parser)
+    add_strict(parser)
     _add_pictures(parser.add_argument_group("pictures"), batch=256)
+
+
+def _add_what(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("what", nargs="?", metavar="FILE|DIR|MODEL", help="default: the work directory in this folder")
+
+
+def _add_inspect(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Show what is in a work directory, a compressed checkpoint, a scheme file, or a model by name."
+    _add_what(parser)
+    parser.add_argument("--input-size", metavar="CxHxW", help="input of a model given by name")
+    _add_classes(parser)
 
 
 def _add_export(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Write the scheme files and the compressed checkpoint of a work directory to DIR/export/: the fine-tuned weights if "
-        "they were trained under this scheme, else those it was made with."
+        "they were trained under this scheme, else the recalibrated ones, else those it was made with."
     )
     parser.add_argument("work", nargs="?", metavar="DIR", help="work directory made by nmfx convert")
     parser.add_argument("--scheme", metavar="FILE", help="another scheme than the work directory's")
+    parser.add_argument(
+        "--epoch",
+        choices=("best", "last"),
+        default="best",
+        help="of fine-tuning: that of the highest top-1 (default), or the last",
+    )
     parser.add_argument("--baked", action="store_true", help="also a plain state dict with real zeros")
     parser.add_argument("--onnx", action="store_true", help="also an ONNX file with real zeros (needs nmfx[onnx])")
+    add_strict(parser)
     _add_output(parser, "folder to write to (default: DIR/export)")
 
 
@@ -255,16 +323,18 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
         "Runtime, and converted by nmfx.compile. Of a work directory (its fine-tuned model, or its scheme), a compressed "
         "checkpoint, or a model by name under a scheme found at --target."
     )
-    parser.add_argument("what", metavar="DIR|FILE|MODEL")
+    _add_what(parser)
     parser.add_argument("--scheme", metavar="FILE", help="another scheme than the work directory's")
     parser.add_argument("--target", default="0.875", help="for a model by name: sparsity of parameters (default: 0.875)")
-    parser.add_argument("--m", type=int, default=16, help="for a model by name: group size M (default: 16)")
-    parser.add_argument("--input-size", metavar="CxHxW", help="input without the batch, as in 3x224x224")
+    parser.add_argument("--m", type=whole(2, 64), default=16, help="for a model by name: group size M (default: 16)")
+    _add_size(parser)
+    _add_classes(parser)
     parser.add_argument("--batch", default="1,8", metavar="B,B,...", help="batch sizes (default: 1,8)")
     parser.add_argument("--threads", metavar="T,T,...", help="numbers of threads (default: 1 and all)")
-    parser.add_argument("--turns", type=int, default=15, help="turns of every engine (default: 15)")
+    parser.add_argument("--turns", type=whole(1, 100_000), default=15, help="turns of every engine (default: 15)")
     parser.add_argument("--sites", action="store_true", help="also list how each site is computed, and what was measured")
     parser.add_argument("--figure", metavar="FILE", help="draw the result: .png, .svg or .pdf (needs nmfx[figures])")
+    add_strict(parser)
     parser.add_argument("--force", action="store_true", help="overwrite what is there")
 
 
@@ -283,6 +353,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     stages = ("build", "search", "finetune", "export", "evaluate")
     parser.add_argument("--until", choices=stages, metavar="STAGE", help=f"the last stage to run: {', '.join(stages)}")
     parser.add_argument("--force", action="store_true", help="run every stage anew")
+    add_strict(parser)
     parser.add_argument(
         "--check", action="store_true", help="only check, without data: build, search, one update on random pictures"
     )
@@ -302,6 +373,8 @@ def _add_compare(parser: argparse.ArgumentParser) -> None:
     parser.description = "Show where schemes for one network differ, and what each keeps."
     parser.add_argument("schemes", nargs="+", metavar="SCHEME", help="scheme file, checkpoint or work directory; two or more")
     parser.add_argument("--model", metavar="NAME|DIR", help="the network, where no scheme says it (DIR: a work directory)")
+    _add_size(parser)
+    _add_classes(parser)
     parser.add_argument("--all", action="store_true", help="also list the sites that agree")
     parser.add_argument("--figure", metavar="FILE", help="also a picture: .png, .svg or .pdf (needs nmfx[figures])")
     parser.add_argument("--html", metavar="FILE", help="also one self-contained page (needs nmfx[figures])")
@@ -325,35 +398,60 @@ def _add_output(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument("--force", action="store_true", help="overwrite what is there")
 
 
+COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], str]] = {
+    "convert": (_add_convert, "build a model, find its sites, write a work directory"),
+    "search": (_add_search, "choose a pattern for every site under a budget"),
+    "recalibrate": (_add_recalibrate, "match the masked model's batch norms to the dense model's, without training"),
+    "finetune": (_add_finetune, "train the masked model on pictures; stopped runs go on"),
+    "evaluate": (_add_evaluate, "measure the accuracy of a checkpoint, work directory or model"),
+    "export": (_add_export, "write scheme files and the compressed checkpoint"),
+    "bench": (_add_bench, "time the network on this machine's CPU: dense engines and the sparse runtime"),
+    "run": (_add_run, "build, search, fine-tune, export and evaluate as a recipe says"),
+    "inspect": (_add_inspect, "show a checkpoint, scheme, work directory or model"),
+    "compare": (_add_compare, "show where schemes for one network differ"),
+    "models": (_add_models, "list the models of timm and torchvision, with what was measured"),
+}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0, 1 for an error of ours, 130 when interrupted."""
-    args = _parser().parse_args(argv)
+    """Run one command; returns the exit code: 0, 1 for an error, 2 for wrong usage, 130 when interrupted."""
+    args = _parser().read(argv)
     logging.basicConfig(level=logging.DEBUG if args.verbose else logging.ERROR, format="%(name)s: %(message)s")
     if not args.verbose:
         warnings.simplefilter("ignore")  # of the model libraries; ours are said in plain words
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # bars on a terminal without them
-    from nmfx.errors import NmfxError
-
     try:
         command = import_module(f"nmfx.cli.{args.command}")
         command.run(args)
         sys.stdout.flush()
-    except NmfxError as error:
-        if args.verbose:
-            raise
-        from nmfx.cli.console import errors
-
-        errors().print(f"[bold red]error:[/] {_escaped(str(error))}", soft_wrap=True, highlight=False)
-        return 1
     except KeyboardInterrupt:
         print("interrupted; nothing half-written", file=sys.stderr)  # noqa: T201
         return 130
     except BrokenPipeError:  # the reader of our output has gone, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except Exception as error:
+        if args.verbose:
+            raise
+        from nmfx.cli.console import errors
+
+        errors().print(f"[bold red]error:[/] {_escaped(_said(error))}", soft_wrap=True, highlight=False)
+        return 1
     return 0
+
+
+def _said(error: Exception) -> str:
+    """An error in one line: ours as it is, the system's with its file, and what nobody foresaw with the way to see more."""
+    from nmfx.errors import NmfxError
+    from nmfx.text import sentence
+
+    if isinstance(error, NmfxError):
+        return " ".join(str(error).split())
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return f"unexpected {type(error).__name__}: {sentence(error)}; the same with `nmfx -v` in front shows where"
 
 
 def _escaped(text: str) -> str:

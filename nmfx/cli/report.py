@@ -62,9 +62,11 @@ def write_comparison(reports: Sequence[Report], figure: str | None, html: str | 
 def _report(result: SearchResult, scheme: Scheme) -> Report:
     budgets, lefts = result.budgets or (result.budget,), result.lefts or (result.left,)
     limits = tuple(Limit(UNITS[b.kind], b.limit, b.dense, b.limit - left) for b, left in zip(budgets, lefts, strict=True))
+    largest = max((loss for _, loss in result.curve), default=0.0) or 1.0
+    spare = result.budget.dense - result.budget.limit
     facts = {
         "layout": scheme.layout + (", short groups at the end of rows" if scheme.short else ""),
-        "squared weight error": f"{result.loss:.4%} of all; at best {result.optimum:.4%} at this budget",
+        "squared weight error": result.comparison,
         "model weights": str(scheme.info.get("weights", "")),
         "versions": ", ".join(f"{name} {version}" for name, version in ({"nmfx": __version__} | versions()).items()),
     }
@@ -75,7 +77,9 @@ def _report(result: SearchResult, scheme: Scheme) -> Report:
         model=str(scheme.info.get("model", result.sites.model)),
         method=result.method,
         limits=limits,
-        steps=result.events,
+        steps=result.steps,
+        curve=[(cost / result.budget.dense, loss / largest) for cost, loss in result.curve],
+        point=(1 - (result.left + spare) / result.budget.dense, result.summed / largest) if result.curve else None,
         reasons=result.dense_reasons,
         seconds=result.seconds,
         facts={key: value for key, value in facts.items() if value},

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import shlex
+import math
 import time
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import replace
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,14 +15,16 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from nmfx.cli import convert, latency, report, tables, work
-from nmfx.cli.console import advancing, heading, output, working
+from nmfx.cli.console import advancing, heading, hint, output, warn, working
 from nmfx.cli.processes import asked_to_stop, first_alone, processes
 from nmfx.errors import NmfxError, SearchError
 from nmfx.graph.site import Sites
 from nmfx.processes import rank, world
+from nmfx.recipe.written import is_state, remove_state
 from nmfx.scheme import Scheme
 from nmfx.search.budget import UNITS
-from nmfx.search.finder import SearchResult, conclude, find_scheme
+from nmfx.search.finder import MIXED, SearchResult, conclude, find_scheme
+from nmfx.search.problem import pose
 from nmfx.search.tables import Tables
 from nmfx.zoo.source import find_source
 
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
     from nmfx.search.domino_loop import DominoSearch
 
 DEMO = "demo:digits"
+DEFAULT = "0.875"  # the sparsity that is searched for, where it can be reached
 LOOP = {  # options of the published loop: the argument and its default
     "--no-eta": ("no_eta", False),
     "--lr": ("lr", 0.01),
@@ -46,7 +50,7 @@ def run(args: Namespace) -> None:
 
 def _run(args: Namespace, device: str) -> None:
     with first_alone():
-        found, out = _work(args), output()
+        found, out = _work(args).check(args), output()
     path = Path(args.out) if args.out else found.scheme_path
     if path.suffix not in (".yaml", ".yml"):
         raise NmfxError(f"--out {path}: expected a name that ends in .yaml (the published format goes to .txt beside it)")
@@ -58,6 +62,8 @@ def _run(args: Namespace, device: str) -> None:
     sites = found.sites(model)
     if start := found.start(sites):
         out.print(heading(f"starts from {found.start_path}: ", tables.start_line(start, sites)), soft_wrap=True)
+    if not (args.target or args.limit or timed or start):
+        args.target = _default_target(sites, method, _question(args, None))
     reached = None
     if timed:
         reached = _timed(args, found, model, sites, method, device)
@@ -75,10 +81,10 @@ def _run(args: Namespace, device: str) -> None:
         return
     written = work.save_scheme(scheme, path, result.sites, force=args.force)
     written += report.write(result, scheme, args.figure, args.html, force=args.force)
-    _checkpoint(path).unlink(missing_ok=True)
-    chosen = f" --scheme {shlex.quote(str(path))}" if args.out else ""
-    following = f"nmfx export {shlex.quote(str(found.path))}{chosen}"
-    out.print(f"wrote {', '.join(map(str, written))}; next: {following}", soft_wrap=True)
+    if is_state(_checkpoint(path)):
+        _checkpoint(path).unlink()
+    out.print(f"wrote {', '.join(map(str, written))}", soft_wrap=True)
+    hint(*convert.following(found, work.data_options(args) if args.data else (), str(path) if args.out else None))
 
 
 def _check_use(args: Namespace, method: str) -> None:
@@ -142,7 +148,8 @@ def _loop(args: Namespace, found: work.Work, model: nn.Module, sites: Sites, pat
     loader = train_loader(data, picture_config(model, data), batch_size=share, workers=args.workers, seed=args.seed)
     checkpoint, start = _checkpoint(path), time.perf_counter()
     if args.force and rank() == 0:
-        checkpoint.unlink(missing_ok=True)
+        for line in remove_state(checkpoint):
+            warn(line)
     if checkpoint.exists():
         output().print(f"going on with {checkpoint}; --force starts anew")
     with advancing(f"searching {found.model} on {data.name}") as advance, asked_to_stop() as stop:
@@ -190,14 +197,16 @@ def _question(args: Namespace, start: Scheme | None) -> dict[str, Any]:
         rules = [_pair(text if "=" in text else f"*={text}", "--min-density") for text in args.min_density]
         rules.sort(key=lambda rule: rule[0] == "*")  # the first match counts: what is said of all sites comes last
         least = {glob: _number(share, "--min-density") for glob, share in rules}
-    sizes = _numbers(args.m or str(max((pattern.m for pattern in (start or {}).values()), default=16)), "--m")
+    sizes = _numbers(
+        args.m if args.m is not None else str(max((pattern.m for pattern in (start or {}).values()), default=16)), "--m"
+    )
     return {
-        "target": args.target or "0.875",
+        "target": args.target or DEFAULT,
         "budget": args.budget or "params",
         "limits": dict(pairs) or None,
         "m": sizes[0] if len(sizes) == 1 else sizes,
         "candidates": _numbers(args.candidates, "--candidates") if args.candidates is not None else None,
-        "patterns": args.patterns.split(",") if args.patterns else None,
+        "patterns": args.patterns.split(",") if args.patterns is not None else None,
         "keep_dense": args.keep_dense,
         "min_density": least,
         "layout": args.layout,
@@ -206,8 +215,26 @@ def _question(args: Namespace, start: Scheme | None) -> dict[str, Any]:
     }
 
 
+def _default_target(sites: Sites, method: str, question: dict[str, Any]) -> str:
+    """0.875; where that is out of reach, what the densest pattern of each site comes to, which is said."""
+    free = {key: value for key, value in question.items() if key not in ("target", "limits")}
+    try:
+        problem = pose(sites, target=0.0, mixed=method in MIXED, **free)
+    except SearchError:
+        return DEFAULT  # and the search says what is wrong
+    dense, costs = problem.budget.dense, problem.costs
+    kept = sum(row[-2] if len(row) > 1 else row[-1] for row in costs)
+    if sum(map(min, costs)) <= dense * (1 - Fraction(DEFAULT)) or kept == dense:
+        return DEFAULT
+    target = f"{math.floor(10**6 * (1 - Fraction(kept, dense))) / 10**6:.6f}"
+    patterns = ", ".join(dict.fromkeys(str(options[-2]) for options in problem.options if len(options) > 1))
+    said = f" {target} of {problem.budget.kind}, {patterns} wherever it fits; {DEFAULT} is out of reach, --target says another"
+    output().print(heading("target:", said), soft_wrap=True)
+    return target
+
+
 def _wanted(args: Namespace) -> str:
-    return ", ".join(args.limit) or f"{args.target or 0.875} of {args.budget or 'params'}"
+    return ", ".join(args.limit) or f"{args.target or DEFAULT} of {args.budget or 'params'}"
 
 
 def _pair(text: str, option: str) -> tuple[str, str]:
@@ -228,7 +255,7 @@ def _work(args: Namespace) -> work.Work:
     """The work directory to search; converted first for --model, and for the demo network when there is none."""
     if args.model and args.work:
         raise NmfxError("give a work directory or --model, not both")
-    found = None if args.model else work.find_work(args.work)
+    found = None if args.model else work.find_work(args.work, "search")
     if found is not None:
         return found
     if args.model is None:
@@ -243,8 +270,9 @@ def _work(args: Namespace) -> work.Work:
         if there.model != wanted:
             raise NmfxError(f"{path} holds {there.model}, not {wanted}; use `nmfx convert {wanted} --out OTHER.nmfx`")
         return there
-    defaults = Namespace(weights="auto", pattern=None, scheme=None, input_size=None, classes=None, graph=False, force=False)
-    return convert.convert(name, path, defaults)
+    defaults: dict[str, Any] = {"weights": "auto", "weights_entry": None, "pattern": None, "scheme": None, "input_size": None}
+    defaults |= {"classes": None, "graph": False, "force": False, "strict_weights": args.strict_weights}
+    return convert.convert(name, path, Namespace(**defaults))
 
 
 def _numbers(text: str, option: str) -> list[int]:
@@ -260,18 +288,16 @@ def _show(result: SearchResult, scheme: Scheme, *, events: bool) -> None:
     if result.dense_reasons:
         out.print(tables.reasons_list(result.dense_reasons, "\ndense or with another M, whatever the budget"))
     if events:
-        out.print(heading("\nsteps"))
+        out.print(heading("\nsteps" if result.steps else "\nchoices, in network order"))
         for index, event in enumerate(result.events, 1):
             out.print(f"{index:>4}  {event.site}: {event.before} -> {event.after}  ({event.reason})", soft_wrap=True)
     out.print()
     out.print(tables.totals_table(result.totals))
     counts = tables.pattern_counts(scheme, result.sites)
     minimised = f" ({result.sensitivity})" if result.method == "knapsack" else ""
-    out.print(f"\n{result.method}{minimised}: {counts}; {len(result.events)} steps in {result.seconds:.2f} s")
+    took = f"{len(result.steps)} steps in" if result.steps else "decided in"
+    out.print(f"\n{result.method}{minimised}: {counts}; {took} {result.seconds:.2f} s", soft_wrap=True)
     for budget, left in zip(result.budgets, result.lefts, strict=True):
         share = f"{left / budget.dense:.4%} of dense"
         out.print(f"budget: {budget.limit:,} {UNITS[budget.kind]}, {left:,} left ({share}), no step fits in them")
-    gap = f"{result.loss / result.optimum - 1:.1%} above" if result.optimum else "equal to"
-    gap = "equal to" if result.loss <= result.optimum * (1 + 1e-12) else gap
-    least = "the exact optimum" if len(result.budgets) == 1 else "the least found"
-    out.print(f"squared weight error: {result.loss:.4%} of all, {gap} {least} at this budget ({result.optimum:.4%})")
+    out.print(f"squared weight error: {result.comparison}")

@@ -9,30 +9,44 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterable, Mapping
+import re
+import shlex
+from argparse import Namespace
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import yaml
 from torch import nn
 
-from nmfx import text
+from nmfx import parsing, text
 from nmfx.cli.console import warn
 from nmfx.errors import NmfxError
+from nmfx.export.checkpoint import read_checkpoint
 from nmfx.export.plain import save_baked
-from nmfx.files import draft_beside
+from nmfx.files import remove_dead_drafts, replace_folder
 from nmfx.graph.census import find_sites
 from nmfx.graph.site import Sites
+from nmfx.recipe.tuned import TUNED
+from nmfx.recipe.written import check_folders, set_aside, strangers
 from nmfx.scheme import Scheme
-from nmfx.zoo.building import Built, build_random, load_weights
+from nmfx.zoo.arguments import is_picture, parse_kwargs
+from nmfx.zoo.building import Built, load_stored
 from nmfx.zoo.example import Example, example_for
 from nmfx.zoo.source import SOURCE, Source, find_source
 
 VERSION = 1
+HUBS = ("timm/", "torchvision/", "hf-hub:", "hf_hub:")  # names of models that look like paths
+FILES = (".nmfx", ".safetensors", ".yaml", ".yml", ".txt", ".pth", ".pt", ".bin", ".ckpt", ".tar")  # no model is called so
+EXPORTS = (".safetensors", ".baked.safetensors", ".onnx")
+OURS = {
+    *("work.yaml", "weights.safetensors", "start.yaml", "scheme.yaml", "scheme.txt", "scheme.search.safetensors"),
+    *(f"finetune/{name}" for name in ("last.safetensors", "best.safetensors", "log.csv", *TUNED.values())),
+    *("recalibrated/model.safetensors", "export/scheme.yaml", "export/scheme.txt", "evaluation.json"),
+    *(f"stages/{name}.json" for name in ("build", "search", "finetune", "export", "evaluate", "written")),
+}  # what may lie in a work directory
 KEYS = ("nmfx", "version", "model", "kwargs", "weights", "note", "input_size")
 
 
@@ -67,6 +81,11 @@ class Work:
         """Where the fine-tuned network is or will be."""
         return self.path / "finetune" / "model.safetensors"
 
+    @property
+    def recalibrated_path(self) -> Path:
+        """Where the masked network with matched batch norms is or will be."""
+        return self.path / "recalibrated" / "model.safetensors"
+
     def start(self, sites: Sites) -> Scheme | None:
         """The scheme that the weights are under already; None for dense ones."""
         return Scheme.load(self.start_path, sites) if self.start_path.is_file() else None
@@ -74,15 +93,61 @@ class Work:
     def warn(self) -> None:
         """Repeat what every stage must repeat."""
         if self.weights == "random":
-            because = f" ({self.note})" if self.note else ""
-            warn(f"{self.model} has random weights{because}: anything found reflects shapes only", red=True)
+            warn(f"{self.random}: anything found reflects shapes only", red=True)
+
+    def check(self, args: Namespace) -> Work:
+        """Itself; raises NmfxError for random weights where they are an error."""
+        if self.weights == "random":
+            check_random(args, self.random)
+        return self
+
+    @property
+    def random(self) -> str:
+        """What to say of random weights."""
+        return random_weights(self.model, self.note)
+
+    def scheme(self, sites: Sites, other: str | None = None) -> Scheme:
+        """Its scheme, or that of another file.
+
+        Raises:
+            NmfxError: it has none yet, or the file is not there or does not fit.
+        """
+        if other is None and not self.scheme_path.is_file():
+            raise NmfxError(f"{self.path} has no scheme yet; run `{self.command('search')}`, or give --scheme FILE")
+        return Scheme.load(other or self.scheme_path, sites)
+
+    def command(self, name: str, *options: str, scheme: str | None = None) -> str:
+        """A command on this directory, as it can be typed."""
+        named = ["--scheme", scheme] if scheme else []
+        return shlex.join(["nmfx", name, str(self.path), *options, *named])
+
+    def finished(self, scheme: Scheme, epoch: str = "best") -> Path | None:
+        """The fine-tuned network, or else the recalibrated one, if it is under `scheme`; says if there is one that is not.
+
+        Args:
+            epoch: which of the fine-tuned network's: ``best`` or ``last``.
+
+        Raises:
+            NmfxError: the last epoch is wanted, and none is there.
+        """
+        tuned = self.tuned_path.with_name(TUNED[epoch])
+        if epoch == "last" and not tuned.is_file():
+            raise NmfxError(f"{tuned}: no last epoch there; `nmfx finetune` writes it")
+        for path, how in ((tuned, "trained"), (self.recalibrated_path, "recalibrated")):
+            if path.is_file():
+                if read_checkpoint(path)[0].scheme.patterns == scheme.patterns:
+                    return path
+                warn(f"{path} was {how} under another scheme: it is left out")
+        return None
+
+    def build_meta(self) -> nn.Module:
+        """The model without weights or memory, built with its arguments."""
+        return self.source.build_meta()
 
     def load(self) -> nn.Module:
         """The dense model."""
-        model = build_random(self.source)
-        if self.weights != "random":
-            load_weights(model, self.path / "weights.safetensors")
-        return model
+        weights = None if self.weights == "random" else self.path / "weights.safetensors"
+        return load_stored(self.source, weights, self.path / "work.yaml")
 
     def example(self, model: nn.Module) -> Example:
         """The input that the work directory was made with."""
@@ -91,6 +156,23 @@ class Work:
     def sites(self, model: nn.Module) -> Sites:
         """The model's sites."""
         return find_sites(model, self.example(model))
+
+
+def random_weights(model: str, note: str = "") -> str:
+    """What to say of a model with random weights."""
+    return f"{model} has random weights{f' ({note})' if note else ''}"
+
+
+def check_random(args: Namespace, said: str) -> None:
+    """Raise where random weights are an error: by --strict-weights, or NMFX_STRICT_WEIGHTS in the environment."""
+    if getattr(args, "strict_weights", False) or os.environ.get("NMFX_STRICT_WEIGHTS", "0") not in ("", "0"):
+        raise NmfxError(f"{said}, and --strict-weights forbids them; give --weights FILE to nmfx convert")
+
+
+def data_options(args: Namespace) -> tuple[str, ...]:
+    """The options that say which pictures, for a command that looks at the same ones."""
+    root = ("--data-root", args.data_root) if args.data_root else ()
+    return ("--data", args.data, *root)
 
 
 def example_of(model: nn.Module, input_size: tuple[int, ...] | None) -> Example:
@@ -121,10 +203,12 @@ def parse_size(size: str | None) -> tuple[int, ...] | None:
     if size is None:
         return None
     parts = size.lower().replace(",", "x").split("x")
-    if not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts) or len(parts) > 5:
-        raise NmfxError(f"--input-size {size}: expected the input without its batch, as in 3x224x224")
-    numbers = tuple(map(int, parts))
-    return (3, *numbers, *numbers) if len(numbers) == 1 else numbers
+    if all(re.fullmatch(r"0*[1-9][0-9]{0,5}", part) for part in parts) and len(parts) <= 5:
+        numbers = tuple(map(int, parts))
+        numbers = (3, *numbers, *numbers) if len(numbers) == 1 else numbers
+        if is_picture(numbers):
+            return numbers
+    raise NmfxError(f"--input-size {size[:40]}: expected the input without its batch, as in 3x224x224")
 
 
 def directory_for(model: str) -> Path:
@@ -149,6 +233,7 @@ def create(
     """
     check_absent(path, force=force)
     source = getattr(built.model, SOURCE, built.source)
+    parse_kwargs(source.kwargs, f"{path}: {source}", NmfxError)  # or it could not be read again
     work = Work(path, str(source), built.weights, built.note, input_size, source.kwargs)
 
     def write(folder: Path) -> None:
@@ -164,7 +249,7 @@ def create(
         if scheme is not None:
             save_scheme(scheme, folder / "scheme.yaml", sites)
 
-    _replace_directory(path, write)
+    replace_folder(path, write)
     return work
 
 
@@ -174,23 +259,20 @@ def check_absent(path: Path, *, force: bool) -> None:
         raise NmfxError(f"{path} exists and is no work directory of nmfx; choose another name with --out")
     if path.exists() and not force:
         raise NmfxError(f"{path} exists already; give --force to replace it, or --out for another name")
+    if path.exists():
+        _check_replaceable(path)
 
 
-def _replace_directory(path: Path, write: Callable[[Path], None]) -> None:
-    folder = draft_beside(path)
+def _check_replaceable(path: Path) -> None:
+    """Raise if a work directory that is to be replaced holds a user's own files; the names that nmfx gives are --force's."""
     try:
-        write(folder)
-        folder.chmod(0o755)
-        old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent)) / "old" if path.exists() else None
-        if old is not None:
-            path.rename(old)
-        os.replace(folder, path)
-        if old is not None:
-            shutil.rmtree(old.parent, ignore_errors=True)
-    except OSError as error:
-        raise NmfxError(f"{path}: cannot be written: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        name = open_work(path).model.partition(":")[2]
+    except NmfxError:  # damaged: --force is for that, too
+        name = path.name.removesuffix(".nmfx")
+    others = strangers(path, {*OURS, *(f"export/{name}{ending}" for ending in EXPORTS)})
+    if others:
+        shown = ", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
+        raise NmfxError(f"{path} would be replaced, but nmfx did not write {shown} in it: move what you need, or give --out")
 
 
 def save_scheme(scheme: Scheme, path: Path, sites: Sites, *, force: bool = True) -> list[Path]:
@@ -201,7 +283,8 @@ def save_scheme(scheme: Scheme, path: Path, sites: Sites, *, force: bool = True)
     try:
         scheme.save(published, sites, force=force)
     except NmfxError as error:
-        published.unlink(missing_ok=True)  # it would contradict the scheme beside it
+        for line in set_aside(published):  # it would contradict the scheme beside it
+            warn(line)
         warn(f"no {published.name}: {error}")
         return [path]
     return [path, published]
@@ -214,44 +297,93 @@ def check_free(paths: Iterable[Path], *, force: bool) -> None:
             raise NmfxError(f"{path} exists already; give --force to overwrite it, or --out for another name")
 
 
+class _WorkForm(parsing.Form, frozen=True):
+    """work.yaml below its first two lines; `kwargs` are JSON."""
+
+    model: parsing.Text
+    weights: Literal["pretrained", "random", "file"]
+    kwargs: str = "{}"
+    note: str = ""
+    input_size: parsing.Text = ""
+
+
 def open_work(path: Path) -> Work:
     """Read a work directory.
 
     Raises:
-        NmfxError: it is none.
+        NmfxError: it is none, or leads elsewhere by a link in it.
     """
-    try:
-        content = (path / "work.yaml").read_text(encoding="utf-8")
-    except OSError:
-        raise NmfxError(f"{path}: not a work directory (it has no work.yaml); make one with `nmfx convert MODEL`") from None
-    except UnicodeDecodeError as error:
-        raise NmfxError(f"{path / 'work.yaml'}: not written by nmfx convert: {error}") from None
-    tree: dict[str, Any] = text.load_yaml(content, str(path / "work.yaml"), NmfxError)
-    text.check_keys(tree, KEYS, str(path / "work.yaml"), NmfxError)
+    check_folders(path, ("export", "finetune", "recalibrated"))
+    file = path / "work.yaml"
+    for folder in (path.parent, path):
+        remove_dead_drafts(folder)
+    if not file.is_file():
+        raise NmfxError(f"{path}: not a work directory (it has no work.yaml); make one with `nmfx convert MODEL`")
+    tree = parsing.yaml_tree(parsing.read_text(file, "what nmfx convert writes"), str(file))
+    text.check_keys(tree, KEYS, str(file), NmfxError)
     if tree.get("nmfx") != "work" or "model" not in tree or "weights" not in tree:
-        raise NmfxError(f"{path / 'work.yaml'}: not written by nmfx convert")
+        raise NmfxError(f"{file}: not written by nmfx convert")
     if (version := tree.get("version")) != str(VERSION):
-        raise NmfxError(f"{path / 'work.yaml'}: version {version}, this nmfx reads version {VERSION}; convert the model anew")
+        said = parsing.printable(str(version), 20)
+        raise NmfxError(f"{file}: version {said}, this nmfx reads version {VERSION}; convert the model anew")
+    form = parsing.convert({key: tree[key] for key in tree if key not in ("nmfx", "version")}, _WorkForm, str(file))
+    kwargs = parse_kwargs(parsing.json_tree(form.kwargs, f"{file}: kwargs"), str(file), NmfxError)
     try:
-        kwargs = json.loads(tree.get("kwargs", "{}"))
-    except ValueError as error:
-        raise NmfxError(f"{path / 'work.yaml'}: kwargs are not JSON: {error}") from None
-    size = parse_size(tree.get("input_size") or None)
-    return Work(path, tree["model"], tree["weights"], tree.get("note", ""), size, kwargs)
+        find_source(form.model)
+        size = parse_size(form.input_size or None)
+    except NmfxError as error:
+        raise NmfxError(f"{file}: {str(error).replace('--input-size', 'input_size')}") from error
+    return Work(path, form.model, form.weights, form.note, size, kwargs)
 
 
-def find_work(named: str | None) -> Work | None:
+def find_work(named: str | None, command: str = "search") -> Work | None:
     """The work directory named, or the only one in the current folder; None when there is none.
 
     Raises:
-        NmfxError: there are several.
+        NmfxError: there are several, or what is named is none; the message says what to do, by an example of `command`.
     """
     if named is not None:
-        return open_work(Path(named))
+        path = Path(named)
+        remove_dead_drafts(path.parent)  # of a conversion that was killed, which may have taken `path` away
+        if not path.is_dir():
+            near = [str(other) for other in (Path(f"{named}.nmfx"), path.parent) if (other / "work.yaml").is_file()]
+            hint = f"did you mean {near[0]}?" if near else f"make one with `nmfx convert {'MODEL' if path.exists() else named}`"
+            why = "it is a file" if path.exists() else "there is no such folder"
+            raise NmfxError(f"{path}: not a work directory, {why}; {hint}")
+        return open_work(path)
     if Path("work.yaml").is_file():
         return open_work(Path("."))
     found = sorted(entry.parent for entry in Path(".").glob("*.nmfx/work.yaml"))
     if len(found) > 1:
         names = ", ".join(map(str, found))
-        raise NmfxError(f"several work directories here: {names}; name one, as in `nmfx search {found[0]}`")
+        raise NmfxError(f"several work directories here: {names}; name one, as in `nmfx {command} {found[0]}`")
     return open_work(found[0]) if found else None
+
+
+def need_work(named: str | None, command: str) -> Work:
+    """The same, where there has to be one."""
+    if (found := find_work(named, command)) is None:
+        raise NmfxError("no work directory here; make one with `nmfx convert MODEL`, then `nmfx search`")
+    return found
+
+
+def asked(named: str | None, command: str) -> str:
+    """What a command is to look at: what is named, a path that is there or a model's name, or the work directory here.
+
+    Raises:
+        NmfxError: there is nothing here, or what is named looks like a path and is not there.
+    """
+    if named is not None:
+        path, hub = Path(named), named.startswith(HUBS)
+        if not path.exists() and not hub and (len(path.parts) > 1 or path.suffix in FILES):
+            raise NmfxError(f"{path}: no such file or directory")
+        return named
+    if (found := find_work(None, command)) is None:
+        raise NmfxError(f"no work directory here; name a file, folder or model, as in `nmfx {command} resnet50`")
+    return str(found.path)
+
+
+def around(path: Path) -> Work | None:
+    """The work directory that a file lies in, as its scheme and its exports do; None when it lies elsewhere."""
+    folder = next((folder for folder in list(path.absolute().parents)[:2] if (folder / "work.yaml").is_file()), None)
+    return open_work(folder) if folder is not None else None

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gzip
+import math
 import os
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from nmfx.errors import DataError
 
 Opened = tuple[ArrayPictures, ArrayPictures, tuple[str, ...]]
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
+MOST = 1 << 30  # bytes of a set: twenty times Fashion-MNIST's
 FASHION = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 
 
@@ -61,13 +64,14 @@ def _idx_file(folder: Path, part: str, kind: str) -> Path | None:
 def _read_idx(file: Path) -> Tensor:
     """The bytes of an idx file: two zeros, 8 for bytes, the number of dimensions, each as 4 bytes, then the values."""
     try:
-        content = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
-        rank = content[3]
-        shape = np.frombuffer(content, ">u4", rank, offset=4).tolist()
-        if content[:3] != b"\0\0\x08":
-            raise ValueError("not a file of bytes in idx form")
-        return torch.from_numpy(np.frombuffer(content, np.uint8, offset=4 + 4 * rank).reshape(shape).copy())
-    except (OSError, ValueError, EOFError, IndexError) as error:
+        with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as opened:
+            start = opened.read(4)
+            shape = np.frombuffer(opened.read(4 * start[3]), ">u4").tolist()
+            if start[:3] != b"\0\0\x08" or len(shape) != start[3] or math.prod(shape) > MOST:
+                raise ValueError("not a file of bytes in idx form, or larger than any data set of its kind")
+            content = opened.read(math.prod(shape) + 1)
+        return torch.from_numpy(np.frombuffer(content, np.uint8).reshape(shape).copy())
+    except (OSError, ValueError, EOFError, IndexError, zlib.error) as error:
         raise DataError(f"{file}: the idx file cannot be read: {error}") from error
 
 

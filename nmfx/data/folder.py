@@ -6,12 +6,10 @@ import hashlib
 import os
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
 
 import torch
-from timm.data import create_dataset
-from timm.data.readers.img_extensions import get_img_extensions
 
+from nmfx.data.listing import FolderSource, find_pictures, is_picture, natural_order, subfolders
 from nmfx.data.pictures import FilePictures
 from nmfx.errors import DataError
 
@@ -19,15 +17,18 @@ TRAIN = ("train", "training")
 VALIDATION = ("validation", "val", "valid", "eval", "evaluation")
 LAYOUT = "expected DIR/train/CLASS/*.jpg and DIR/val/CLASS/*.jpg, or DIR/CLASS/*.jpg"
 
+Opened = tuple[tuple[FilePictures, FilePictures], tuple[str, ...], str]
 
-def open_folder(
-    folder: Path, train_split: str, val_split: str, held_back: float
-) -> tuple[tuple[FilePictures, FilePictures], tuple[str, ...], str]:
+
+def open_folder(folder: Path, train_split: str, val_split: str, held_back: float) -> Opened:
     """The training and validation pictures of an image folder, its class names, and a note.
+
+    A picture's class is the folder below the part's, however deep it lies in it. Hidden files and folders are left out, links
+    are followed, and each real folder is read once: a second way to it is left out, and the note says so.
 
     Raises:
         DataError: no such folder, no pictures, no class folders, an empty class folder, one part of two, or a class that is
-            in the validation part only.
+            in the validation part only; something that is called like a picture and cannot be one.
     """
     if not folder.is_dir():
         raise DataError(f"{folder}: {'not a folder' if folder.exists() else 'no such folder'}; {LAYOUT}")
@@ -38,60 +39,54 @@ def open_folder(
     if train is None or validation is None:
         missing = train_split if train is None else val_split
         raise DataError(f"{folder}: has {(train or validation or folder).name}/ but no {missing}/; {LAYOUT}")
-    source = _open_classes(train)
-    names: dict[str, int] = source.reader.class_to_idx
-    checked = _open_classes(validation, names)
-    parts = (FilePictures(source, labels=_labels(source)), FilePictures(checked, labels=_labels(checked)))
-    absent = len(names) - len(torch.unique(_labels(checked)))
-    note = f"{absent} of {len(names)} classes have no validation picture" if absent else ""
-    return parts, tuple(names), note
+    (source, *checked), notes = _open_parts([train] if os.path.samefile(train, validation) else [train, validation])
+    parts = (_pictures(source), _pictures(checked[0] if checked else source))
+    absent = len(source.classes) - len(torch.unique(parts[1].labels))
+    notes += [f"{absent} of {len(source.classes)} classes have no validation picture"] if absent else []
+    return parts, source.classes, "; ".join(notes)
+
+
+def _pictures(source: FolderSource) -> FilePictures:
+    return FilePictures(source, labels=source.labels())
 
 
 def _find(folder: Path, names: tuple[str, ...]) -> Path | None:
     """The first of the named subfolders that itself holds folders (a class may be called train, too)."""
-    return next((folder / name for name in names if (folder / name).is_dir() and _subfolders(folder / name)), None)
+    return next((folder / name for name in names if (folder / name).is_dir() and subfolders(folder / name)), None)
 
 
-def _subfolders(folder: Path) -> list[Path]:
-    return sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-
-
-def _open_classes(folder: Path, known: dict[str, int] | None = None) -> Any:
-    """timm's data set of a folder of class folders, with the labels of `known` if given."""
-    classes = _subfolders(folder)
-    if not classes:
-        found = (
-            "pictures, but no class folders" if any(map(_is_picture, folder.iterdir())) else "nothing to train on: it is empty"
-        )
-        raise DataError(f"{folder}: holds {found}; {LAYOUT}")
-    if stray := next((entry for entry in sorted(folder.iterdir()) if entry.is_file() and _is_picture(entry)), None):
-        raise DataError(f"{stray}: a picture outside the class folders has no label; move or remove it")
-    for entry in classes:  # an empty class would shift the labels of all after it
-        if not any(_is_picture(Path(file)) for _, _, files in os.walk(entry, followlinks=True) for file in files):
-            raise DataError(f"{entry}: holds no pictures ({', '.join(sorted(get_img_extensions()))}); fill or remove it")
-    dataset = create_dataset("", root=str(folder), search_split=False)
-    names = dataset.reader.class_to_idx
-    if hidden := next((name for name in names if name.startswith(".")), None):
-        raise DataError(f"{folder}: timm would take the hidden folder {hidden} for a class; remove it")
-    if known is not None:  # timm would leave unknown classes out, and number the rest anew
-        if unknown := next((name for name in names if name not in known), None):
-            raise DataError(f"{folder / unknown}: this class has no training pictures; known: {len(known)} other classes")
-        return create_dataset("", root=str(folder), search_split=False, class_map=known)
+def _open_parts(roots: list[Path]) -> tuple[list[FolderSource], list[str]]:
+    """The pictures of each part, labelled by the class folders of the first, and what there is to note."""
+    folders = [_class_folders(root) for root in roots]
+    names = [path.name for path in folders[0]]
     if len(names) < 2:
-        split = f" (are {classes[0].name}'s subfolders the classes?)" if _subfolders(classes[0]) else ""
-        raise DataError(f"{folder}: only one class, {classes[0].name}{split}; {LAYOUT}")
-    return dataset
+        split = f" (are {names[0]}'s subfolders the classes?)" if subfolders(folders[0][0]) else ""
+        raise DataError(f"{roots[0]}: only one class, {names[0]}{split}; {LAYOUT}")
+    for path in (path for part in folders[1:] for path in part):
+        if path.name not in names:
+            raise DataError(f"{path}: this class has no training pictures; known: {len(names)} other classes")
+    found, again = find_pictures(roots, [path for part in folders for path in part])
+    more = f" and {len(again) - 1} more" if len(again) > 1 else ""
+    notes = [f"{again[0]}{more}: read already, left out"] if again else []
+    sources = []
+    for root, part in zip(roots, folders):
+        files = [(file, names.index(path.name)) for path in part for file in found[path]]
+        sources.append(FolderSource(root, tuple(names), tuple(sorted(files, key=lambda one: natural_order(one[0])))))
+    return sources, notes
 
 
-def _is_picture(file: Path) -> bool:
-    return file.suffix.lower() in get_img_extensions(as_set=True)
+def _class_folders(root: Path) -> list[Path]:
+    classes = subfolders(root)
+    if not classes:
+        pictures = any(is_picture(entry.name) for entry in root.iterdir())
+        found = "pictures, but no class folders" if pictures else "nothing to train on: it is empty"
+        raise DataError(f"{root}: holds {found}; {LAYOUT}")
+    if stray := next((entry for entry in sorted(root.iterdir()) if is_picture(entry.name) and not entry.is_dir()), None):
+        raise DataError(f"{stray}: a picture outside the class folders has no label; move or remove it")
+    return sorted(classes, key=lambda path: natural_order(path.name))
 
 
-def _labels(dataset: Any) -> torch.Tensor:
-    return torch.tensor([label for _, label in dataset.reader.samples], dtype=torch.int64)
-
-
-def _hold_back(folder: Path, share: float) -> tuple[tuple[FilePictures, FilePictures], tuple[str, ...], str]:
+def _hold_back(folder: Path, share: float) -> Opened:
     """Split `share` of every class off for validation, at least one picture.
 
     The pictures are chosen by a hash of their path within the folder: the same ones on every machine and in every run, and
@@ -99,22 +94,19 @@ def _hold_back(folder: Path, share: float) -> tuple[tuple[FilePictures, FilePict
     """
     if not 0 < share < 1:
         raise DataError(f"held_back is {share}; expected a share between 0 and 1")
-    names = {entry.name for entry in _subfolders(folder)}
+    names = {entry.name for entry in subfolders(folder)}
     if names and names <= {*TRAIN, *VALIDATION}:
         raise DataError(f"{folder}: {', '.join(sorted(names))} hold no class folders; {LAYOUT}")
-    dataset = _open_classes(folder)
-    labels, members = _labels(dataset), defaultdict(list)
+    (source,), notes = _open_parts([folder])
+    labels, members = source.labels(), defaultdict(list)
     for index, label in enumerate(labels.tolist()):
-        key = Path(dataset.filename(index)).as_posix()
-        members[label].append((hashlib.sha256(key.encode()).hexdigest(), index))
+        key = Path(source.filename(index)).as_posix().encode("utf-8", "surrogateescape")
+        members[label].append((hashlib.sha256(key).hexdigest(), index))
     few = next((label for label, entries in members.items() if len(entries) < 2), None)
-    classes = dataset.reader.class_to_idx
     if few is not None:
-        raise DataError(f"{folder / list(classes)[few]}: one picture cannot be both for training and for validation; add some")
+        raise DataError(f"{folder / source.classes[few]}: one picture cannot be both for training and for validation; add some")
     held = sorted(i for entries in members.values() for _, i in sorted(entries)[: max(1, round(share * len(entries)))])
     kept = sorted(set(range(len(labels))) - set(held))
-    note = (
-        f"no train and validation folders: {len(held)} of {len(labels)} pictures held back for validation, always the same ones"
-    )
-    parts = (FilePictures(dataset, kept, labels[kept]), FilePictures(dataset, held, labels[held]))
-    return parts, tuple(classes), note
+    split = f"no train and validation folders: {len(held)} of {len(labels)} pictures held back for validation, always the same"
+    parts = (FilePictures(source, kept, labels[kept]), FilePictures(source, held, labels[held]))
+    return parts, source.classes, "; ".join([split, *notes])

@@ -10,9 +10,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from nmfx.data.decoding import decode, to_mode
 from nmfx.errors import DataError
-
-BROKEN = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)  # what PIL raises for bad files
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,7 @@ class FilePictures:
         return len(self.source) if self.indices is None else len(self.indices)
 
     def read(self, index: int, mode: str) -> tuple[Image.Image, int]:
-        """One picture in PIL's `mode` (``RGB`` or ``L``) and its label.
+        """One picture in PIL's `mode` (``RGB`` or ``L``), as `decode` reads it, and its label.
 
         timm's ImageDataset answers a broken file with the next picture, so its reader is asked directly.
 
@@ -43,16 +42,16 @@ class FilePictures:
         try:
             picture, label = (getattr(self.source, "reader", None) or self.source)[index]
             if isinstance(picture, Image.Image):
-                return picture.convert(mode), int(label)
+                return to_mode(picture, mode), int(label)
             with picture:
-                return Image.open(picture).convert(mode), int(label)
-        except BROKEN as error:
-            reason = " ".join(str(getattr(error, "strerror", None) or error).split())
+                return decode(picture, mode), int(label)
+        except Exception as error:  # damaged files raise nearly anything
+            reason = " ".join(str(getattr(error, "strerror", None) or error).split()) or type(error).__name__
             raise DataError(f"{self.name(index)}: the picture cannot be read: {reason}; repair or remove it") from error
 
     def name(self, index: int) -> str:
         """The file of the source's picture `index`, or its number."""
-        if samples := getattr(self.source, "samples", None):  # torchvision's folders
+        if samples := getattr(self.source, "samples", None):  # ours and torchvision's folders
             return str(samples[index][0])
         try:
             return str(self.source.filename(index, absolute=True))

@@ -75,18 +75,28 @@ def open_data(
     Raises:
         DataError: nothing of that name (with the nearest one), or what is there cannot be used.
     """
+    try:
+        return _open(name, Path(root) if root else None, (train_split, val_split), held_back, download)
+    except OSError as error:  # a name too long for the disk, a folder that may not be read
+        raise DataError(f"{error.filename or name}: cannot be opened: {error.strerror or error}") from error
+
+
+def _open(name: str, root: Path | None, splits: tuple[str, str], held_back: float, download: bool) -> Data:
     if name in BUILTIN:
-        train, validation, names = BUILTIN[name](Path(root) if root else None)
+        train, validation, names = BUILTIN[name](root)
         return _data(name, train, validation, names)
     prefix, slash, rest = name.partition("/")
-    folder = Path(name).expanduser()
+    try:
+        folder = Path(name).expanduser()
+    except RuntimeError as error:
+        raise DataError(f"{name}: {error}") from error
     if slash and prefix.lower() in TIMM and not folder.exists():
-        return _open_timm(prefix.lower(), rest, root, (train_split, val_split), download)
+        return _open_timm(prefix.lower(), rest, root, splits, download)
     if not folder.exists() and not slash and "\\" not in name and not name.startswith((".", "~")):
         known = [*BUILTIN, *(f"torch/{entry}" for entry in TORCHVISION)]
         near = nearest(f"torch/{name}" if name in TORCHVISION else name, known)
         raise DataError(f"no data set or folder is called {name!r}{near}; known: {', '.join(known)}, or an image folder")
-    parts, names, note = open_folder(folder, train_split, val_split, held_back)
+    parts, names, note = open_folder(folder, *splits, held_back)
     return _data(name, *parts, names, note)
 
 
@@ -105,7 +115,7 @@ def _data(name: str, train: Pictures, validation: Pictures, names: tuple[str, ..
     return Data(name, len(names) or (0 if labels is None else int(labels.max()) + 1), names, train, validation, note=note)
 
 
-def _open_timm(prefix: str, rest: str, root: str | Path | None, splits: tuple[str, str], download: bool) -> Data:
+def _open_timm(prefix: str, rest: str, root: Path | None, splits: tuple[str, str], download: bool) -> Data:
     name = f"{prefix}/{rest}"
     if prefix == "torch" and rest.lower() not in TORCHVISION:
         raise DataError(

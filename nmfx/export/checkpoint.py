@@ -2,35 +2,62 @@
 
 Layout: ``NAME:values`` (1-D, the weight's dtype) and ``NAME:positions`` (uint8) for each sparse site, every other entry of the
 state dict under its own name. The header's ``nmfx`` entry is JSON: where the model came from, each site's pattern, rows and
-shape, names that share memory, and a SHA-256 over all of it. Nothing is pickled.
+shape, names that share memory, and a SHA-256 over all of it. Nothing is pickled, and a model that is loaded into changes only
+after everything has been read, checked and tried.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Set
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, Literal, cast
 
+import msgspec
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from msgspec import Meta
 from torch import Tensor, nn
 
-from nmfx.errors import CheckpointError, ModelError
-from nmfx.files import write_atomic
-from nmfx.graph.masked import STATES, MaskedSite, mask_attribute, masked_sites, renew, unmask
+from nmfx import parsing
+from nmfx.errors import CheckpointError, ModelError, NmfxError
+from nmfx.graph.masked import GIVEN, STATES, MaskedSite, mask_attribute, masked_sites, renew, throw_away_copy, unmask
 from nmfx.graph.reading import MaskSpec, mask_name
+from nmfx.parsing import Form, Size, Text
 from nmfx.scheme import Scheme
+from nmfx.sealed import Tensors, read_sealed, write_sealed
 from nmfx.sparsity.layout import Grouping
 from nmfx.sparsity.packing import pack, unpack
 from nmfx.sparsity.pattern import Pattern
-from nmfx.zoo.building import check_state, load_state
+from nmfx.zoo.arguments import parse_kwargs
+from nmfx.zoo.building import build_stored, check_state, load_state
 from nmfx.zoo.source import Source, identify
 
 VERSION = 1
+Decay = Annotated[float, Meta(ge=0, le=1e6)]  # SR-STE's factor: 2e-4 and the like
+
+
+@dataclass(frozen=True)
+class PackedSite:
+    """A sparse weight of a checkpoint: how it is cut into groups, and how its mask trains (see `MaskSpec`)."""
+
+    pattern: Pattern
+    rows: tuple[int, int, int]
+    flat: bool
+    shape: tuple[int, ...]
+    decay: float | None
+    frozen: bool
+    derived: bool = False
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """What is stored of it under ``NAME:``; a derived one is stored as it is, all of it counts (see `MaskSpec`)."""
+        return ("values", "positions") if not self.derived else ("mask",) if self.frozen else ()
+
+    @property
+    def grouping(self) -> Grouping:
+        """Its groups."""
+        return Grouping(self.rows, self.pattern.m, self.flat)
 
 
 @dataclass(frozen=True)
@@ -39,22 +66,60 @@ class Header:
 
     source: Source | None
     model: str
-    sites: dict[str, dict[str, Any]]
-    aliases: dict[str, str]
-    info: dict[str, str]
+    sites: Mapping[str, PackedSite]
+    aliases: Mapping[str, str]
+    info: Mapping[str, str]
 
     @property
     def scheme(self) -> Scheme:
         """The scheme the weights were packed with."""
-        flat = any(site["flat"] for site in self.sites.values())
-        short = any(not site["flat"] and site["rows"][1] % Pattern(site["pattern"]).m for site in self.sites.values())
-        patterns = {name: Pattern(site["pattern"]) for name, site in self.sites.items() if name not in self.aliases}
+        flat = any(site.flat for site in self.sites.values())
+        short = any(not site.flat and site.rows[1] % site.pattern.m for site in self.sites.values())
+        patterns = {name: site.pattern for name, site in self.sites.items() if name not in self.aliases}
         return Scheme(patterns, "flat" if flat else "strict", short, info=self.info)
 
     def grouping(self, name: str) -> Grouping:
         """Groups of a packed site."""
-        site = self.sites[name]
-        return Grouping(tuple(site["rows"]), Pattern(site["pattern"]).m, site["flat"])
+        return self.sites[name].grouping
+
+
+class _SourceForm(Form, frozen=True):
+    library: Literal["torchvision", "timm", "demo"]
+    name: Annotated[str, Meta(pattern=r"\A[\w.-]{1,200}\Z")]  # of a registry: no colon, no slash
+    kwargs: dict[str, Any]
+
+
+class _SiteForm(Form, frozen=True):
+    pattern: str
+    rows: tuple[Size, Size, Size]
+    flat: bool
+    shape: Annotated[tuple[Size, ...], Meta(min_length=1, max_length=8)]
+    decay: Decay | None
+    frozen: bool
+    derived: bool = False
+
+    def site(self, where: str) -> PackedSite:
+        """As a value.
+
+        Raises:
+            CheckpointError: the pattern is none, or rows and shape differ in size.
+        """
+        try:
+            pattern = Pattern(self.pattern)
+        except NmfxError as error:
+            raise CheckpointError(f"{where}: pattern: {parsing.printable(str(error))}") from error
+        if math.prod(self.rows) != math.prod(self.shape):
+            raise CheckpointError(f"{where}: shape {self.shape} does not fit rows {self.rows}")
+        return PackedSite(pattern, self.rows, self.flat, self.shape, self.decay, self.frozen, self.derived)
+
+
+class _HeaderForm(Form, frozen=True):
+    version: int
+    source: _SourceForm | None
+    model: Text
+    sites: dict[str, Any]
+    aliases: dict[str, str]
+    info: dict[str, Text]
 
 
 def save_checkpoint(model: nn.Module, path: str | Path, *, info: Mapping[str, str] | None = None, force: bool = True) -> Header:
@@ -72,26 +137,42 @@ def save_checkpoint(model: nn.Module, path: str | Path, *, info: Mapping[str, st
     """
     renew(model)
     packed = {f"{site.path}.{site.attr}".lstrip("."): site for site in masked_sites(model)}
-    tensors, aliases = _unpacked(model, packed)  # first, as it refuses what cannot be saved
+    whole = {name for name, site in packed.items() if site.spec.derived}  # all of the weight is standardised
+    tensors, aliases = _unpacked(model, packed.keys() - whole)  # first, as it refuses what cannot be saved
     for name, site in packed.items():
-        if name not in aliases:
+        if name in aliases:
+            continue
+        if name in whole:
+            tensors |= {f"{name}:mask": site.mask.cpu().contiguous()} if site.spec.frozen else {}
+        else:
             values, positions = pack(site.parameter.detach().cpu(), site.mask.cpu(), site.spec.pattern.n, site.spec.grouping)
             tensors |= {f"{name}:values": values, f"{name}:positions": positions}
     sites = {name: _describe(site) for name, site in packed.items()}
-    header = Header(identify(model), _class_name(model), sites, aliases, {k: str(v) for k, v in (info or {}).items()})
+    said = {key: str(value) for key, value in (info or {}).items()}
+    header = Header(_storable(identify(model)), _class_name(model), sites, aliases, said)
     content = {"version": VERSION, **asdict(header)}
-    content["digest"] = _digest(content, tensors)
-    metadata = {"nmfx": json.dumps(content, sort_keys=True)}
-    write_atomic(Path(path), lambda temporary: save_file(tensors, temporary, metadata), force=force)
+    content["sites"] = {name: {**site, "pattern": str(sites[name].pattern)} for name, site in content["sites"].items()}
+    _parse(msgspec.to_builtins(content), tensors, Path(path))  # what is written can be read
+    write_sealed(Path(path), content, tensors, force=force)
     return header
 
 
-def _unpacked(model: nn.Module, packed: Mapping[str, MaskedSite]) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _storable(source: Source | None) -> Source | None:
+    """A source that a file may give; None for arguments that it may not: `load_checkpoint` then needs the model."""
+    try:
+        if source is not None:
+            parse_kwargs(source.kwargs, str(source))
+    except ModelError:
+        return None
+    return source
+
+
+def _unpacked(model: nn.Module, packed: Set[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """State-dict entries that are stored as they are, and names that share memory with an earlier one."""
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     seen: dict[tuple[Any, ...], str] = {}
-    for name, value in model.state_dict().items():
+    for name, value in sorted(model.state_dict().items(), key=lambda item: item[0] not in packed):  # a masked twin stands first
         if not isinstance(value, Tensor):
             raise CheckpointError(f"{name}: extra state of type {type(value).__name__} cannot be stored in safetensors")
         if value.device.type == "meta":
@@ -105,16 +186,9 @@ def _unpacked(model: nn.Module, packed: Mapping[str, MaskedSite]) -> tuple[dict[
     return tensors, aliases
 
 
-def _describe(site: MaskedSite) -> dict[str, Any]:
-    spec = site.spec
-    return {
-        "pattern": str(spec.pattern),
-        "rows": list(spec.grouping.rows),
-        "flat": spec.grouping.flat,
-        "shape": list(site.parameter.shape),
-        "decay": spec.decay,
-        "frozen": spec.frozen,
-    }
+def _describe(site: MaskedSite) -> PackedSite:
+    spec, shape = site.spec, tuple(site.parameter.shape)
+    return PackedSite(spec.pattern, spec.grouping.rows, spec.grouping.flat, shape, spec.decay, spec.frozen, spec.derived)
 
 
 def _class_name(model: nn.Module) -> str:
@@ -122,43 +196,57 @@ def _class_name(model: nn.Module) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-def _digest(content: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256(json.dumps({k: v for k, v in content.items() if k != "digest"}, sort_keys=True).encode())
-    for name in sorted(tensors):
-        value = tensors[name]
-        digest.update(f"\n{name} {value.dtype} {tuple(value.shape)}\n".encode())
-        digest.update(value.reshape(-1).view(torch.uint8).numpy().data if value.numel() else b"")
-    return digest.hexdigest()
-
-
-def read_checkpoint(path: str | Path) -> tuple[Header, dict[str, Tensor]]:
+def read_checkpoint(path: str | Path) -> tuple[Header, Tensors]:
     """Header and stored tensors of a checkpoint, after checking that not a bit has changed since it was written.
 
     Raises:
-        CheckpointError: no such file; truncated, altered or foreign.
+        CheckpointError: no such file; truncated, altered or foreign; a header that is damaged, or not that of its tensors.
     """
     path = Path(path)
+    content, tensors = read_sealed(path, "a checkpoint", VERSION, otherwise="; load it with --weights instead")
+    return _parse(content, tensors, path), tensors
+
+
+def _parse(content: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Path) -> Header:
+    """The header of a checkpoint, checked against its tensors: every site has its parts, every name its place."""
+    if "kind" in content:
+        raise CheckpointError(f"{path}: the state of a run to resume, not a checkpoint; load what the run has exported")
+    form = parsing.convert(content, _HeaderForm, f"{path}: its header is damaged", CheckpointError)
+    where = f"{path}: its header is damaged: sites"
+    sites = {
+        name: one.site(f"{where}: {parsing.printable(name)}")
+        for name, one in parsing.convert_each(form.sites, _SiteForm, where, CheckpointError).items()
+    }
+    source = None
+    if form.source is not None:
+        kwargs = parse_kwargs(form.source.kwargs, f"{path}: its header: source", CheckpointError)
+        source = Source(form.source.library, form.source.name, kwargs)
+    parts = {f"{name}:{part}" for name, site in sites.items() if name not in form.aliases for part in site.parts}
+    plain = {name for name in tensors if ":" not in name}
+    if odd := next(iter(sorted(parts ^ (tensors.keys() - plain))), None):
+        is_there = "belongs to no site" if odd in tensors else "is missing"
+        raise CheckpointError(f"{path}: {parsing.printable(odd)} {is_there}")
+    for name, first in form.aliases.items():
+        mine, own = sites.get(name), sites.get(first)
+        if first in form.aliases or name in plain or not (first in plain or own) or (mine is not None and mine != own):
+            raise CheckpointError(f"{path}: aliases: {parsing.printable(f'{name} and {first}')} cannot share memory")
+    for name, site in sites.items():
+        if name not in form.aliases and (name in plain) != site.derived:
+            raise CheckpointError(
+                f"{path}: {parsing.printable(name)} is not stored once, {'as it is' if site.derived else 'packed'}"
+            )
+        if site.derived and site.frozen and name not in form.aliases:
+            _check_mask(tensors[f"{name}:mask"], site, f"{path}: {parsing.printable(name)}:mask")
+    return Header(source, form.model, sites, form.aliases, form.info)
+
+
+def _check_mask(mask: Tensor, site: PackedSite, where: str) -> None:
+    if mask.dtype != torch.bool or tuple(mask.shape) != site.shape:
+        raise CheckpointError(f"{where}: expected torch.bool {site.shape}, found {mask.dtype} {tuple(mask.shape)}")
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file") from None
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: truncated, or not a safetensors file ({error})") from error
-    if "nmfx" not in metadata:
-        raise CheckpointError(f"{path}: a safetensors file, but not a checkpoint of nmfx; load it with --weights instead")
-    try:
-        content = json.loads(metadata["nmfx"])
-        version, digest = content["version"], content["digest"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: its header is damaged ({error!r}); make the checkpoint anew") from error
-    if version != VERSION:
-        raise CheckpointError(f"{path}: checkpoint version {version}, this nmfx reads version {VERSION}; upgrade nmfx")
-    if digest != _digest(content, tensors):
-        raise CheckpointError(f"{path}: altered since it was written (the SHA-256 differs); make or copy it anew")
-    source = Source(**content["source"]) if content["source"] else None
-    return Header(source, content["model"], content["sites"], content["aliases"], content["info"]), tensors
+        pack(mask, mask, site.pattern.n, site.grouping)
+    except CheckpointError as error:
+        raise CheckpointError(f"{where}: {error}") from error
 
 
 def load_checkpoint(path: str | Path, model: nn.Module | None = None) -> nn.Module:
@@ -166,80 +254,101 @@ def load_checkpoint(path: str | Path, model: nn.Module | None = None) -> nn.Modu
 
     Args:
         model: a dense or converted model to load into, in place. None: the model is rebuilt, which works for those of timm and
-            torchvision.
+            torchvision, built without arguments or with those of `nmfx.zoo.arguments`.
 
     Raises:
         CheckpointError: the file is truncated, altered or foreign, says nothing of how to build its model, or does not fit
             `model`, naming the first difference. `model` is not changed then.
     """
     header, tensors = read_checkpoint(path)
+    source = _source_of(header, path) if model is None else None
     state: dict[str, Tensor] = {name: value for name, value in tensors.items() if ":" not in name}
     masks: dict[str, Tensor] = {}
+    shapes = {name: tuple(value.shape) for name, value in state.items()}
+    shapes |= {name: site.shape for name, site in header.sites.items()}
+    shapes |= {name: shapes[first] for name, first in header.aliases.items()}
+    rebuilt = _rebuild(source, shapes, path) if source else None
     for name, site in header.sites.items():
-        if name not in header.aliases:
-            parts = tensors.get(f"{name}:values"), tensors.get(f"{name}:positions")
-            if parts[0] is None or parts[1] is None:
-                raise CheckpointError(f"{path}: {name}: its values or positions are missing")
-            n, shape = Pattern(site["pattern"]).n, tuple(site["shape"])
+        if site.derived:
+            masks |= {name: tensors[f"{name}:mask"]} if f"{name}:mask" in tensors else {}
+        elif name not in header.aliases:
+            values, positions = tensors[f"{name}:values"], tensors[f"{name}:positions"]
             try:
-                state[name], masks[name] = unpack(parts[0], parts[1], n, header.grouping(name), shape)
+                state[name], masks[name] = unpack(values, positions, site.pattern.n, site.grouping, site.shape)
             except CheckpointError as error:
                 raise CheckpointError(f"{path}: {name}: {error}") from error
     for name, first in header.aliases.items():
         state[name] = state[first]
         if first in masks:
             masks[name] = masks[first]
-    return _fill(_rebuild(header, path) if model is None else model, header, state, masks, str(path), model is None)
+    if rebuilt is not None:
+        return _fill(_in_dtypes_of(state, rebuilt, path), header, state, masks)
+    assert model is not None
+    _check_target(model, header, state, str(path))
+    return _fill(model, header, state, masks)
 
 
-def _rebuild(header: Header, path: str | Path) -> nn.Module:
+def _source_of(header: Header, path: str | Path) -> Source:
     if header.source is None:
-        raise CheckpointError(
-            f"{path}: holds a {header.model}, which is not of timm or torchvision; build it and call "
-            f"load_checkpoint(path, model)"
-        )
-    try:
-        return header.source.build()
-    except Exception as error:
-        raise CheckpointError(f"{path}: {header.source} cannot be built here: {error}; give load_checkpoint a model") from error
+        ours = header.model.startswith(("timm.", "torchvision.", "nmfx."))
+        why = "changed, or built with arguments that no file may give" if ours else "which is not of timm or torchvision"
+        raise CheckpointError(f"{path}: holds a {header.model}, {why}; build it and call load_checkpoint(path, model)")
+    return header.source
 
 
-def _fill(
-    model: nn.Module, header: Header, state: dict[str, Tensor], masks: dict[str, Tensor], origin: str, rebuilt: bool
-) -> nn.Module:
+def _rebuild(source: Source, shapes: Mapping[str, tuple[int, ...]], path: str | Path) -> nn.Module:
     try:
-        check_state(model, state, origin)
+        return build_stored(source, shapes, str(path))
     except ModelError as error:
-        raise CheckpointError(str(error)) from error
-    if not rebuilt:
-        _check_target(model, state, origin)
+        said = str(error).removeprefix(f"{path}: ")
+        raise CheckpointError(f"{path}: {source} cannot be built here: {said}; give load_checkpoint a model") from error
+
+
+def _in_dtypes_of(state: Mapping[str, Tensor], model: nn.Module, path: str | Path) -> nn.Module:
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if name in state and tensor.dtype != state[name].dtype:
+            if tensor.is_floating_point() != state[name].is_floating_point():
+                raise CheckpointError(f"{path}: {name} is {state[name].dtype}, the model has {tensor.dtype}")
+            tensor.data = tensor.data.to(state[name].dtype)
+    return model
+
+
+def _fill(model: nn.Module, header: Header, state: dict[str, Tensor], masks: dict[str, Tensor]) -> nn.Module:
+    """Load and mask a model that was found to fit."""
     for module in model.modules():
         unmask(module, keep_masked=False)
-    if rebuilt:  # in the dtypes of the file
-        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-            if name in state and tensor.dtype != state[name].dtype:
-                tensor.data = tensor.data.to(state[name].dtype)
     load_state(model, state)  # check_state has named every difference but missing counters
     for name in sorted(header.sites, key=lambda name: name in header.aliases):  # first owners first
         site, (owner, attr) = header.sites[name], _owner(model, name)
-        spec = MaskSpec(name, Pattern(site["pattern"]), header.grouping(name), site["decay"], site["frozen"])
+        spec = MaskSpec(name, site.pattern, site.grouping, site.decay, site.frozen, site.derived)
         if name in header.aliases:
             mask_attribute(owner, attr, spec, _owner(model, header.aliases[name]))
             continue
         mask_attribute(owner, attr, spec)
+        if spec.derived:
+            if name in masks:
+                owner._buffers[mask_name(attr)] = masks[name].to(cast(nn.Parameter, owner._parameters[attr]).device)
+            continue
         # The mask as it was, not one found anew: kept weights may be zero, and dropped ones are zero now.
         weight = cast(nn.Parameter, owner._parameters[attr])
         owner._buffers[mask_name(attr)] = masks[name].to(weight.device)
-        owner.__dict__[STATES][attr].refresh(owner, attr, weight, update=False)
+        if weight.device.type != "meta":
+            owner.__dict__[STATES][attr].refresh(owner, attr, weight, update=False)
+    model.__dict__[GIVEN] = tuple(name for name in header.sites if name not in header.aliases)
     return model.eval()
 
 
-def _check_target(model: nn.Module, state: dict[str, Tensor], origin: str) -> None:
-    """A given model must take the weights as they are: real memory, the same dtypes, equal values where it ties weights.
+def _check_target(model: nn.Module, header: Header, state: dict[str, Tensor], origin: str) -> None:
+    """A given model must take the weights as they are: real memory, the same dtypes, equal values where it ties weights. Last,
+    all of it is tried on a copy without memory.
 
     Raises:
         CheckpointError: naming the first weight that it cannot take.
     """
+    try:
+        check_state(model, state, origin)
+    except ModelError as error:
+        raise CheckpointError(str(error)) from error
     first: dict[int, str] = {}
     for name, tensor in (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)):
         if name not in state:
@@ -253,9 +362,28 @@ def _check_target(model: nn.Module, state: dict[str, Tensor], origin: str) -> No
             raise CheckpointError(
                 f"{origin}: {name} is {wanted}, the model has {tensor.dtype}; call model.to(torch.{wanted}) first"
             )
+        shared = any(size > 1 and step == 0 for size, step in zip(tensor.shape, tensor.stride()))
+        if shared or (tensor.is_inference() and not torch.is_inference_mode_enabled()):
+            raise CheckpointError(f"{origin}: {name} of the model cannot be written to; clone it, outside of inference mode")
         twin = first.setdefault(id(tensor), name)
         if twin != name and not torch.equal(state[twin], state[name]):
             raise CheckpointError(f"{origin}: {twin} and {name} differ, but the model ties them; untie them first")
+    own = dict(model.named_parameters(remove_duplicate=False))
+    if lost := next((name for name in header.sites if name not in own), None):
+        raise CheckpointError(f"{origin}: {lost} is no parameter of {type(model).__name__}, and cannot be masked")
+    try:
+        copy = throw_away_copy(model)
+    except Exception:  # it holds what cannot be copied: what has been checked must do
+        return
+    try:
+        for masked in masked_sites(model):
+            masked.state.check_writes()  # raises what taking the masks off would
+        blank = {name: torch.empty_like(value, device="meta") for name, value in state.items()}
+        masks = {name: torch.empty(site.shape, dtype=torch.bool, device="meta") for name, site in header.sites.items()}
+        _fill(copy, header, blank, masks)
+    except Exception as error:  # of hooks of any model
+        why = parsing.printable(str(error))
+        raise CheckpointError(f"{origin}: {type(model).__name__} cannot be loaded into: {why}") from error
 
 
 def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:

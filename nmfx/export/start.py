@@ -5,15 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from nmfx.errors import CheckpointError
 from nmfx.export.checkpoint import load_checkpoint, read_checkpoint
 from nmfx.graph.site import Sites
 from nmfx.passes.baking import bake
 from nmfx.passes.transform import scheme_of
 from nmfx.scheme import Scheme, shapes_of
+from nmfx.sealed import read_metadata
 from nmfx.zoo.building import Built, build_random
 from nmfx.zoo.source import Source
 
@@ -26,13 +25,7 @@ def is_compressed(path: str | Path) -> bool:
     """
     if Path(path).suffix != ".safetensors":
         return False
-    try:
-        with safe_open(path, "pt") as file:
-            return "nmfx" in (file.metadata() or {})
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file") from None
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: truncated, or not a safetensors file ({error})") from error
+    return "nmfx" in read_metadata(Path(path))
 
 
 def build_start(path: Path, source: Source) -> Built:
@@ -41,10 +34,10 @@ def build_start(path: Path, source: Source) -> Built:
     Raises:
         CheckpointError: the file is truncated, altered or foreign, or of another network than `source`.
     """
-    said = read_checkpoint(path)[0].source
+    said, note = read_checkpoint(path)[0].source, f"weights from {path}"
     if said is not None and str(said) == str(source) and not source.kwargs:
-        source = said
-    return Built(load_checkpoint(path, build_random(source)), source, "file", f"weights from {path}")
+        return Built(load_checkpoint(path), said, "file", note)
+    return Built(load_checkpoint(path, build_random(source)), source, "file", note)
 
 
 def take_start(model: nn.Module, sites: Sites) -> Scheme | None:

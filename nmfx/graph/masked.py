@@ -17,14 +17,22 @@ import torch
 from torch import Tensor, nn
 
 from nmfx.errors import NmfxError
+from nmfx.graph.derived import Substitute, derive, fold, is_derivable
+from nmfx.graph.reading import STATES as STATES
 from nmfx.graph.reading import MaskSpec, MaskState, mask_name, write_mask
+from nmfx.graph.updates import follow
 
-STATES = "_masked_sites"  # in the owner's __dict__: attribute -> MaskState
+GIVEN = "_sites_given"  # in the __dict__ of a model: names of the sites that transform masked in it
+WHOLE = "_kept_whole"  # in the __dict__ of a module of a throw-away copy: in the model, its forward pass masks its weight
 
 
 @cache
-def _masked_class(base: type[nn.Module], attrs: tuple[str, ...]) -> type[nn.Module]:
-    """Subclass of `base` in which `attrs` are read masked. Made once for each pair, so that compilers see stable types."""
+def _masked_class(base: type[nn.Module], attrs: tuple[str, ...], derived: bool = False) -> type[nn.Module]:
+    """Subclass of `base` in which `attrs` are read masked. Made once for each pair, so that compilers see stable types.
+
+    Args:
+        derived: its one attribute is masked as its forward pass hands it to a product.
+    """
 
     def masked(attr: str) -> property:
         def read(self: nn.Module) -> Any:
@@ -40,14 +48,21 @@ def _masked_class(base: type[nn.Module], attrs: tuple[str, ...]) -> type[nn.Modu
         for state in self.__dict__[STATES].values():
             state.check_writes()
         state = base.__getstate__(self)  # type: ignore[attr-defined]
-        return _rebuild, (base, attrs), dict(state)
+        return _rebuild, (base, attrs, derived), dict(state)
 
     def save(self: nn.Module, *args: Any, **kwargs: Any) -> None:
         for state in self.__dict__[STATES].values():
             state.check_writes()
         base._save_to_state_dict(self, *args, **kwargs)
 
-    body: dict[str, Any] = {attr: masked(attr) for attr in attrs} | {"_save_to_state_dict": save}
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        (attr, state), *_ = self.__dict__[STATES].items()
+        shape = cast(Tensor, nn.Module.__getattr__(self, attr)).shape
+        with Substitute(shape, lambda value: state.read_derived(self, attr, value)):
+            return base.forward(self, *args, **kwargs)
+
+    body: dict[str, Any] = {"forward": forward} if derived else {attr: masked(attr) for attr in attrs}
+    body["_save_to_state_dict"] = save
     if issubclass(base, nn.RNNBase):  # keeps its weights in a list of its own: read them by name instead
         body["_flat_weights"] = property(
             lambda self: [getattr(self, name, None) for name in self._flat_weights_names], lambda self, value: None
@@ -55,17 +70,31 @@ def _masked_class(base: type[nn.Module], attrs: tuple[str, ...]) -> type[nn.Modu
         body["__setattr__"] = nn.Module.__setattr__  # its own would read that list, and mask what FSDP is about to put there
     # fx takes modules for leaves by their class's __module__: a masked convolution is as much a leaf as a plain one.
     body |= {"__module__": base.__module__, "__reduce_ex__": reduce, "_plain_class": base, "_masked_attrs": attrs}
+    body["_masks_derived"] = derived
     return type(f"Masked{base.__name__}", (base,), body)
 
 
-def _rebuild(base: type[nn.Module], attrs: tuple[str, ...]) -> nn.Module:
-    cls = _masked_class(base, attrs)  # type: ignore[arg-type]
-    return cls.__new__(cls)
+def _rebuild(base: type[nn.Module], attrs: tuple[str, ...], derived: bool = False) -> nn.Module:
+    cls = _masked_class(base, attrs, derived)  # type: ignore[arg-type]
+    module = cls.__new__(cls)
+    follow(module)
+    return module
 
 
 def is_masked(module: nn.Module) -> bool:
     """Whether any attribute of this module is masked."""
     return hasattr(type(module), "_plain_class")
+
+
+def masks_derived(module: nn.Module) -> bool:
+    """Whether it masks what its forward pass makes of its weight."""
+    return getattr(type(module), "_masks_derived", False)
+
+
+def can_derive(model: nn.Module, owners: list[tuple[str, str]]) -> bool:
+    """Whether the weight at these places can be masked where its own module's forward pass reads it."""
+    owner, attr = model.get_submodule(owners[0][0]), owners[0][1]
+    return len(owners) == 1 and attr == "weight" and is_derivable(owner, plain_class(owner))
 
 
 def mask_attribute(owner: nn.Module, attr: str, spec: MaskSpec, twin: tuple[nn.Module, str] | None = None) -> None:
@@ -90,12 +119,15 @@ def mask_attribute(owner: nn.Module, attr: str, spec: MaskSpec, twin: tuple[nn.M
         else:
             mask = torch.empty_like(weight, dtype=torch.bool, requires_grad=False)
         if twin is None and weight.device.type != "meta":
-            write_mask(weight, spec, mask, torch.empty_like(weight, requires_grad=False))
+            value = derive(owner, plain_class(owner)) if spec.derived else weight
+            mask = torch.empty_like(value, dtype=torch.bool, requires_grad=False)
+            write_mask(value, spec, mask, torch.empty_like(value, requires_grad=False))
         owner.register_buffer(mask_name(attr), mask, persistent=False)
     owner.__dict__[STATES] = states
     states[attr] = MaskState(spec) if twin is None else twin[0].__dict__[STATES][twin[1]]
     owner.__dict__.pop("_flat_weights", None)
-    owner.__class__ = _masked_class(plain_class(owner), attrs)  # type: ignore[arg-type]
+    owner.__class__ = _masked_class(plain_class(owner), attrs, spec.derived)  # type: ignore[arg-type]
+    follow(owner)
 
 
 def unmask(module: nn.Module, *, keep_masked: bool) -> None:
@@ -104,19 +136,43 @@ def unmask(module: nn.Module, *, keep_masked: bool) -> None:
     Args:
         keep_masked: write the masked values into the parameters; otherwise the dense ones stay.
     """
+    module.__dict__.pop(GIVEN, None)
     if not is_masked(module):
         return
-    values = {attr: getattr(module, attr) for attr in module.__dict__[STATES]} if keep_masked else {}
+    values = {attr: read_masked(module, attr) for attr in module.__dict__[STATES]} if keep_masked else {}
+    derived = masks_derived(module)
     for attr, state in module.__dict__.pop(STATES).items():
         state.check_writes()
         del module._buffers[mask_name(attr)]
         module._non_persistent_buffers_set.discard(mask_name(attr))
-    module.__class__ = plain_class(module)
+    module.__class__ = cls = plain_class(module)
+    if derived and values and (off := fold(module, cls, values["weight"])) > 1e-3:
+        raise NmfxError(
+            f"{cls.__name__}: its forward pass does more than make a weight and read it (off by {off:.1g}), so it "
+            f"cannot be baked into a plain layer"
+        )
     with torch.no_grad():
         for attr, value in values.items():
             cast(nn.Parameter, module._parameters[attr]).copy_(value)
     if isinstance(module, nn.RNNBase):
         module._init_flat_weights()
+
+
+@torch.no_grad()
+def read_masked(owner: nn.Module, attr: str) -> Tensor:
+    """The masked value as products read it."""
+    if not masks_derived(owner):
+        return cast(Tensor, getattr(owner, attr))
+    state: MaskState = owner.__dict__[STATES][attr]
+    return state.read_derived(owner, attr, derive(owner, plain_class(owner)))
+
+
+@torch.no_grad()
+def derived_or_own(owner: nn.Module, attr: str, *, derived: bool) -> Tensor:
+    """What a product reads of an attribute, masked or plain."""
+    if derived and not masks_derived(owner):
+        return derive(owner, plain_class(owner))
+    return read_masked(owner, attr)
 
 
 def plain_class(module: nn.Module) -> type[nn.Module]:
@@ -144,10 +200,15 @@ class MaskedSite:
         return cast(nn.Parameter, self.owner._parameters[self.attr])
 
     @property
+    def value(self) -> Tensor:
+        """The masked weight as products read it."""
+        return read_masked(self.owner, self.attr)
+
+    @property
     def mask(self) -> Tensor:
         """The mask as of the current weights: bool, true = kept."""
         if not self.spec.frozen:
-            getattr(self.owner, self.attr)  # refreshes the mask when the weight has changed
+            read_masked(self.owner, self.attr)  # refreshes the mask when the weight has changed
         return cast(Tensor, self.owner._buffers[mask_name(self.attr)])
 
 
@@ -185,6 +246,8 @@ def throw_away_copy(model: nn.Module, device: str | None = "meta") -> nn.Module:
             memo[id(tensor)] = nn.Parameter(empty, grad) if isinstance(tensor, nn.Parameter) else empty
     result = deep_copy(model, memo)
     for module in result.modules():
+        if masks_derived(module):
+            module.__dict__[WHOLE] = True
         unmask(module, keep_masked=False)
     return result
 

@@ -18,6 +18,7 @@ from nmfx.sparsity.mask import make_mask, update_mask
 from nmfx.sparsity.pattern import Pattern
 from nmfx.sparsity.ste import MaskedCompute, MaskedRead
 
+STATES = "_masked_sites"  # in an owner's __dict__: attribute -> MaskState
 PROBE = 64  # weights compared on a cached read: writes through .data and fused optimisers leave the version as it was
 
 
@@ -25,7 +26,9 @@ PROBE = 64  # weights compared on a cached read: writes through .data and fused 
 class MaskSpec:
     """What is asked of one masked attribute: its pattern, its groups, and how it trains.
 
-    ``decay`` is the SR-STE factor (0: plain STE; None: gradients of kept weights only); ``frozen`` keeps the mask as it is.
+    ``decay`` is the SR-STE factor, applied at updates (0: plain STE; None: gradients of kept weights only); ``frozen`` keeps
+    the mask as it is; ``derived`` masks what the module makes of its weight, not the parameter
+    (see `nmfx.graph.derived`), while SR-STE pulls the parameter's entries at the places that mask drops.
     """
 
     name: str
@@ -33,6 +36,7 @@ class MaskSpec:
     grouping: Grouping
     decay: float | None = 2e-4
     frozen: bool = False
+    derived: bool = False
 
 
 def mask_name(attr: str) -> str:
@@ -154,6 +158,8 @@ class MaskState:
     def __init__(self, spec: MaskSpec) -> None:
         self.spec = spec
         self.cache: _Cache | None = None
+        self.shared_out = False  # by FSDP
+        self.penalty: tuple[float, Tensor] | None = None  # on the weights that a mask keeps, at the next update only
 
     def __reduce__(self) -> Any:
         return MaskState, (self.spec,)
@@ -167,7 +173,10 @@ class MaskState:
         if not isinstance(weight, Tensor):  # None, or a Proxy while fx traces: the graph reads the attribute when it runs
             return weight
         if not _can_cache(weight):
-            return weight if _is_shard(weight) else self._compute(owner, attr, weight)
+            if _is_shard(weight):
+                self.shared_out = True
+                return weight
+            return self._compute(owner, attr, weight)
         self.check_writes()
         cache = self.cache
         if cache is None or not cache.holds(weight):
@@ -178,8 +187,9 @@ class MaskState:
             owner._buffers[mask_name(attr)] = cache.mask
         if not (torch.is_grad_enabled() and weight.requires_grad):
             return cache.view
-        if cache.live is None:
-            value = cast(Tensor, MaskedRead.apply(weight, cache.mask, cache.masked, self.spec.decay, weakref.ref(cache)))
+        if cache.live is None or self.shared_out:  # FSDP takes up what each forward pass gives to the weight by itself
+            kept_only = self.spec.decay is None
+            value = cast(Tensor, MaskedRead.apply(weight, cache.mask, cache.masked, kept_only, weakref.ref(cache)))
             cache.live = MaskedWeight.over(value, weight, cache.view.renew)
         return cache.live
 
@@ -246,12 +256,23 @@ class MaskState:
 
         return renew
 
+    def read_derived(self, owner: nn.Module, attr: str, value: Tensor) -> Tensor:
+        """The masked value of what the module has made of its weight; the mask is that of `value`."""
+        mask = cast(Tensor, owner._buffers[mask_name(attr)])
+        if not self.spec.frozen and type(value) in (Tensor, nn.Parameter) and not value.is_meta and not is_followed():
+            mask = torch.empty_like(value, dtype=torch.bool, requires_grad=False)
+            write_mask(value.detach(), self.spec, mask, torch.empty_like(value, requires_grad=False))
+            owner._buffers[mask_name(attr)] = mask
+        elif not self.spec.frozen:
+            mask = make_mask(value, self.spec.pattern.n, self.spec.grouping)
+        return cast(Tensor, MaskedCompute.apply(value, mask.to(value.device), self.spec.decay is None))
+
     def _compute(self, owner: nn.Module, attr: str, weight: Tensor) -> Tensor:
         """The same value as plain operations, for compilers and function transforms, which must see the computation."""
         mask = cast(Tensor, owner._buffers[mask_name(attr)])
         if not self.spec.frozen:
             mask = make_mask(weight, self.spec.pattern.n, self.spec.grouping)
-        return cast(Tensor, MaskedCompute.apply(weight, mask, self.spec.decay))
+        return cast(Tensor, MaskedCompute.apply(weight, mask, self.spec.decay is None))
 
 
 def write_mask(weight: Tensor, spec: MaskSpec, mask: Tensor, masked: Tensor) -> None:
@@ -282,10 +303,9 @@ def _is_shard(weight: Tensor) -> bool:
 
 def _can_cache(weight: Tensor) -> bool:
     """Whether this is a real parameter in eager mode: not compiled, exported, fake, meta, or inside a function transform."""
-    return (
-        not torch.compiler.is_compiling()
-        and not torch._C._get_tracing_state()
-        and type(weight) is nn.Parameter
-        and not weight.is_inference()
-        and weight.device.type != "meta"
-    )
+    return not is_followed() and type(weight) is nn.Parameter and not weight.is_inference() and weight.device.type != "meta"
+
+
+def is_followed() -> bool:
+    """Whether a compiler or exporter is watching, which must see the whole computation."""
+    return torch.compiler.is_compiling() or bool(torch._C._get_tracing_state())

@@ -26,6 +26,7 @@ class Site:
         owners: ``(module path, attribute)`` of every module that holds the parameter; several when it is tied.
         conv_groups: groups of the convolution that reads it (1 for everything else).
         train_only: read in train mode only (auxiliary heads).
+        derived: its module makes another weight of it in its own forward pass (standardisation); that one is masked.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Site:
     owners: tuple[tuple[str, str], ...]
     conv_groups: int = 1
     train_only: bool = False
+    derived: bool = False
 
     @property
     def weights(self) -> int:
@@ -60,7 +62,7 @@ class Site:
 
 @dataclass(frozen=True)
 class Skipped:
-    """A parameter with two or more dimensions that is not a site, and why."""
+    """A parameter (or a buffer that serves as a weight) with two or more dimensions that is not a site, and why."""
 
     name: str
     shape: tuple[int, ...]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from nmfx.errors import TraceError
-from nmfx.graph.masked import is_masked, throw_away_copy
+from nmfx.graph.masked import WHOLE, is_masked, throw_away_copy
 from nmfx.graph.modes import keep_modes
 from nmfx.zoo.example import Example
 
@@ -44,8 +44,8 @@ class SiteTracer(fx.Tracer):
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """Leaves are torch.nn's modules, timm's registered ones, and the classes that failed before."""
-        return isinstance(m, self.leaves) or super().is_leaf_module(m, module_qualified_name)
+        """Leaves are torch.nn's modules, timm's registered ones, those that derive their weight, and classes that failed."""
+        return isinstance(m, self.leaves) or WHOLE in m.__dict__ or super().is_leaf_module(m, module_qualified_name)
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """As fx does it, remembering the innermost module, so that a failure can be laid to its class."""

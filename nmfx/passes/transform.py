@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from nmfx.errors import SchemeError
 from nmfx.graph.census import find_sites
-from nmfx.graph.masked import deep_copy, is_masked, mask_attribute, masked_sites, unmask
+from nmfx.graph.masked import GIVEN, deep_copy, is_masked, mask_attribute, masked_sites, unmask
 from nmfx.graph.modes import keep_modes
 from nmfx.graph.reading import MaskSpec
 from nmfx.graph.site import Site, Sites
@@ -46,7 +46,10 @@ def transform(
         example_input: what the forward pass takes (see `find_sites`); ignored when `sites` are given.
         training: how gradients reach dropped weights. ``sr-ste`` and ``ste`` give the dense gradient and let the masks follow
             the weights; ``fixed`` keeps today's masks and trains kept weights only (ASP).
-        decay: SR-STE's factor on dropped weights (Zhou et al., 2021: 2e-4; DominoSearch's 80 % recipe: 5e-4).
+        decay: SR-STE's factor on dropped weights (Zhou et al., 2021: 2e-4; DominoSearch's 80 % recipe: 5e-4). Every ``step``
+            of an optimiser of torch.optim updates with ``grad + decay * (1 - mask) * weight``, once, after any scaling,
+            accumulation, averaging and clipping; ``weight.grad`` stays the gradient of the loss. A loop without an optimiser
+            calls `nmfx.pull` before it updates.
         as_graph: return the fx view of the converted model instead (see `to_graph`).
         inplace: convert `model` itself, without a copy.
 
@@ -71,12 +74,15 @@ def transform(
     try:
         for site in sites:
             if site.name in resolved:
-                spec = MaskSpec(site.name, resolved[site.name], resolved.grouping(site), factor, training == "fixed")
+                spec = MaskSpec(
+                    site.name, resolved[site.name], resolved.grouping(site), factor, training == "fixed", site.derived
+                )
                 _mask(result, site, spec)
     except Exception:
         for module in result.modules():
             unmask(module, keep_masked=False)
         raise
+    result.__dict__[GIVEN] = tuple(name for name in resolved)
     return to_graph(result, example_input) if as_graph else result
 
 
@@ -133,7 +139,7 @@ def conversion_difference(model: nn.Module, sites: Sites, example: Example) -> f
         try:
             before = outputs()
             for site in sites:
-                _mask(model, site, MaskSpec(site.name, Pattern.DENSE, Grouping(site.rows, 1)))
+                _mask(model, site, MaskSpec(site.name, Pattern.DENSE, Grouping(site.rows, 1), derived=site.derived))
             after = outputs()
         finally:
             for module in model.modules():

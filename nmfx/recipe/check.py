@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from nmfx.data.pictures import ArrayPictures
 from nmfx.data.source import Data
 from nmfx.export.start import take_start
 from nmfx.graph.census import find_sites
+from nmfx.graph.masked import deep_copy
 from nmfx.graph.site import Sites
 from nmfx.passes.baking import verify
 from nmfx.passes.transform import transform
@@ -96,7 +96,7 @@ def _update(recipe: Recipe, section: FinetuneSection, model: nn.Module, scheme: 
         tensorboard=False,
         augment=Augment(on=False, **mixing),
     )
-    teacher = copy.deepcopy(model) if asked.distill else None
+    teacher = deep_copy(model) if asked.distill else None
     transform(model, scheme, sites=sites, training=section.training, decay=section.decay, inplace=True)
     result = finetune(model, data, settings=settings, config=config, teacher=teacher)
     shape, groups = "x".join(map(str, size)), verify(model).groups if len(scheme) else 0

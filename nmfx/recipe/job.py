@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import nn
 
-from nmfx import text
+from nmfx import parsing
 from nmfx.data.config import PictureConfig, check_classes, picture_config
 from nmfx.data.source import Data, open_data
-from nmfx.errors import NmfxError
+from nmfx.errors import ModelError, NmfxError
 from nmfx.graph.census import find_sites
 from nmfx.graph.site import Sites
+from nmfx.parsing import Text
 from nmfx.recipe.schema import FOLDER, ModelSection, Recipe
 from nmfx.scheme import Scheme
-from nmfx.zoo.building import build_random, load_weights
+from nmfx.zoo.arguments import parse_kwargs
+from nmfx.zoo.building import load_stored
 from nmfx.zoo.example import Example, example_for
 from nmfx.zoo.source import Source, find_source
 
@@ -32,6 +34,18 @@ class Dense:
     source: Source
     weights: str
     note: str = ""
+
+
+class _DenseForm(parsing.Form, frozen=True):
+    """What the build stage writes; `kwargs` are JSON."""
+
+    nmfx: Literal["work"]
+    version: Literal["1"]
+    model: Text
+    kwargs: str
+    weights: Literal["pretrained", "random", "file"]
+    note: str
+    input_size: str
 
 
 @dataclass(frozen=True)
@@ -70,17 +84,19 @@ class Job:
     def dense(self) -> Dense:
         """What the build stage wrote."""
         path = self.folder / WORK
-        tree = text.load_yaml(path.read_text(encoding="utf-8"), str(path), NmfxError)
-        source = replace(find_source(tree["model"]), kwargs=json.loads(tree["kwargs"]))
-        return Dense(source, tree["weights"], tree["note"])
+        tree = parsing.yaml_tree(parsing.read_text(path, "what the build stage wrote"), str(path))
+        form = parsing.convert({key: tree[key] for key in _DenseForm.__struct_fields__ if key in tree}, _DenseForm, str(path))
+        kwargs = parse_kwargs(parsing.json_tree(form.kwargs, f"{path}: kwargs"), str(path), NmfxError)
+        try:
+            source = find_source(form.model)
+        except ModelError as error:
+            raise NmfxError(f"{path}: model: {error}") from error
+        return Dense(replace(source, kwargs=kwargs), form.weights, form.note)
 
     def model(self) -> nn.Module:
         """The dense model."""
         dense = self.dense()
-        model = build_random(dense.source)
-        if dense.weights != "random":
-            load_weights(model, self.folder / WEIGHTS)
-        return model
+        return load_stored(dense.source, None if dense.weights == "random" else self.folder / WEIGHTS, self.folder / WORK)
 
     def sites(self, model: nn.Module) -> Sites:
         """The model's sites."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass, replace
@@ -10,7 +12,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import nmfx
-from nmfx import text
+from nmfx import parsing, text
 from nmfx.errors import NmfxError
 from nmfx.recipe.schema import INLINE, Recipe, SearchSection
 from nmfx.search.domino_loop import Loop
@@ -19,7 +21,7 @@ from nmfx.sparsity.pattern import Pattern
 HOME = Path(nmfx.__file__).parent
 PACKAGED = (HOME / "recipes", HOME.parent / "recipes")  # installed; in the repository
 ALONE = {"scheme": (), "pattern": ("keep_dense", "layout", "remainder")}  # keys that a search by neither can have beside them
-WHOLE = re.compile(r"[-+]?\d+", re.ASCII)
+WHOLE = re.compile(r"[-+]?\d{1,18}", re.ASCII)
 NUMBER = re.compile(r"[-+]?(\.\d+|\d+(\.\d*)?)([eE][-+]?\d+)?", re.ASCII)
 TRUTH = {"true": True, "false": False}
 WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", Pattern: "a pattern such as 2:4"}
@@ -39,8 +41,9 @@ def find_recipe(name: str | Path, *, beside: Path | None = None) -> Path:
         NmfxError: there is none; the message lists the names.
     """
     near = [beside / f"{name}.yaml"] if beside is not None else [Path(name)]
-    if found := next((path for path in near if path.is_file()), None):
-        return found
+    with contextlib.suppress(OSError, ValueError):  # too long for a file's name, or no name at all
+        if found := next((path for path in near if path.is_file()), None):
+            return found
     known = packaged_recipes()
     if str(name) not in known:
         raise NmfxError(f"no recipe file is called {str(name)!r}{text.nearest(str(name), known)}; packaged: {', '.join(known)}")
@@ -61,9 +64,12 @@ def load_recipe(path: str | Path, *, data_root: str | None = None) -> Recipe:
     path = find_recipe(path)
     tree = _read(path)
     if "base" in tree:
-        if not isinstance(tree["base"], str):
-            raise NmfxError(f"{path}: base: expected the name of a recipe, found {_shown(tree['base'])}")
-        start = find_recipe(tree["base"], beside=path.parent)
+        if not isinstance(tree["base"], str) or not re.fullmatch(r"[\w.+-]{1,100}", tree["base"]):
+            raise NmfxError(f"{path}: base: expected the name of a recipe beside it or of nmfx, found {_shown(tree['base'])}")
+        try:
+            start = find_recipe(tree["base"], beside=path.parent)
+        except NmfxError as error:
+            raise NmfxError(f"{path}: base: {error}") from error
         base = _read(start)
         if "base" in base:
             raise NmfxError(
@@ -80,11 +86,7 @@ def load_recipe(path: str | Path, *, data_root: str | None = None) -> Recipe:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        content = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise NmfxError(f"{path}: cannot be read as a recipe: {getattr(error, 'strerror', None) or error}") from error
-    return text.load_yaml(content, str(path), NmfxError)
+    return parsing.yaml_tree(parsing.read_text(path, "a recipe"), str(path))
 
 
 def _merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -134,7 +136,7 @@ def section(tree: Any, cls: type[T], where: str) -> T:
     try:
         return cls(**values)
     except NmfxError as error:
-        raise NmfxError(f"{where}: {error}") from error
+        raise NmfxError(f"{where}: {parsing.printable(str(error))}") from error
 
 
 def _check_search(tree: Mapping[str, Any], where: str) -> None:
@@ -214,7 +216,7 @@ def _scalar(value: Any, kind: type, where: str) -> Any:
         if value not in TRUTH:
             raise wrong
         return TRUTH[value]
-    if (kind is int and not WHOLE.fullmatch(value)) or (kind is float and not NUMBER.fullmatch(value)):
+    if (kind is int and not WHOLE.fullmatch(value)) or (kind is float and not _is_number(value)):
         raise wrong
     return kind(value)
 
@@ -227,8 +229,16 @@ def _plain(value: Any) -> Any:
         return [_plain(each) for each in value]
     if WHOLE.fullmatch(value):
         return int(value)
-    return TRUTH[value] if value in TRUTH else float(value) if NUMBER.fullmatch(value) else value
+    return TRUTH[value] if value in TRUTH else float(value) if _is_number(value) else value
+
+
+def _is_number(value: str) -> bool:
+    return bool(NUMBER.fullmatch(value)) and math.isfinite(float(value))
 
 
 def _shown(value: Any) -> str:
-    return repr(value) if isinstance(value, str) else f"a {'list' if isinstance(value, list) else 'mapping'}"
+    return (
+        parsing.printable(repr(value), 100)
+        if isinstance(value, str)
+        else f"a {'list' if isinstance(value, list) else 'mapping'}"
+    )

@@ -7,7 +7,6 @@ what those before it wrote, and leaves a stamp in ``stages/``.
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
@@ -21,33 +20,38 @@ from torch import nn
 from nmfx.data.loader import train_loader, validation_loader
 from nmfx.data.sample import calibration
 from nmfx.errors import CheckpointError, ModelError, NmfxError, SchemeError
-from nmfx.export.checkpoint import load_checkpoint, save_checkpoint
+from nmfx.export.checkpoint import load_checkpoint, read_checkpoint, save_checkpoint
 from nmfx.export.plain import save_baked, save_onnx
 from nmfx.export.start import build_start, is_compressed, take_start
-from nmfx.files import all_or_nothing, write_atomic
+from nmfx.files import all_or_nothing, check_writable, write_atomic
 from nmfx.graph.census import find_sites
 from nmfx.graph.site import Sites
+from nmfx.parsing import read_json
 from nmfx.passes.baking import bake, verify
 from nmfx.passes.transform import conversion_difference, transform
 from nmfx.processes import rank, world
 from nmfx.recipe.job import SCHEME, START, WEIGHTS, WORK, Dense, Job, example_of
 from nmfx.recipe.schema import INLINE, FinetuneSection, ModelSection, Recipe, SearchSection
 from nmfx.recipe.stamp import Stamp, digest_of, digests, read_stamp, stamp, write_stamp
+from nmfx.recipe.tuned import TUNED, describe_epoch, save_epochs
+from nmfx.recipe.written import BOARD, Written, check_folders, is_state, remove_events, remove_state
 from nmfx.scheme import Scheme, Totals, shapes_of
 from nmfx.search.domino_loop import DominoSearch
 from nmfx.search.finder import SearchResult, conclude, find_scheme
 from nmfx.search.run import run_domino
 from nmfx.search.tables import Tables
 from nmfx.training.evaluation import Evaluation, evaluate
-from nmfx.training.record import Progress
+from nmfx.training.record import Epoch, Progress
 from nmfx.training.settings import FREE
 from nmfx.training.state import fingerprint
 from nmfx.training.trainer import BEST, LAST, LOG, finetune
-from nmfx.zoo.building import Built, build_random, load_weights
+from nmfx.zoo.building import Built, build_random, load_weights, unavailable
 from nmfx.zoo.source import SOURCE, find_source
 
-Advance = Callable[[float, str], None]
-SEARCHING, TUNED, SCORES = "scheme.search.safetensors", "finetune/model.safetensors", "evaluation.json"
+Advance = Callable[..., None]  # the share done, a line of text; lasting=True: a line to keep
+SCHEMES = (SCHEME, "scheme.txt")
+FOLDERS = ("stages", "export", "finetune", BOARD)
+SEARCHING, TUNING, SCORES = "scheme.search.safetensors", "finetune", "evaluation.json"
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,7 @@ def build(section: ModelSection) -> Built:
         try:
             return Built(source.build(pretrained=True), source, "pretrained")
         except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
-            note = f"pretrained weights of {source} cannot be had: {' '.join(str(error).split())[:200]}"
+            note = f"pretrained weights of {source} cannot be had: {unavailable(error)}"
             if section.weights == "pretrained":
                 raise ModelError(f"{note}. Say weights: FILE, or weights: none for the structure only") from error
     if is_compressed(section.weights):
@@ -95,8 +99,7 @@ def _build(job: Job, advance: Advance) -> Done:
     head = {"nmfx": "work", "version": 1, "model": str(source), "kwargs": json.dumps(dict(source.kwargs))}
     head |= {"weights": built.weights, "note": built.note, "input_size": section.input_size}
     content = yaml.safe_dump(head, sort_keys=False)
-    for name in (WEIGHTS, START):
-        (folder / name).unlink(missing_ok=True)
+    kept = Written(folder).clear(WORK, WEIGHTS, START)
     written = [WORK]
     if built.weights != "random":  # their seed gives those again
         save_baked(model, folder / WEIGHTS)
@@ -111,6 +114,7 @@ def _build(job: Job, advance: Advance) -> Done:
         f"{len(sites.skipped)} parameters are no sites: {', '.join(s.name for s in sites.skipped)}" if sites.skipped else "",
         f"read through all-ones masks, the largest difference is {difference:g}",
         built.note,
+        *kept,
         f"compressed weights: {describe(start.totals(sites))}; no site gets denser" if start is not None else "",
     ]
     return Done(tuple(written), tuple(line for line in lines if line))
@@ -187,10 +191,12 @@ def _search(job: Job, advance: Advance) -> Done:
     scheme, result = choose(job.recipe.search, model, sites, start=job.start(sites), job=job, advance=advance)
     scheme = replace(scheme, info={**scheme.info, "model": str(dense.source), "weights": dense.weights})
     written: list[str] = []
-    if rank() == 0:
-        written = _save_scheme(scheme, job.folder, sites)
-        (job.folder / SEARCHING).unlink(missing_ok=True)
     lines = [describe(scheme.totals(sites))]
+    if rank() == 0:
+        lines += Written(job.folder).clear(*SCHEMES)
+        written = _save_scheme(scheme, job.folder, sites)
+        if is_state(job.folder / SEARCHING):
+            (job.folder / SEARCHING).unlink()
     if result is not None:
         lines.append(f"{result.method}: {len(result.events)} steps in {result.seconds:.2f} s, {result.left:,} left")
         lines += [f"{name}: dense, or with another M ({why})" for name, why in result.dense_reasons.items()]
@@ -213,7 +219,6 @@ def _save_scheme(scheme: Scheme, folder: Path, sites: Sites) -> list[str]:
     try:
         scheme.save(published, sites)
     except SchemeError:
-        published.unlink(missing_ok=True)  # it would contradict the scheme beside it
         return [path.name]
     return [path.name, published.name]
 
@@ -239,22 +244,27 @@ def _finetune(job: Job, advance: Advance) -> Done:
             now.share, f"epoch {now.epoch + 1}/{now.epochs}: loss {now.loss:.4f}{top1}, {now.images_per_second:,.0f} images/s"
         )
 
-    path = job.folder / TUNED
+    def after_epoch(done: Epoch) -> None:
+        advance((done.epoch + 1) / settings.epochs, describe_epoch(done, settings.epochs), lasting=True)
+
+    folder, start = job.folder / TUNING, dense.weights if section.weights == "model" else "random"
+    if rank() == 0:
+        check_writable(folder)
     result = finetune(
         model.to(job.device),
         data,
         settings=settings,
-        folder=path.parent,
+        folder=folder,
         config=config,
         teacher=teacher,
         about=about,
         progress=progress,
+        after_epoch=after_epoch,
     )
-    if rank() == 0:
-        start = dense.weights if section.weights == "model" else "random"
-        save_checkpoint(model, path, info={**scheme.info, "weights": f"fine-tuned from {start}"})
-    best = result.best
-    return Done((TUNED,), (f"{len(result.epochs)} epochs; best top-1 {best.top1:.2%} after epoch {best.epoch + 1}",))
+    best, written = result.best, tuple(f"{TUNING}/{name}" for name in TUNED.values())
+    kept = Written(job.folder).clear(*written) if rank() == 0 else []
+    save_epochs(model, result, folder, {**scheme.info, "weights": f"fine-tuned from {start}"})
+    return Done(written, (f"{len(result.epochs)} epochs; best top-1 {best.top1:.2%} after epoch {best.epoch + 1}", *kept))
 
 
 def _teacher(job: Job, dense: Dense) -> nn.Module:
@@ -269,13 +279,13 @@ def _teacher(job: Job, dense: Dense) -> nn.Module:
 def _export(job: Job, advance: Advance) -> Done:
     section, dense, model = job.recipe.export, job.dense(), job.model()
     sites, example = job.sites(model), example_of(model, job.recipe.model)
-    scheme = job.scheme(sites)
+    scheme, tuned = job.scheme(sites), dense.weights
     if job.recipe.finetune is not None:
-        load_checkpoint(job.folder / TUNED, model)
+        tuned = read_checkpoint(job.folder / TUNING / TUNED[section.epoch])[0].info["weights"]
+        load_checkpoint(job.folder / TUNING / TUNED[section.epoch], model)
     else:
         transform(model, scheme, sites=sites, inplace=True)
     checked = verify(model) if len(scheme) else None
-    tuned = f"fine-tuned from {dense.weights}" if job.recipe.finetune else dense.weights
     name, written = dense.source.name, []
     with all_or_nothing(job.folder / "export") as draft:
         written += _save_scheme(scheme, draft, sites)
@@ -288,11 +298,12 @@ def _export(job: Job, advance: Advance) -> Done:
         if section.onnx:
             save_onnx(plain, draft / f"{name}.onnx", example)
             written.append(f"{name}.onnx")
-    for stale in (job.folder / "export").iterdir():
-        if stale.name not in written and stale.name.startswith(f"{name}."):
-            stale.unlink()  # of an earlier run, with other settings
-    paths = tuple(f"export/{name}" for name in written)
+        paths, left = tuple(f"export/{file}" for file in written), Written(job.folder)
+        earlier = [f"export/{file.name}" for file in (job.folder / "export").iterdir()]
+        stale = [path for path in earlier if path not in paths and left.ours(path)]  # of a run with other settings
+        kept = left.clear(*paths, *stale)
     lines = [f"{checked.groups:,} groups of {checked.sites} sites hold at most N"] if checked else []
+    lines += kept
     lines += [f"wrote {job.folder / path} ({(job.folder / path).stat().st_size:,} bytes)" for path in paths]
     return Done(paths, tuple(lines))
 
@@ -314,9 +325,11 @@ def _evaluate(job: Job, advance: Advance) -> Done:
     scores = {} if job.dense().weights == "random" else {first: evaluate(dense, batches)}
     scores["exported"] = evaluate(model, batches, reference=dense if scores else None)
     content = json.dumps({name: asdict(one) for name, one in scores.items()}, indent=1)
+    kept: list[str] = []
     if rank() == 0:
+        kept = Written(job.folder).clear(SCORES)
         write_atomic(job.folder / SCORES, lambda draft: _write(draft, content))
-    return Done((SCORES,))
+    return Done((SCORES,), tuple(kept))
 
 
 def read_scores(folder: Path) -> dict[str, Evaluation]:
@@ -327,9 +340,8 @@ def read_scores(folder: Path) -> dict[str, Evaluation]:
         CheckpointError: it has not run.
     """
     try:
-        tree = json.loads((folder / SCORES).read_text(encoding="utf-8"))
-        return {name: Evaluation(**one) for name, one in tree.items()}
-    except (OSError, ValueError, TypeError) as error:
+        return read_json(folder / SCORES, dict[str, Evaluation], "scores")
+    except NmfxError as error:
         raise CheckpointError(f"{folder / SCORES}: no scores there ({error}); run the recipe to its end") from error
 
 
@@ -376,7 +388,7 @@ def _finetune_settings(recipe: Recipe) -> dict[str, Any]:
     return _flat(recipe.finetune or FinetuneSection(), *FREE) | _pictures(recipe)
 
 
-DRAFTS = tuple(f"finetune/{name}" for name in (LAST, BEST, LOG, "model.safetensors"))
+DRAFTS = tuple(f"finetune/{name}" for name in (LAST, BEST, LOG, *TUNED.values()))
 STAGES = {
     "build": Stage(_build_settings, _build),
     "search": Stage(_search_settings, _search, (SEARCHING,), together=True),
@@ -390,8 +402,9 @@ class Pipeline:
     """The stages of a recipe in a folder; ask `reason` why one has to run, and `run` it, in the order of `stages`."""
 
     def __init__(self, recipe: Recipe, folder: Path, *, device: str = "cpu") -> None:
-        """Raises NmfxError when the folder is not one of ours."""
+        """Raises NmfxError when the folder is not one of ours, or leads elsewhere by a link inside it."""
         self.job = Job(recipe, folder, device)
+        check_folders(folder, FOLDERS)
         here = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
         if here and not (folder / "stages").is_dir():
             raise NmfxError(f"{folder} exists, and no recipe was run there; give -o another folder")
@@ -418,20 +431,21 @@ class Pipeline:
     def run(self, stage: str, advance: Advance | None = None, *, anew: bool = False) -> tuple[str, ...]:
         """Run a stage; what it has to say. One that was stopped goes on, unless it is another one now, or `anew`."""
         folder, one, wanted = self.job.folder, STAGES[stage], self._wanted(stage)
-        there = read_stamp(folder, stage)
+        there, kept = read_stamp(folder, stage), list[str]()
         _together()
         if rank() == 0:
             if anew or there is None or not there.starts_as(wanted):
-                for name in one.drafts:
-                    (folder / name).unlink(missing_ok=True)
-                shutil.rmtree(folder / "finetune" / "tensorboard", ignore_errors=True) if stage == "finetune" else None
+                kept = [line for name in one.drafts for line in remove_state(folder / name)]
+                remove_events(folder / BOARD) if stage == "finetune" else None
             write_stamp(folder, stage, wanted)
         _together()
-        done = one.run(self.job, advance or (lambda share, line: None)) if one.together or rank() == 0 else Done(())
+        done = one.run(self.job, advance or (lambda *_, **__: None)) if one.together or rank() == 0 else Done(())
         if rank() == 0:
-            write_stamp(folder, stage, replace(wanted, outputs=digests(folder, done.outputs)))
+            outputs = digests(folder, done.outputs)
+            Written(folder).record(outputs)
+            write_stamp(folder, stage, replace(wanted, outputs=outputs))
         _together()
-        return done.lines
+        return (*kept, *done.lines)
 
 
 def _together() -> None:

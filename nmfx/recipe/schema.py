@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -16,6 +17,7 @@ from nmfx.search.problem import Choices
 from nmfx.search.sensitivity import SENSITIVITIES
 from nmfx.sparsity.pattern import Pattern
 from nmfx.training.settings import Settings
+from nmfx.zoo.arguments import is_picture, parse_kwargs
 
 FOLDER = "folder"  # the name of the data that is just an image folder: the root
 
@@ -31,7 +33,7 @@ class ModelSection:
         name: of torchvision, timm or the demos, as in ``nmfx convert NAME``.
         weights: ``auto``, ``pretrained``, ``none`` (random) or a file; from a compressed checkpoint the search goes on to a
             sparser scheme, and gives no site a denser pattern than it has there.
-        kwargs: what its builder takes, such as ``num_classes`` and ``in_chans``.
+        kwargs: what its builder takes, of `nmfx.zoo.arguments`, such as ``num_classes`` and ``in_chans``.
         input_size: without the batch, as ``3x224x224``; the model's own when empty.
     """
 
@@ -41,9 +43,10 @@ class ModelSection:
     input_size: str = ""
 
     def __post_init__(self) -> None:
-        parts = self.input_size.split("x") if self.input_size else []
-        if parts and not (len(parts) == 3 and all(part.isascii() and part.isdigit() and int(part) for part in parts)):
-            raise NmfxError(f"input_size {self.input_size!r}: expected channels, height and width, as in 3x224x224")
+        said = self.input_size
+        if said and not (re.fullmatch(r"[1-9][0-9]{0,4}(x[1-9][0-9]{0,4}){2}", said) and is_picture(map(int, said.split("x")))):
+            raise NmfxError(f"input_size {said[:40]!r}: expected channels, height and width, as in 3x224x224")
+        object.__setattr__(self, "kwargs", parse_kwargs(self.kwargs, "model", NmfxError))
 
     @property
     def size(self) -> tuple[int, int, int] | None:
@@ -142,14 +145,15 @@ class FinetuneSection:
     settings: Settings = field(default=Settings(), metadata={INLINE: ("workers",)})  # the data section has them
 
     def __post_init__(self) -> None:
-        if not 0 <= self.decay < float("inf"):
+        if not 0 <= self.decay <= 1e6:
             raise NmfxError(f"decay {self.decay}: expected a finite factor of 0 or more, such as 2e-4")
 
 
 @dataclass(frozen=True)
 class ExportSection:
-    """What is written beside the scheme and the compressed checkpoint."""
+    """What is written beside the scheme and the compressed checkpoint, of the best or the last epoch of fine-tuning."""
 
+    epoch: Literal["best", "last"] = "best"
     baked: bool = False
     onnx: bool = False
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from nmfx.errors import NmfxError
 from nmfx.files import write_atomic
+from nmfx.parsing import Form, Text, read_json
 
 FOLDER = "stages"
 
@@ -49,11 +52,19 @@ class Stamp:
         if self.outputs is None:
             return "it was stopped, and goes on"
         for name, digest in self.outputs.items():
-            if not (folder / name).is_file():
+            if not os.path.isfile(folder / name):  # false for names that no file can have
                 return f"{name} is gone"
             if digest_of(folder / name) != digest:
                 return f"{name} was altered"
         return ""
+
+
+class _Form(Form, frozen=True):
+    """A `Stamp` in a file."""
+
+    settings: dict[str, Any]
+    before: str
+    outputs: dict[Text, Text] | None
 
 
 def stamp(settings: Mapping[str, Any], before: str) -> Stamp:
@@ -64,10 +75,12 @@ def stamp(settings: Mapping[str, Any], before: str) -> Stamp:
 def read_stamp(folder: Path, stage: str) -> Stamp | None:
     """The stamp a stage left; None when there is none that can be read: the stage then runs."""
     try:
-        tree = json.loads((folder / FOLDER / f"{stage}.json").read_text(encoding="utf-8"))
-        return Stamp(tree["settings"], tree["before"], tree["outputs"])
-    except (OSError, ValueError, KeyError, TypeError):
+        form = read_json(folder / FOLDER / f"{stage}.json", _Form, "a stamp")
+    except NmfxError:
         return None
+    if any(Path(name).is_absolute() or ".." in Path(name).parts for name in form.outputs or ()):
+        return None
+    return Stamp(form.settings, form.before, form.outputs)
 
 
 def write_stamp(folder: Path, stage: str, one: Stamp) -> None:

@@ -42,10 +42,12 @@ WIDTHS: dict[str, Callable[[Site], int]] = {
 
 @styled
 def draw_search(report: Report) -> Figure:
-    """One page: density per site, the timeline if there are steps, and what each stage keeps."""
+    """One page: density per site, the timeline of steps or the curve of an exact method, and what each stage keeps."""
     parts: list[tuple[float, Callable[[FigureBase, Report], None]]] = [(_density_height(report), _density)]
     if report.steps:
         parts.append((4.2, _compact_timeline))
+    if report.curve:
+        parts.append((2.6, _curve))
     parts.append((_stages_height(report), _stages))
     figure = new_figure(sum(height for height, _ in parts) + 0.35, report.title)
     frames = figure.subfigures(len(parts), height_ratios=[height for height, _ in parts], squeeze=False)[:, 0]
@@ -73,6 +75,14 @@ def draw_timeline(report: Report) -> Figure:
     named = rows <= ROWS
     figure = new_figure(2.0 + (max(1.2, rows * LINE / POINTS) if named else 6.0), report.title)
     _timeline(figure, report, named=named)
+    return figure
+
+
+@styled
+def draw_curve(report: Report) -> Figure:
+    """The least loss against the budget, and where this scheme is on it."""
+    figure = new_figure(2.95, report.title)
+    _curve(figure, report)
     return figure
 
 
@@ -273,6 +283,23 @@ def _timeline(figure: FigureBase, report: Report, *, named: bool) -> None:
         main.set_yticks([])
         mark_stages(main, stages, edges, along="y", inches=inches)
     _legend(figure, report, patterns)
+
+
+def _curve(figure: FigureBase, report: Report) -> None:
+    axes = figure.subplots()
+    shares, losses = zip(*report.curve, strict=True)
+    axes.plot(shares, losses, color=OKABE_ITO[0], linewidth=1.2, label="least loss at each budget")
+    if report.point is not None:
+        axes.plot(*report.point, color=OKABE_ITO[5], marker="o", markersize=6, markeredgecolor=INK, markeredgewidth=0.4)
+        axes.annotate("this scheme", report.point, (7, 4), textcoords="offset points")
+    unit = report.limits[0].unit if report.limits else "weights"
+    if report.limits:
+        axes.axvline(report.limits[0].limit / report.limits[0].dense, color=INK, linewidth=0.7, linestyle=(0, (4, 3)))
+    axes.set_xlim(0, 1)
+    axes.set_ylim(0, 1.05)
+    axes.set_xlabel(f"share of {unit} kept (dashed: the budget)")
+    axes.set_ylabel("summed loss")
+    axes.set_title("the least summed loss at each budget, as a share of the sparsest scheme's")
 
 
 def _cost(axes: Axes, report: Report) -> None:

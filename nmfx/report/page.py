@@ -11,7 +11,7 @@ from nmfx.errors import NmfxError
 from nmfx.files import write_atomic
 from nmfx.graph.site import Site
 from nmfx.report.canvas import inline_svg
-from nmfx.report.figures import draw_accuracy, draw_comparison, draw_density, draw_stages, draw_timeline
+from nmfx.report.figures import draw_accuracy, draw_comparison, draw_curve, draw_density, draw_stages, draw_timeline
 from nmfx.report.record import Point, Report
 
 if TYPE_CHECKING:
@@ -62,10 +62,13 @@ def search_page(report: Report, points: Sequence[Point] = ()) -> str:
         left = f"{limit.limit:,} of {limit.dense:,} {limit.unit}, {limit.limit - limit.used:,} left"
         facts["budget" if limit is report.limits[0] else f"and {limit.unit}"] = left
     facts |= {"method": report.method} if report.method else {}
-    facts |= {"search": f"{len(report.steps)} steps in {report.seconds:.2f} s"} if report.seconds is not None else {}
+    took = f"{len(report.steps)} steps in" if report.steps else "decided at once, in"
+    facts |= {"search": f"{took} {report.seconds:.2f} s"} if report.seconds is not None else {}
     parts = [_facts({**facts, **report.facts}), _figure("Density of each site", draw_density(report), "density")]
     if report.steps:
         parts.append(_figure("Which site stepped when", draw_timeline(report), "timeline"))
+    if report.curve:
+        parts.append(_figure("Least loss at each budget", draw_curve(report), "curve"))
     parts.append(_figure("Kept by stage", draw_stages(report), "stages"))
     parts += [_figure("Accuracy, measured", draw_accuracy(points), "accuracy")] if points else []
     head = ("site", "operation", "shape", "pattern", "weights kept", "of", "MACs kept", "of", "why")

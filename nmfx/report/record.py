@@ -51,7 +51,9 @@ class Report:
         label: a short name beside other schemes.
         model, method: of what, and by what.
         limits: the budgets it was found under; steps count their cost in the unit of the first.
-        steps: which site stepped when.
+        steps: which site stepped when; none of a method that decides at once.
+        curve: of an exact method, the least loss against the budget: (share kept, loss as a share of the largest).
+        point: where this scheme is on it.
         reasons: why a site stayed dense, or took another M, whatever the budget.
         seconds: time of the search.
         facts: more to say in the head of a page, such as versions.
@@ -67,6 +69,8 @@ class Report:
     reasons: Mapping[str, str] = field(default_factory=dict)
     seconds: float | None = None
     facts: Mapping[str, str] = field(default_factory=dict)
+    curve: Sequence[tuple[float, float]] = ()
+    point: tuple[float, float] | None = None
 
     @cached_property
     def totals(self) -> Totals:

@@ -1,8 +1,14 @@
-"""The kernel in C++: built once by torch.utils.cpp_extension, kept in a cache folder, loaded once a process."""
+"""The kernel in C++: built once by torch.utils.cpp_extension, kept in a cache folder, loaded once a process.
+
+The name of a kept kernel says what it was built from, by which compiler, and the digest of its bytes. It is loaded only if its
+bytes have this digest and nobody but this user and root could have written them; then from a copy in memory, so that whatever
+happens to the file does not matter.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import hashlib
 import logging
@@ -10,24 +16,38 @@ import os
 import platform
 import shlex
 import shutil
+import stat
 import subprocess
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
+from nmfx.errors import NmfxError
+from nmfx.files import draft_in, locked, write_atomic
+
 SOURCES = Path(__file__).with_name("kernel")  # kernel.cpp and the headers it is made of
 FLAGS = ("-O3", "-std=c++20", "-fopenmp", "-fno-math-errno")  # -fopenmp: at::parallel_for runs in torch's own threads
 NATIVE = "-march=native"
 NAME = "nmfx_runtime"
+PATIENCE = 900  # seconds that another process may take to build; then this one builds as well
+LARGEST = 1 << 28  # bytes of a kernel
 log = logging.getLogger(__name__)
+_once = threading.Lock()
 
 
 def cache_folder() -> Path:
     """Where built kernels and measured times are kept: $NMFX_CACHE, or nmfx/ in the user's cache folder."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get("NMFX_CACHE") or Path(base) / "nmfx")
+
+
+def folders() -> list[Path]:
+    """Where kernels may lie: in the cache, and where that cannot be used, in a folder of this user's among temporary files."""
+    user = os.geteuid() if hasattr(os, "geteuid") else "user"
+    return [cache_folder() / "kernels", Path(tempfile.gettempdir()) / f"nmfx-{user}" / "kernels"]
 
 
 @functools.cache
@@ -41,15 +61,25 @@ def processor() -> str:
 
 
 @functools.cache
+def compiler() -> str:
+    """The C++ compiler and its version; empty where there is none."""
+    name = os.environ.get("CXX") or "c++"
+    with contextlib.suppress(OSError, ValueError, subprocess.SubprocessError):
+        asked = [*shlex.split(name), "--version"]
+        said = subprocess.run(asked, capture_output=True, text=True, timeout=60, check=True)  # noqa: S603
+        return f"{name} {said.stdout}"
+    return ""
+
+
+@functools.cache
 def identity() -> str:
-    """Stands for all that a built kernel depends on: its source, flags, torch, the compiler and the processor."""
-    compiler = os.environ.get("CXX", "c++")
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        asked = [compiler, "--version"]
-        compiler += subprocess.run(asked, capture_output=True, text=True, timeout=60, check=False).stdout  # noqa: S603
-    sources = (path.read_text(encoding="utf-8") for path in sorted(SOURCES.iterdir()))
-    parts = (*sources, *flags(), torch.__version__, compiler, processor())
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+    """Stands for all that a kernel must be built for to run here: its source, flags, torch and the processor.
+
+    The compiler is not among them: where there is none, a kernel that one has built elsewhere is as good.
+    """
+    sources = (path.read_text(encoding="utf-8") for path in sorted(SOURCES.iterdir()) if path.suffix in (".cpp", ".h"))
+    machine = processor() if any("native" in flag for flag in flags()) else platform.machine()
+    return _digest("\0".join((*sources, *flags(), torch.__version__, machine)).encode())[:16]
 
 
 def flags() -> tuple[str, ...]:
@@ -57,46 +87,201 @@ def flags() -> tuple[str, ...]:
     return (*FLAGS, *shlex.split(os.environ.get("NMFX_CXXFLAGS", NATIVE)))
 
 
-@functools.cache
 def load_kernel() -> str:
-    """Load the kernel, built first if the cache has none for this machine; empty when done, or why it cannot be had.
+    """Load the kernel, built first if the cache has none for this machine; empty when done, or why it cannot be had and what
+    to do.
 
-    Without it the operators of `nmfx.runtime` are right but slow. Several processes may build at the same time.
+    Without it the operators of `nmfx.runtime` are right but slow. Of several processes one builds and the others wait for it.
     """
-    path = cache_folder() / "kernels" / f"{NAME}-{identity()}.so"
-    try:
-        if path.exists():
-            torch.ops.load_library(path)  # type: ignore[no-untyped-call]
-        else:
-            _build(path)
-    except (RuntimeError, OSError, ImportError) as error:
-        lines = str(error).splitlines() or [type(error).__name__]
-        reason = next((line for line in lines if "error:" in line), lines[0])[:300]
-        log.warning("the kernel cannot be built (%s): sparse operators run in plain PyTorch, slowly", reason)
-        return reason
+    return _loaded()[0]
+
+
+def kernel_digest() -> str:
+    """Stands for the kernel that this process has loaded; empty if it has none."""
+    return _loaded()[1]
+
+
+def _loaded() -> tuple[str, str]:
+    with _once:
+        return _load_once()
+
+
+@functools.cache
+def _load_once() -> tuple[str, str]:
+    """Why there is no kernel, and the digest of the one that there is: this compiler's from the cache, or a new one, or any."""
+    reasons = list[str]()
+    for way in (_load_kept, _load_built, _load_any):
+        if digest := way(reasons):
+            return "", digest
+    reason = "; ".join(dict.fromkeys(reasons))
+    log.warning("no sparse kernel (%s): sparse operators run in plain PyTorch, slowly", reason)
+    return reason, ""
+
+
+def _load_kept(reasons: list[str], builder: str | None = None) -> str:
+    """Load a kernel that is kept on disk, of this compiler unless another is named; its digest, empty if there is none."""
+    builder = _builder() if builder is None else builder
+    for folder in folders():
+        for path in sorted(folder.glob(f"{NAME}-{identity()}-{builder}-*.so")) if builder else ():
+            try:
+                content = read_trusted(path)
+                _load(content, path)
+            except (OSError, NmfxError) as error:
+                reasons.append(_brief(error))
+                log.info("not loaded: %s", error)
+            else:
+                return _digest(content)
     return ""
 
 
-def _build(path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=".build.", dir=path.parent))  # its own: a killed build leaves no lock behind
-    log.info("building %s", path)
-    try:
-        with quiet("torch.utils.cpp_extension"):  # it warns of CUDA, which is not asked for
-            from torch.utils import cpp_extension
+def _load_any(reasons: list[str]) -> str:
+    return _load_kept(reasons, "*")
 
-            cpp_extension.load(
-                NAME,
-                [str(SOURCES / "kernel.cpp")],
-                extra_cflags=list(flags()),
-                extra_ldflags=[flag for flag in flags() if flag.startswith("-fsanitize")],
-                build_directory=str(draft),
-                with_cuda=False,
-                is_python_module=False,
-            )
-        os.replace(draft / f"{NAME}.so", path)
+
+def _load_built(reasons: list[str]) -> str:
+    """Build a kernel, unless another process has done so meanwhile, and load it; its digest, empty if it cannot be done."""
+    if not compiler():
+        name = os.environ.get("CXX") or "c++"
+        reasons.append(f"no C++ compiler ({name}): install one, such as g++, or set CXX to it")
+        return ""
+    for folder in folders():
+        try:
+            _make_folder(folder)
+        except (OSError, NmfxError) as error:
+            reasons.append(_brief(error))
+            continue
+        with locked(folder / ".lock", PATIENCE):
+            if digest := _load_kept([]):
+                return digest
+            _remove_damaged(folder)
+            try:
+                return _build(folder)
+            except (RuntimeError, OSError, ImportError, NmfxError, subprocess.SubprocessError) as error:
+                reasons.append(f"it cannot be built: {_brief(error)}")
+                return ""
+    return ""
+
+
+def _build(folder: Path) -> str:
+    """Build and load; what is kept is a copy, since the file that a process has loaded must not change."""
+    log.info("building a kernel in %s", folder)
+    with draft_in(folder) as draft, _quiet_build():
+        from torch.utils import cpp_extension
+
+        cpp_extension.load(
+            NAME,
+            [str(SOURCES / "kernel.cpp")],
+            extra_cflags=list(flags()),
+            extra_ldflags=[flag for flag in flags() if flag.startswith("-fsanitize")],
+            build_directory=str(draft),
+            with_cuda=False,
+            is_python_module=False,
+        )
+        content = next(draft.glob(f"{NAME}*.so")).read_bytes()
+    path = folder / f"{NAME}-{identity()}-{_builder()}-{_digest(content)}.so"
+    try:
+        write_atomic(path, lambda new: new.write_bytes(content), mode=0o644)
+    except NmfxError as error:  # it is loaded all the same
+        log.warning("the kernel is not kept: %s", error)
+    return _digest(content)
+
+
+def read_trusted(path: Path) -> bytes:
+    """The bytes of a kept kernel.
+
+    Raises:
+        NmfxError: others could have written it, or it is damaged.
+    """
+    for one in (path.parent.parent, path.parent):
+        check_ours(one)
+    with open(os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)), "rb") as file:
+        about = os.fstat(file.fileno())
+        _check_ours(path, about)
+        if not stat.S_ISREG(about.st_mode) or about.st_size > LARGEST:
+            raise NmfxError(f"{path} is no kernel; remove it")
+        content = file.read(LARGEST)
+    if _digest(content) != path.stem.rpartition("-")[2]:
+        raise NmfxError(f"{path} is damaged; remove it")
+    return content
+
+
+def check_ours(folder: Path) -> None:
+    """Raise an NmfxError if anybody but this user and root can write to a folder, or to the link that leads to it."""
+    _check_ours(folder, os.lstat(folder))
+    _check_ours(folder, os.stat(folder))
+
+
+def _check_ours(path: Path, about: os.stat_result) -> None:
+    if not hasattr(os, "geteuid"):
+        return
+    if about.st_uid not in (0, os.geteuid()):
+        raise NmfxError(f"{path} belongs to another user ({about.st_uid}) and is not used; set NMFX_CACHE to a folder of yours")
+    if about.st_mode & 0o022 and not stat.S_ISLNK(about.st_mode):
+        raise NmfxError(f"{path} can be written by others and is not used; chmod go-w it if you trust what is in it")
+
+
+def _make_folder(folder: Path) -> None:
+    """Make a folder of kernels and the one around it, writable by this user alone.
+
+    Raises:
+        NmfxError: it is there and others can write to it, or this user cannot.
+    """
+    folder.parent.parent.mkdir(parents=True, exist_ok=True)
+    for one in (folder.parent, folder):
+        with contextlib.suppress(FileExistsError):
+            one.mkdir(0o755)
+        check_ours(one)
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise NmfxError(f"{folder} cannot be written to; set NMFX_CACHE to a folder of yours")
+
+
+def _remove_damaged(folder: Path) -> None:
+    """Remove kernels for this machine that cannot be what their names say."""
+    for path in folder.glob(f"{NAME}-{identity()}-*.so"):
+        with contextlib.suppress(OSError):
+            if not path.is_symlink() and path.is_file() and _digest(path.read_bytes()) != path.stem.rpartition("-")[2]:
+                path.unlink()
+
+
+def _load(content: bytes, path: Path) -> None:
+    """Load these bytes as a library; from memory where the system can, so that no file can change under the process."""
+    try:
+        memory = os.memfd_create(NAME)  # stays open: the loader knows libraries by name, and this number must not name another
+        with open(memory, "wb", closefd=False) as file:
+            file.write(content)
+        ctypes.CDLL(f"/proc/self/fd/{memory}")
+    except (AttributeError, OSError):  # not Linux, or nothing may be run from memory
+        torch.ops.load_library(path)  # type: ignore[no-untyped-call]
+
+
+@contextlib.contextmanager
+def _quiet_build() -> Iterator[None]:
+    """Without torch's warnings of CUDA, which is not asked for, and with the ninja of this Python where the path has none."""
+    before = os.environ.get("PATH", "")
+    with contextlib.suppress(ImportError):
+        if shutil.which("ninja") is None:
+            import ninja
+
+            os.environ["PATH"] = os.pathsep.join((ninja.BIN_DIR, before))
+    try:
+        with quiet("torch.utils.cpp_extension"):
+            yield
     finally:
-        shutil.rmtree(draft, ignore_errors=True)
+        os.environ["PATH"] = before
+
+
+def _builder() -> str:
+    return _digest(compiler().encode())[:8] if compiler() else ""
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:32]
+
+
+def _brief(error: BaseException) -> str:
+    """The line of an error that says why."""
+    lines = str(error).splitlines() or [type(error).__name__]
+    return next((line for line in lines if "error:" in line), lines[0])[:300]
 
 
 @contextlib.contextmanager

@@ -432,7 +432,7 @@ def time_site(node: fx.Node, fused: Fused, inputs: tuple[Tensor, ...], times: Ti
         chains = {name: repeated(layers[name], inputs, REPEATS) for name in names if name in chained}
         return {name: partial(layer, *inputs) for name, layer in layers.items()} | chains
 
-    took = times.get(what, candidates)
+    took = times.get(what, names, candidates)
     return TimedSite(node, fused, {name: seconds / (REPEATS if name in chained else 1) for name, seconds in took.items()})
 
 

@@ -3,24 +3,42 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
+import logging
 import math
+import os
+import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 
 from nmfx.errors import NmfxError
-from nmfx.files import write_atomic
-from nmfx.runtime.building import cache_folder, identity
+from nmfx.files import locked, write_atomic
+from nmfx.parsing import Form, Seconds, read_json
+from nmfx.runtime.building import cache_folder, kernel_digest, processor
 
 Advance = Callable[[float, str], None]  # told the share done, and of what
 ROUNDS, LEAST_SECONDS = 7, 0.004  # turns, and time of one candidate in a turn at least
 WHOLE = 0.1  # the same of a whole network
 HOPELESS = 1.6  # times the fastest: more than what a choice between ways to compute a site forgives
+PACE_ROUNDS, PACE_SECONDS = 5, 0.001  # of the small computation that says how fast the machine is
+CHANGED = 1.5  # times as long or as short as before: another pace, at which other ways may be the fastest
+PATIENCE = 10  # seconds that another process may take to save
+SETTINGS = (
+    "ATEN_CPU_CAPABILITY",
+    "DNNL_MAX_CPU_ISA",
+    "ONEDNN_MAX_CPU_ISA",
+    "KMP_AFFINITY",
+    "GOMP_CPU_AFFINITY",
+    "OMP_PROC_BIND",
+)
+log = logging.getLogger(__name__)
 
 
 def ignore(share: float, what: str) -> None:
@@ -35,7 +53,7 @@ def part(progress: Advance, number: int, parts: int) -> Advance:
 def measure(
     candidates: Mapping[str, Callable[[], Any]],
     *,
-    rounds: int = ROUNDS,
+    rounds: int | None = None,
     least: float | None = None,
     hopeless: float = math.inf,
 ) -> dict[str, float]:
@@ -46,6 +64,7 @@ def measure(
         hopeless: who takes so many times as long as the fastest, has no more turns after the first.
     """
     least = LEAST_SECONDS if least is None else least
+    rounds = ROUNDS if rounds is None else rounds
     repeats, best = {}, {}
     for name, run in candidates.items():
         run()
@@ -66,27 +85,117 @@ def measure(
     return best
 
 
+class _Kept(Form, frozen=True):
+    """The file of measured seconds; `digest` is of all else, so that a damaged one is not taken for another measurement."""
+
+    machine: dict[str, str]
+    pace: dict[str, Seconds]
+    known: dict[str, dict[str, Seconds]]
+    digest: str
+
+    def is_whole(self) -> bool:
+        """Whether it is as it was written."""
+        return self.digest == _digest(self.machine, self.pace, self.known)
+
+
 class Times:
-    """A file of measured seconds for this processor, kernel, torch and number of threads."""
+    """Measured seconds for this machine, kernel, torch and number of threads, remembered on disk.
+
+    They are forgotten when the machine's pace is no longer what it was: when a small computation takes `CHANGED` times as long
+    as it did then, or as little.
+    """
 
     def __init__(self) -> None:
-        about = f"{identity()}-{torch.get_num_threads()}"
-        self.path = cache_folder() / "times" / f"{about}.json"
-        self.known: dict[str, dict[str, float]] = {}
-        with contextlib.suppress(OSError, ValueError):  # nothing measured yet, or not readable: it is measured again
-            self.known = json.loads(self.path.read_text(encoding="utf-8"))
+        self.machine = machine() | {"threads": str(torch.get_num_threads()), "measured": f"{ROUNDS} x {LEAST_SECONDS} s"}
+        self.path = cache_folder() / "times" / f"{_digest(self.machine)[:24]}.json"
+        self.pace = measure_pace()
+        self.new: dict[str, dict[str, float]] = {}
+        kept = self._kept()
+        self.known = kept.known if kept else {}
 
-    def get(self, what: Any, candidates: Callable[[], Mapping[str, Callable[[], Any]]]) -> dict[str, float]:
-        """Seconds of each candidate for the question `what`, measured if nobody has asked it before."""
-        key = hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()[:24]
-        if key not in self.known:
-            self.known[key] = measure(candidates(), hopeless=HOPELESS)
-        return self.known[key]
+    def get(
+        self, what: Any, names: Collection[str], candidates: Callable[[], Mapping[str, Callable[[], Any]]]
+    ) -> dict[str, float]:
+        """Seconds of each candidate for the question `what`, measured if nobody has asked it before.
+
+        Args:
+            names: of the candidates.
+        """
+        key = _digest(what)[:24]
+        found = self.known.get(key)
+        if found is None or found.keys() != set(names):
+            found = self.known[key] = self.new[key] = measure(candidates(), hopeless=HOPELESS)
+        return found
 
     def save(self) -> None:
-        """Keep what was measured; a cache folder that cannot be written to costs only the time to measure again."""
-        with contextlib.suppress(NmfxError):
-            write_atomic(self.path, self._write)
+        """Keep what was measured, beside what other processes have measured meanwhile; a cache folder that cannot be written to
+        costs only the time to measure again.
+        """
+        if not self.new:
+            return
+        with contextlib.suppress(NmfxError, OSError):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with locked(self.path.with_suffix(".lock"), PATIENCE):
+                kept = self._kept()
+                pace = kept.pace if kept else self.pace  # of the oldest, or it could change step by step unnoticed
+                known = (kept.known if kept else {}) | self.new
+                content = _Kept(self.machine, pace, known, _digest(self.machine, pace, known))
+                write_atomic(self.path, lambda new: new.write_bytes(msgspec.json.encode(content)), mode=0o644)
+                self.known, self.new = known, {}
 
-    def _write(self, path: Path) -> None:
-        path.write_text(json.dumps(self.known), encoding="utf-8")
+    def _kept(self) -> _Kept | None:
+        """What is on disk, of this machine at this pace; None if the file is absent, damaged or of another form."""
+        try:
+            kept = read_json(self.path, _Kept, "measured times")
+        except NmfxError as error:
+            log.info("measured again: %s", error)
+            return None
+        if not kept.is_whole() or kept.machine != self.machine or not same_pace(kept.pace, self.pace):
+            log.info("measured again: %s is damaged, of another machine, or of this one at another pace", self.path)
+            return None
+        return kept
+
+
+def machine() -> dict[str, str]:
+    """All that times depend on and that the system tells: processor, system, libraries and the kernel."""
+    return _hardware() | {
+        "cores": f"{os.cpu_count()}, of them {sorted(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else 'all'}",
+        "torch": str(torch.__version__),
+        "kernel": kernel_digest(),
+        "settings": " ".join(f"{name}={os.environ[name]}" for name in SETTINGS if name in os.environ),
+    }
+
+
+@functools.cache
+def _hardware() -> dict[str, str]:
+    return {
+        "processor": processor(),
+        "clock": _said("/sys/devices/system/cpu/cpu0/cpufreq/cpuinfo_max_freq"),
+        "governor": _said("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
+        "quota": _said("/sys/fs/cgroup/cpu.max"),  # of a container
+        "product": _said("/sys/class/dmi/id/product_name"),  # of a virtual machine: which kind
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+    }
+
+
+def _said(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8", errors="replace").strip()[:200]
+    except OSError:
+        return ""
+
+
+def measure_pace() -> dict[str, float]:
+    """Seconds of a fixed product and of a fixed copy of memory: how fast this machine is now."""
+    left, right, memory = torch.ones(128, 512), torch.ones(512, 128), torch.zeros(1 << 18)
+    candidates = {"product": lambda: left @ right, "copy": memory.clone}
+    return measure(candidates, rounds=PACE_ROUNDS, least=PACE_SECONDS)
+
+
+def same_pace(before: Mapping[str, float], now: Mapping[str, float]) -> bool:
+    """Whether no part of the pace has changed by more than a factor of `CHANGED`."""
+    return before.keys() == now.keys() and all(1 / CHANGED <= before[name] / now[name] <= CHANGED for name in now)
+
+
+def _digest(*what: Any) -> str:
+    return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from nmfx.search.events import Event, Outcome, trim
+from nmfx.search.events import Event, Outcome, settle, trim
 from nmfx.search.problem import Problem
 from nmfx.search.tables import Tables
 
@@ -12,9 +12,10 @@ from nmfx.search.tables import Tables
 def uniform(problem: Problem, tables: Tables) -> Outcome:
     """One N for every site, the largest that fits everywhere; what it leaves is spent on single sites."""
     steps = [list(choice) for choice in zip(*problem.levels, strict=True)]  # one choice for each candidate N
-    choice = max((c for c in steps if problem.fits(c)), key=steps.index)  # pose() has checked that the sparsest fits
-    chosen, trims = trim(problem, choice)
-    return Outcome(tuple(chosen), (*moves(problem, choice, "the densest pattern that fits everywhere"), *trims))
+    choice = next((c for c in reversed(steps) if problem.fits(c)), steps[0])
+    settled, forced = settle(problem, choice)  # only measured times can make the sparsest patterns too slow
+    chosen, trims = trim(problem, settled)
+    return Outcome(tuple(chosen), (*moves(problem, choice, "the densest pattern that fits everywhere"), *forced, *trims))
 
 
 def erk(problem: Problem, tables: Tables) -> Outcome:
@@ -33,8 +34,9 @@ def erk(problem: Problem, tables: Tables) -> Outcome:
     for _ in range(100):  # bisection down to the last bits of a double
         middle = math.sqrt(low * high)
         low, high = (middle, high) if problem.fits(nearest(middle)) else (low, middle)
-    choice, trims = trim(problem, nearest(low))
-    return Outcome(tuple(choice), (*moves(problem, nearest(low), "nearest to its ERK density"), *trims))
+    choice, forced = settle(problem, nearest(low))
+    choice, trims = trim(problem, choice)
+    return Outcome(tuple(choice), (*moves(problem, nearest(low), "nearest to its ERK density"), *forced, *trims))
 
 
 def erk_sparsities(problem: Problem) -> dict[int, float]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from nmfx.passes.scoring import scored
 from nmfx.search.baselines import erk_sparsities
-from nmfx.search.events import Event, Outcome, trim
+from nmfx.search.events import Event, Outcome, settle, trim
 from nmfx.search.problem import Problem
 from nmfx.search.tables import Tables
 
@@ -14,6 +14,7 @@ WEIGHTS = {
     "params": (0.5, 0.5),
     "macs": (0.8, 0.2),
     "bytes": (0.5, 0.5),
+    "latency": (0.8, 0.2),  # as for MACs, which time goes with
 }  # b1, b2: of the MAC and the ERK term
 SLACK = 0.01  # when no site is further than this below its ERK sparsity, the ERK term is dropped
 
@@ -50,6 +51,8 @@ def domino(problem: Problem, tables: Tables) -> Outcome:
     eta = penalties(problem, choice, erk)
     while not problem.fits(choice):
         waiting = {i: points[i][problem.options[i][0].m - working[i]] - shrinkage[i] for i in problem.free if working[i] > 1}
+        if not waiting:
+            break  # measured times need not fall with N: the sparsest patterns can be too slow
         rates = {i: eta[i] for i in waiting}
         if all(rate <= 0 for rate in rates.values()):
             # Every site that can still step is past its ERK share: let the most expensive ones go on.
@@ -67,5 +70,6 @@ def domino(problem: Problem, tables: Tables) -> Outcome:
             name = problem.sites.sites[tipping].name
             events.append(Event(name, before, after, reason, problem.cost(choice), time))
             eta = penalties(problem, choice, erk)
+    choice, settled = settle(problem, choice)
     choice, trims = trim(problem, choice)
-    return Outcome(tuple(choice), (*events, *trims))
+    return Outcome(tuple(choice), (*events, *settled, *trims))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from nmfx.errors import SearchError
 from nmfx.graph.census import find_sites
 from nmfx.graph.masked import mask_attribute, masked_sites, unmask
-from nmfx.graph.reading import MaskSpec, mask_name
+from nmfx.graph.reading import STATES, MaskSpec, mask_name
 from nmfx.graph.site import Sites
 from nmfx.passes.scoring import SUFFIXES, attach_scores, detach_scores, scores_of, weight_of
 from nmfx.processes import world
@@ -55,6 +55,8 @@ class Loop:
         for name, low, high in (("decay", 0.0, math.inf), ("quorum", 0.0, 1.0), ("tolerance", 0.0, 1.0)):
             if not low <= getattr(self, name) <= high:
                 raise SearchError(f"{name}={getattr(self, name)!r}: expected a number in {low:g}..{high:g}")
+        if self.decay == math.inf:
+            raise SearchError("decay=inf: expected a finite number of 0 or more")
         object.__setattr__(self, "doublings", tuple(self.doublings))
 
     def decay_at(self, t: int) -> float:
@@ -65,7 +67,8 @@ class Loop:
 class DominoSearch:
     """Layer-wise N:M search by a penalty that makes layers tip one after the other (Sun et al., NeurIPS 2021).
 
-    ``search.step()`` goes between ``loss.backward()`` and ``optimizer.step()``::
+    ``search.step()`` goes between ``loss.backward()`` and ``optimizer.step()``, once an update; the penalty that it sets is
+    applied by the optimiser's step, unscaled and unclipped, as SR-STE's pull is (see `transform`)::
 
         search = DominoSearch(model, 0.875, example_input=x)
         while not search.done:
@@ -116,6 +119,11 @@ class DominoSearch:
         sites: Sites | None = None,
         **options: Any,
     ) -> None:
+        if "latency" in (budget, *(limits or {})):
+            raise SearchError(
+                "DominoSearch counts params, macs or bytes; under a budget of latency use find_scheme with method 'knapsack', "
+                "'spdy' or 'domino' (data-free)"
+            )
         loop = {name: options.pop(name) for name in Loop.__dataclass_fields__ if name in options}
         self.loop, self.model = Loop(**loop), model
         self.sites = sites if sites is not None else find_sites(model, example_input)
@@ -145,7 +153,8 @@ class DominoSearch:
                 continue
             for path, attr in site.owners:
                 owner = self.model.get_submodule(path)
-                mask_attribute(owner, attr, MaskSpec(site.name, pattern, self.problem.grouping(i), decay=None), twin)
+                spec = MaskSpec(site.name, pattern, self.problem.grouping(i), decay=None, derived=site.derived)
+                mask_attribute(owner, attr, spec, twin)
                 twin = twin or (owner, attr)
 
     def _name(self, index: int) -> str:
@@ -196,7 +205,7 @@ class DominoSearch:
         return [i for i in self.problem.free if self._choice[i] > 0]
 
     def step(self) -> tuple[Event, ...]:
-        """One iteration: the penalty goes onto the gradients, and every so often the sites vote.
+        """One iteration: the penalty is due at the optimiser's next step, and every so often the sites vote.
 
         Returns:
             The commits of this iteration.
@@ -206,23 +215,20 @@ class DominoSearch:
         """
         if self.done:
             raise SearchError("the search is done: take search.scheme")
-        if self.t % self.loop.penalty_every == 0:
-            self._penalise()
+        self._penalise()
         events = self._vote() if self.t % self.loop.vote_every == 0 else ()
         self.t += 1
         return events
 
-    @torch.no_grad()
     def _penalise(self) -> None:
-        """``decay * eta_l * w`` onto the gradients of kept weights."""
-        decay = self.loop.decay_at(self.t)
+        """``decay * eta_l * w`` for the gradients of kept weights, when the optimiser steps."""
+        due, decay = self.t % self.loop.penalty_every == 0, self.loop.decay_at(self.t)
         for i, eta in self._eta.items():
-            site = self.sites.sites[i]
-            weight, (path, attr) = weight_of(self.model, site), site.owners[0]
-            if weight.grad is not None and eta:
-                mask = self.model.get_submodule(path)._buffers[mask_name(attr)]
-                assert mask is not None
-                weight.grad.addcmul_(weight, mask.to(weight.dtype), value=decay * eta)
+            path, attr = self.sites.sites[i].owners[0]
+            owner = self.model.get_submodule(path)
+            mask = owner._buffers[mask_name(attr)]  # of the forward pass, before the vote
+            assert mask is not None
+            owner.__dict__[STATES][attr].penalty = (decay * eta, mask) if due and eta else None
 
     def _vote(self) -> tuple[Event, ...]:
         """Every site that can still step takes a vote, in model order; the search may end in the middle of a round."""

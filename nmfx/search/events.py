@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from nmfx.errors import SearchError
 from nmfx.search.problem import Problem
 from nmfx.sparsity.pattern import Pattern
 
@@ -27,6 +28,31 @@ class Outcome:
 
     choice: tuple[int, ...]
     events: tuple[Event, ...]
+
+
+def settle(problem: Problem, choice: Sequence[int]) -> tuple[list[int], list[Event]]:
+    """Bring a choice within every budget, by the option that saves most of what is exceeded most, until all hold.
+
+    Nothing to do where costs fall with N; measured times need not.
+
+    Raises:
+        SearchError: two budgets that pull in different directions.
+    """
+    chosen, events = list(choice), list[Event]()
+    while not problem.fits(chosen):
+        over = [-problem.left(chosen, b) / max(1, budget.limit) for b, budget in enumerate(problem.budgets)]
+        worst = over.index(max(over))
+        prices, kind = problem.prices[worst], problem.budgets[worst].kind
+        saving, _, i = max((prices[i][chosen[i]] - min(prices[i]), -i, i) for i in problem.free)
+        if saving <= 0 or len(events) > len(problem.free) * len(problem.budgets):
+            names = " and ".join(budget.kind for budget in problem.budgets)
+            raise SearchError(f"no choice within the limits of {names} was found this way; try method 'knapsack'")
+        option = prices[i].index(min(prices[i]))
+        before, after = problem.options[i][chosen[i]], problem.options[i][option]
+        chosen[i] = option
+        site = problem.sites.sites[i].name
+        events.append(Event(site, before, after, f"settle: the cheapest in {kind}", problem.cost(chosen)))
+    return chosen, events
 
 
 def trim(problem: Problem, choice: Sequence[int]) -> tuple[list[int], list[Event]]:

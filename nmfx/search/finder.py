@@ -21,6 +21,7 @@ from nmfx.search.budget import Budget, BudgetKind, Prices
 from nmfx.search.domino import domino
 from nmfx.search.events import Event, Outcome, trim
 from nmfx.search.evidence import Evidence
+from nmfx.search.hull import hull
 from nmfx.search.lagrange import solve_all
 from nmfx.search.problem import Problem, make_scheme, pose
 from nmfx.search.sensitivity import SENSITIVITIES
@@ -29,9 +30,10 @@ from nmfx.search.whole import spdy
 
 
 def knapsack(problem: Problem, tables: Tables) -> Outcome:
-    """The smallest summed sensitivity under the budget, exactly; what it leaves is used all the same."""
+    """The smallest summed sensitivity under the budget, or near it: the gap is said; what it leaves is used all the same."""
     best = solve_all(tables.losses, problem.prices, [budget.limit for budget in problem.budgets])
-    reason = f"least summed sensitivity ({tables.sensitivity}) under the budget"
+    proof = "least" if best.optimal else f"summed loss proven within {best.gap:.3g} of the least:"
+    reason = f"{proof} summed sensitivity ({tables.sensitivity}) under the budget"
     choice, trims = list(best.options), list[Event]()
     if tables.sensitivity != "weight":  # where no loss was seen at all, the optimum leaves room: use it
         choice, trims = trim(problem, choice)
@@ -46,6 +48,7 @@ METHODS: dict[str, Callable[..., Outcome]] = {
     "spdy": lambda problem, tables, **options: spdy(tables, **options),
 }
 MIXED = ("knapsack", "spdy")  # methods that choose among several M for one site
+STEPWISE = ("domino",)  # methods whose events are a history; those of the others say what was chosen, in model order
 
 
 @dataclass(frozen=True)
@@ -57,10 +60,14 @@ class SearchResult:
         events: which site stepped when, and why.
         left: what no further step could use of the budget that leads; `lefts` of each budget.
         loss: squared weight error of the scheme, as a share of the squared weights of all sites that had a choice.
-        optimum: the smallest such loss at the same budget among the same patterns (exact for a single budget).
+        optimum: the smallest such loss that is known at the same budget among the same patterns.
+        gap: what is proven of it: no scheme within the budget has a loss below ``optimum - gap``.
+        optimal: whether that proves `optimum` to be the optimum.
         dense_reasons: why a site stayed dense, or took another M, whatever the budget.
         seconds: time of the search alone, sensitivities included.
         sensitivity: what a knapsack minimised.
+        curve: of a knapsack under one budget, the least summed sensitivity against it: (cost, loss), see `hull`.
+        summed: the summed sensitivity of the scheme, the loss of `curve`.
     """
 
     scheme: Scheme = field(repr=False)
@@ -77,6 +84,24 @@ class SearchResult:
     budgets: tuple[Budget, ...] = ()
     lefts: tuple[int, ...] = ()
     sensitivity: str = "weight"
+    gap: float = math.inf
+    optimal: bool = False
+    curve: tuple[tuple[int, float], ...] = field(default=(), repr=False)
+    summed: float = 0.0
+
+    @property
+    def comparison(self) -> str:
+        """The squared weight error beside the smallest, which is called the optimum only where that is proven."""
+        above = f"{self.loss / self.optimum - 1:.1%} above" if self.optimum else "equal to"
+        above = "equal to" if self.loss <= self.optimum * (1 + 1e-12) else above
+        least = f"{self.loss:.4%} of all, {above} the {'exact optimum' if self.optimal else 'least found'} at this budget"
+        bound = "" if self.optimal else f"; no scheme is below {max(0.0, self.optimum - self.gap):.4%}"
+        return f"{least} ({self.optimum:.4%}{bound})"
+
+    @property
+    def steps(self) -> tuple[Event, ...]:
+        """The history of a method that goes step by step; none of one that decides at once."""
+        return self.events if self.method in STEPWISE else ()
 
 
 def find_scheme(
@@ -98,13 +123,14 @@ def find_scheme(
 
     Args:
         target: sparsity over all sites, those that stay dense included; ``"8x"`` is eight times fewer.
-        method: ``knapsack`` (least summed sensitivity, exact; the default, by docs/search-study.md), ``domino`` (data-free
+        method: ``knapsack`` (least summed sensitivity; the default, by docs/search-study.md), ``domino`` (data-free
             DominoSearch; with data inside a training loop it is `DominoSearch`), ``spdy`` (whole schemes tried on pictures),
             ``erk``, ``uniform``.
         budget: what the target counts: ``params``, ``macs`` (per sample), ``bytes`` of the compressed weights, or ``latency``.
         limits: budgets by name instead of `target` and `budget`, one or two at once: the share to keep, or times fewer, as in
             ``{"params": 0.125, "macs": "4x"}``; the first leads.
-        latency: nanoseconds of each pattern of each site, as ``nmfx.runtime.latency.measure_latency(...).prices``.
+        latency: nanoseconds of each pattern of each site, as
+            ``nmfx.runtime.latency.measure_latency(...).prices``; sites it does not know cost nothing.
         sensitivity: what the knapsack sums up: ``weight`` (squared weight error, data-free), ``activation`` (weighted by
             activation second moments), ``gradient`` (squared directional gradients), ``measured`` (each single choice tried);
             None is ``gradient`` with data and ``weight`` without.
@@ -147,7 +173,8 @@ def conclude(tables: Tables, outcome: Outcome, *, method: str, seconds: float, s
     patterns = {s.name: o[c] for s, o, c in zip(sites, problem.options, outcome.choice, strict=True)}
     scheme = make_scheme(tables.model, problem, patterns, method)
     loss = math.fsum(row[option] for row, option in zip(tables.squared_errors, outcome.choice, strict=True))
-    optimum = solve_all(tables.squared_errors, problem.prices, [b.limit for b in problem.budgets]).loss
+    least = solve_all(tables.squared_errors, problem.prices, [b.limit for b in problem.budgets])
+    solved = method == "knapsack" and len(problem.budgets) == 1
     lefts = tuple(problem.left(outcome.choice, b) for b in range(len(problem.budgets)))
     return SearchResult(
         scheme=scheme,
@@ -158,10 +185,14 @@ def conclude(tables: Tables, outcome: Outcome, *, method: str, seconds: float, s
         events=outcome.events,
         left=lefts[0],
         loss=loss / (tables.energy or 1.0),
-        optimum=optimum / (tables.energy or 1.0),
+        optimum=least.loss / (tables.energy or 1.0),
         dense_reasons=problem.dense_reasons,
         seconds=seconds,
         budgets=problem.budgets,
         lefts=lefts,
         sensitivity=sensitivity,
+        gap=least.gap / (tables.energy or 1.0),
+        optimal=least.optimal,
+        curve=tuple(hull(tables.losses, problem.costs)) if solved else (),
+        summed=math.fsum(row[option] for row, option in zip(tables.losses, outcome.choice, strict=True)) if solved else 0.0,
     )

@@ -22,6 +22,7 @@ from nmfx.errors import SearchError
 
 DRAFT_STATES = 512  # partial choices kept after a site while only a good choice is wanted, and the fewest ever kept
 PART_STATES = 1 << 19  # kept in all to prove that it is the best; a part that needs more is split at its widest site
+ROUNDING = 1e-12  # of a loss: differences below it are those of adding up
 MAX_STATES = 1 << 22  # kept in all parts together, some seconds; past it the choice comes with the gap proven so far
 
 Ints = NDArray[np.int64]
@@ -34,7 +35,12 @@ class Choice:
     options: tuple[int, ...]
     loss: float
     cost: int
-    gap: float  # proven: no choice within the budget has a loss below loss - gap; 0.0 is the optimum
+    gap: float  # proven: no choice within the budget has a loss below loss - gap
+
+    @property
+    def optimal(self) -> bool:
+        """Whether it is proven that no choice has a smaller loss, to the last digits of a sum."""
+        return self.gap <= ROUNDING * abs(self.loss)
 
 
 class _Option(NamedTuple):
@@ -50,6 +56,9 @@ Options = list[_Option]  # of one site, each dearer than the one before and of l
 def solve(losses: Sequence[Sequence[float]], costs: Sequence[Sequence[int]], budget: int) -> Choice:
     """Choose one option a site (a row; rows differ in length): the least summed loss, the summed cost in the budget.
 
+    That it is the least is proven where `Choice.optimal` says so; the search for the proof ends after some seconds, and then
+    the gap that is left is said.
+
     Costs and budget are whole parameters or MACs. Of equal losses the lower cost is chosen, of equal options of a site
     the first. An infinite loss forbids its option. Raises SearchError on a NaN, and if no choice is within the budget.
     """
@@ -58,7 +67,7 @@ def solve(losses: Sequence[Sequence[float]], costs: Sequence[Sequence[int]], bud
     if _cost(best) > index(budget):
         raise SearchError(f"budget {budget} is out of reach: the smallest sum of costs is {_cost(best)}")
     parts = [(-math.inf, next(serial), sites)]  # a heap of the parts not yet solved; the least loss each may hold first
-    while parts and states < MAX_STATES and parts[0][0] < _loss(best) - 1e-12 * abs(_loss(best)):
+    while parts and states < MAX_STATES and parts[0][0] < _loss(best) - ROUNDING * abs(_loss(best)):
         picks, gap, sites, used = _solve_part(heappop(parts)[2], budget)
         best, states = min(best, picks, key=lambda picks: (_loss(picks), _cost(picks))), states + used
         for part in _split(sites) if gap else ():

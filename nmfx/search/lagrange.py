@@ -14,8 +14,8 @@ STEPS = 24  # halvings of the price of the second budget
 def solve_all(losses: Sequence[Sequence[float]], prices: Sequence[Sequence[Sequence[int]]], limits: Sequence[int]) -> Choice:
     """The least summed loss with every summed cost within its limit.
 
-    Exact for one limit. For two, the Lagrangian of the second: a bisection over its price, each step an exact knapsack under
-    the first (Everett, 1963); `gap` is proven by weak duality.
+    One limit is a knapsack (see `solve`). For two, the Lagrangian of the second: a bisection over its price, each step a
+    knapsack under the first (Everett, 1963); `gap` is proven by weak duality.
 
     Args:
         prices: one table of costs a limit, shaped as `losses`.

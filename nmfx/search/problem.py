@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fnmatch
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -33,7 +32,7 @@ class Choices:
         m: group size in 2..64, or several, of which a site takes any (the knapsack) or the largest that fits (the others).
         candidates: the N's allowed besides M (dense); powers of two by default.
         patterns: just these patterns, such as ``["2:4"]`` for hardware, instead of `m` and `candidates`.
-        keep_dense: globs of site names that stay dense.
+        keep_dense: globs of the names of sites, or of modules they are under, that stay dense.
         min_density: the least density of every site, or a mapping from globs to densities (the first match counts).
         layout, remainder: what becomes of rows that M does not divide (see `nmfx.scheme.fit`).
         within: the scheme that the weights are under already: a site keeps its pattern there, or takes one of lower density.
@@ -75,7 +74,7 @@ class Choices:
     def least(self, site: Site) -> tuple[float, str]:
         """The least density of a site, and the glob that says so."""
         rules = self.min_density if isinstance(self.min_density, Mapping) else {"*": self.min_density}
-        glob = next((glob for glob in rules if fnmatch.fnmatchcase(site.name, glob)), "")
+        glob = next((glob for glob in rules if text.matches(site.name, glob)), "")
         return (rules[glob], glob) if glob else (0.0, "")
 
     def check(self, sites: Sites) -> None:
@@ -87,8 +86,8 @@ class Choices:
         rules = self.min_density if isinstance(self.min_density, Mapping) else {}
         for option, globs in (("keep-dense", self.keep_dense), ("min-density", rules)):
             for glob in globs:
-                if not any(fnmatch.fnmatchcase(site.name, glob) for site in sites):
-                    raise SearchError(f"{option}: no site matches {glob!r}{text.nearest(glob, [s.name for s in sites])}")
+                if not any(text.matches(site.name, glob) for site in sites):
+                    raise SearchError(f"{option}: no site matches {glob!r}{text.unmatched(glob, [s.name for s in sites])}")
         for least in rules.values() if rules else [self.min_density]:
             if not (isinstance(least, int | float) and 0 <= least <= 1):
                 raise SearchError(f"min-density {least}: expected a density in 0..1, such as 0.25")
@@ -245,7 +244,7 @@ def _options(
 ) -> tuple[Pattern, ...]:
     """The patterns of one site; why it has none, or others than those asked for, goes to `reasons`."""
     start = choices.start(site)
-    if rule := next((glob for glob in choices.keep_dense if fnmatch.fnmatchcase(site.name, glob)), None):
+    if rule := next((glob for glob in choices.keep_dense if text.matches(site.name, glob)), None):
         reasons[site.name] = f"kept {'dense' if start.is_dense else f'at {start}'} by {rule!r}"
         return (start,)
     fitted = {m: [fit(site, Pattern(n, m), choices.layout, choices.remainder) for n in ns] for m, ns in wanted.items() if ns}

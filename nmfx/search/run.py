@@ -2,29 +2,61 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from torch import Tensor, nn
 
 from nmfx.data.loader import TrainLoader
 from nmfx.data.seeding import seed_of
-from nmfx.errors import CheckpointError, SearchError
-from nmfx.graph.masked import masked_sites
+from nmfx.errors import CheckpointError, NmfxError, SearchError
+from nmfx.graph.masked import deep_copy, masked_sites
 from nmfx.graph.parallel import wrap
+from nmfx.parsing import Count, Finite, Form, Share, printable
 from nmfx.passes.scoring import SUFFIXES
 from nmfx.processes import rank, world
 from nmfx.search.domino_loop import DominoSearch
-from nmfx.states import prefixed, read_state, under, write_state
+from nmfx.sparsity.pattern import Pattern
+from nmfx.states import check_tensors, prefixed, read_state, under, write_state
 
 KIND = "search"
 SAVE_SECONDS = 180.0
 MOST = 100_000  # iterations; published searches take under 30,000
+
+
+class _Event(Form, frozen=True):
+    """An `Event` in a file."""
+
+    site: str
+    before: str
+    after: str
+    reason: str
+    cost: int | Finite
+    time: Finite
+
+
+class _State(Form, frozen=True):
+    """What `DominoSearch.state_dict` gives, without its tensors."""
+
+    search: str
+    t: Count
+    done: bool
+    working: dict[str, Count]
+    choice: dict[str, Count]
+    shares: dict[str, Share]
+    events: list[_Event]
+
+
+class _About(Form, frozen=True):
+    """What a state says beside its tensors: the settings of its search, and where it stood."""
+
+    settings: dict[str, Any]
+    state: _State
 
 
 def run_domino(
@@ -55,7 +87,7 @@ def run_domino(
     Raises:
         SearchError: a checkpoint of another search, a loss that is not finite, no end after `most` iterations.
     """
-    searched = copy.deepcopy(model).to(device).train()
+    searched = deep_copy(model).to(device).train()
     search = DominoSearch(searched, target, **options)
     optimizer = torch.optim.SGD(searched.parameters(), lr=lr)
     settings = {"target": str(target), "lr": lr, "seed": seed, "batch": loader.inner.batch_sampler.batch_size}  # type: ignore
@@ -121,17 +153,45 @@ def _save(path: Path, search: DominoSearch, settings: Mapping[str, Any]) -> None
 
 
 def _load(path: Path, search: DominoSearch, settings: Mapping[str, Any]) -> None:
-    """Raises SearchError when the file is not of this search."""
+    """Raises SearchError when the file is not of this search, which is then as it was."""
     try:
-        tensors, about = read_state(path, KIND, "a search", "settings", "state")
+        tensors, about = read_state(path, KIND, "a search", _About)
     except CheckpointError as error:
         raise SearchError(str(error)) from error
-    before, state = about["settings"], about["state"]
+    before, state = about.settings, about.state
     now = json.loads(json.dumps(dict(settings)))
     if different := [f"{key} {before.get(key)} -> {now[key]}" for key in now if before.get(key) != now[key]]:
         raise SearchError(
-            f"{path} is of a search with other settings ({'; '.join(different)[:300]}); give the same ones to resume it, or "
-            f"--force to start anew"
+            f"{path} is of a search with other settings ({printable('; '.join(different))}); give the same ones to resume it, "
+            f"or --force to start anew"
         )
-    search.model.load_state_dict(under("model", tensors))
-    search.load_state_dict({**state, "thresholds": under("threshold", tensors)})
+    model, thresholds = under("model", tensors), under("threshold", tensors)
+    try:
+        check_tensors(search.model.state_dict(), model)
+        check_tensors(search.state_dict()["thresholds"], thresholds)
+        _check_steps(search, state)
+        search.model.load_state_dict(model)
+        search.load_state_dict({**msgspec.to_builtins(state), "thresholds": thresholds})
+    except (NmfxError, RuntimeError) as error:
+        why = printable(str(error))
+        raise SearchError(f"{path}: not of this search ({why}); remove it, or give --force to start anew") from error
+
+
+def _check_steps(search: DominoSearch, state: _State) -> None:
+    """Check that every site stands on one of its options, or between two of them.
+
+    Raises:
+        SearchError: naming the site.
+    """
+    names = search.intermediate.keys()
+    for key, said in {"working": state.working, "choice": state.choice}.items():
+        if said.keys() != names:
+            raise SearchError(f"{key}: expected the {len(names)} sites of the search, found {len(said)} names")
+    for i in search.problem.free:
+        name, options = search.sites.sites[i].name, search.problem.options[i]
+        n, choice = state.working[name], state.choice[name]
+        most = [option.n for option in options[:-1]] + [search.problem.first(i)]
+        if not (choice < len(options) and (most[choice - 1] < n <= most[choice] if choice else n == most[0])):
+            raise SearchError(f"{name}: N = {n} at option {choice} of {len(options)} is no step of the search")
+    for event in state.events:
+        Pattern(event.before), Pattern(event.after)

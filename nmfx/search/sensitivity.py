@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from nmfx.errors import SearchError
-from nmfx.graph.census import Census, Operand, storage_of
+from nmfx.graph.following import Census, storage_of
 from nmfx.graph.masked import throw_away_copy
+from nmfx.graph.products import Operand
 from nmfx.passes.scoring import weight_of
 from nmfx.search.evidence import Evidence, Trial
 from nmfx.search.problem import Problem
@@ -124,7 +125,7 @@ class _Moments(Census):
 
     def _record_weight(self, operand: Operand) -> None:
         if (moment := self._moment(operand)) is not None:
-            for parameter in self.sources[storage_of(operand.tensor)]:
+            for parameter in self.held[storage_of(operand.tensor)].parameters:
                 before = self.sums.get(id(parameter))
                 fits = before is not None and before.shape == moment.shape
                 self.sums[id(parameter)] = before + moment if fits and before is not None else moment

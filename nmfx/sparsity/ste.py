@@ -1,4 +1,4 @@
-"""Gradients through a mask: straight-through, SR-STE, or kept weights only."""
+"""Gradients through a mask, straight through or of kept weights only, and SR-STE's pull on what is dropped."""
 
 from __future__ import annotations
 
@@ -7,22 +7,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nmfx.errors import NmfxError
 
-
-def dense_gradient(grad: Tensor, weight: Tensor, mask: Tensor, masked: Tensor, decay: float | None) -> Tensor:
+def dense_gradient(grad: Tensor, mask: Tensor, kept_only: bool) -> Tensor:
     """Gradient of the dense weight from that of the masked one, ``g``.
 
-    - ``decay >= 0``: ``g + decay * (1 - mask) * weight``, SR-STE (Zhou et al., ICLR 2021, eq. 9); 0 is the plain
-      straight-through estimator;
-    - ``decay is None``: ``mask * g``, kept weights only (ASP, and the search of DominoSearch).
+    - as it is: the straight-through estimator; SR-STE adds its pull when the weight is updated (see `pulled`);
+    - ``kept_only``: ``mask * g`` (ASP, and the search of DominoSearch).
     """
-    if decay is None:
-        return torch.where(mask, grad, torch.zeros((), dtype=grad.dtype, device=grad.device))
-    if decay == 0:
-        return grad
-    dropped = weight - masked  # exactly (1 - mask) * w: w - w and w - 0 need no rounding
-    return dropped.mul_(decay).add_(grad)  # one new tensor, not three: fresh memory costs more than the arithmetic
+    return torch.where(mask, grad, torch.zeros((), dtype=grad.dtype, device=grad.device)) if kept_only else grad
+
+
+def pulled(grad: Tensor, weight: Tensor, mask: Tensor, decay: float | Tensor) -> Tensor:
+    """``grad + decay * (1 - mask) * weight``, a new tensor: the gradient of SR-STE (Zhou et al., ICLR 2021, eq. 9)."""
+    dropped = torch.where(mask, torch.zeros((), dtype=weight.dtype, device=weight.device), weight)
+    return dropped.to(grad.dtype).mul_(decay).add_(grad)
 
 
 class MaskedRead(torch.autograd.Function):
@@ -33,9 +31,9 @@ class MaskedRead(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, mask: Tensor, masked: Tensor, decay: float | None, note: Any) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, mask: Tensor, masked: Tensor, kept_only: bool, note: Any) -> Tensor:
         """A view of `masked`: a read costs nothing."""
-        ctx.weight, ctx.mask, ctx.masked, ctx.decay, ctx.note = weight, mask, masked, decay, note
+        ctx.mask, ctx.kept_only, ctx.note = mask, kept_only, note
         return masked.view_as(masked)
 
     @staticmethod
@@ -43,12 +41,7 @@ class MaskedRead(torch.autograd.Function):
         """Gradient of the dense weight."""
         if (cache := ctx.note()) is not None:
             cache.dirty = True
-        if ctx.decay and not ctx.weight.untyped_storage().nbytes():  # reading freed memory would end the process
-            raise NmfxError(
-                "a masked weight was freed before its backward pass: FSDP needs a backward pass after every forward pass with "
-                "gradients; run the others under torch.no_grad()"
-            )
-        return dense_gradient(grads[0], ctx.weight.detach(), ctx.mask, ctx.masked, ctx.decay), None, None, None, None
+        return dense_gradient(grads[0], ctx.mask, ctx.kept_only), None, None, None, None
 
 
 class MaskedCompute(torch.autograd.Function):
@@ -57,20 +50,18 @@ class MaskedCompute(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(weight: Tensor, mask: Tensor, decay: float | None) -> Tensor:
+    def forward(weight: Tensor, mask: Tensor, kept_only: bool) -> Tensor:
         """``where(mask, weight, 0)``."""
         return torch.where(mask, weight, torch.zeros((), dtype=weight.dtype, device=weight.device))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         """Keep what the gradient needs."""
-        weight, mask, ctx.decay = inputs
-        ctx.save_for_backward(weight, mask, output)
+        _, mask, ctx.kept_only = inputs
+        ctx.save_for_backward(mask)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Gradient of the dense weight."""
-        weight, mask, masked = ctx.saved_tensors
-        if ctx.decay:
-            return grads[0] + (weight - masked).detach() * ctx.decay, None, None  # in place would not do under vmap
-        return dense_gradient(grads[0], weight, mask, masked, ctx.decay), None, None
+        (mask,) = ctx.saved_tensors
+        return dense_gradient(grads[0], mask, ctx.kept_only), None, None

@@ -10,6 +10,7 @@ import torch
 from timm.utils import accuracy
 from torch import Tensor, nn
 
+from nmfx.errors import DataError
 from nmfx.graph.modes import keep_modes
 from nmfx.processes import summed
 from nmfx.training.loss import logits_of
@@ -36,6 +37,9 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], *, refe
         reference: a model whose first answers are compared with, usually the dense one.
 
     Under torch.distributed every process calls it with batches of its own, and gets the result over all.
+
+    Raises:
+        DataError: there are no pictures.
     """
     device = next(model.parameters()).device
     sums = torch.zeros(5, dtype=torch.float64)  # right, right among five, loss, as the reference says, all
@@ -53,5 +57,7 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], *, refe
             same = 0 if reference is None else int((logits.argmax(1) == logits_of(reference(x)).argmax(1)).sum())
             sums += torch.tensor([first, fifth, loss, same, count], dtype=torch.float64)
     right, among, loss, same, count = summed(sums.to(device)).tolist()
-    share = lambda part: part / max(count, 1)  # noqa: E731
+    if not count:
+        raise DataError("there are no pictures to evaluate on")
+    share = lambda part: part / count  # noqa: E731
     return Evaluation(share(right), share(among), share(loss), int(count), None if reference is None else share(same))

@@ -1,13 +1,12 @@
-"""How masks train: chosen for a converted model, and shared out over the passes of an update."""
+"""How masks train: chosen for a converted model, and said of it."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import replace
 
 from torch import Tensor, nn
 
+from nmfx.errors import NmfxError
 from nmfx.graph.masked import masked_sites
 from nmfx.graph.reading import MaskSpec, MaskState
 from nmfx.passes.transform import Training
@@ -15,22 +14,13 @@ from nmfx.passes.transform import Training
 
 def set_training(model: nn.Module, training: Training, decay: float = 2e-4) -> None:
     """Train the masks of a converted model in another way (see `transform`); they stay as they are until a weight changes."""
+    if training not in ("sr-ste", "ste", "fixed") or not 0 <= decay < float("inf"):
+        raise NmfxError(
+            f"training={training!r}, decay={decay}: expected sr-ste, ste or fixed, and a finite factor of 0 or more"
+        )
     factor = {"sr-ste": decay, "ste": 0.0, "fixed": None}[training]
     for state in _states(model):
         _replace(state, replace(state.spec, decay=factor, frozen=training == "fixed"))
-
-
-@contextlib.contextmanager
-def shared_decay(model: nn.Module, passes: int) -> Iterator[None]:
-    """SR-STE adds its decay in every backward pass: with `passes` of them an update, give each its share."""
-    states = {} if passes == 1 else {state: state.spec for state in _states(model) if state.spec.decay}
-    for state, spec in states.items():
-        _replace(state, replace(spec, decay=(spec.decay or 0.0) / passes))
-    try:
-        yield
-    finally:
-        for state, spec in states.items():
-            _replace(state, spec)
 
 
 def describe(model: nn.Module) -> dict[str, str]:

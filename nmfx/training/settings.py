@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
 from nmfx.data.augment import Augment
 from nmfx.errors import NmfxError
 
+INFINITE = float("inf")
 FREE = ("workers", "save_seconds", "tensorboard")  # they change no weight: a run may be resumed with others
 
 
@@ -23,11 +24,12 @@ class Settings:
         opt, sched: names of timm; ``momentum`` is SGD without Nesterov's look ahead. The schedule moves at every update.
         smoothing: label smoothing, of mixed labels too.
         amp: ``bf16`` computes under autocast; weights, masks, loss and evaluation stay in full precision.
-        accumulate: passes an update. Each adds its share of the gradient, and its share of SR-STE's decay.
+        accumulate: passes an update; each adds its share of the gradient.
         compile: a backend of torch.compile, as ``inductor``.
         ema: decay of a moving average of the dense weights (timm's ModelEmaV3, warmed up); the average is then what is
             evaluated, kept as the best, and left in the model.
-        clip_grad: largest norm of the gradient, SR-STE's decay included.
+        clip_grad: largest norm of the gradient of the loss. SR-STE's pull comes after it, at its stated size, as weight decay
+            does.
         distill, temperature: ``(1 - distill) * loss + distill * T^2 * KL(teacher / T, model / T)``.
         parallel: under several processes, ``ddp`` keeps all weights in each; ``fsdp`` shares weights, gradients, optimiser
             state and moving average out (`fully_shard`), gathers a block while it computes, and does not lay weights out anew.
@@ -59,13 +61,19 @@ class Settings:
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
+        for name, kind in KINDS.items():
+            value = getattr(self, name)
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            if not (whole or (kind is float and isinstance(value, float)) or (name == "warmup_epochs" and value is None)):
+                what = "a whole number" if kind is int else "a number"
+                raise NmfxError(f"fine-tuning settings: {name}={value!r}: expected {what}")
         warmup = 0 if self.warmup_epochs is None else self.warmup_epochs
         limits = {
             "epochs of 1 or more": self.epochs >= 1,
             "a batch_size of 1 or more": self.batch_size >= 1,
-            "a positive, finite lr": 0 < self.lr < float("inf"),
+            "a positive, finite lr": 0 < self.lr < INFINITE,
             "momentum in 0..1": 0 <= self.momentum < 1,
-            "a weight_decay of 0 or more": 0 <= self.weight_decay < float("inf"),
+            "a finite weight_decay of 0 or more": 0 <= self.weight_decay < INFINITE,
             "warmup_epochs below epochs": 0 <= warmup < self.epochs,
             "smoothing in 0..1": 0 <= self.smoothing < 1,
             "amp none or bf16": self.amp in ("none", "bf16"),
@@ -75,7 +83,9 @@ class Settings:
             "ema in 0..1": 0 <= self.ema < 1,
             "clip_grad of 0 or more": self.clip_grad >= 0,
             "distill in 0..1": 0 <= self.distill <= 1,
-            "a positive temperature": self.temperature > 0,
+            "a positive, finite temperature": 0 < self.temperature < INFINITE,
+            "workers of 0 or more": self.workers >= 0,
+            "save_seconds of 0 or more": self.save_seconds >= 0,
         }
         for expected, holds in limits.items():
             if not holds:
@@ -103,3 +113,7 @@ class Settings:
     def identity(self) -> dict[str, Any]:
         """What has to agree for a run to be resumed."""
         return {name: value for name, value in asdict(self).items() if name not in FREE}
+
+
+# What a number must be, by the annotation: a whole one, or any.
+KINDS = {item.name: int if item.type == "int" else float for item in fields(Settings) if str(item.type)[:3] in ("int", "flo")}

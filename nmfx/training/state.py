@@ -4,19 +4,68 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import msgspec
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nmfx.errors import CheckpointError
 from nmfx.graph.parallel import as_share
-from nmfx.states import Tensors, read_state, write_state
+from nmfx.parsing import Count, Finite, Form, printable
+from nmfx.sealed import Tensors
+from nmfx.states import check_tensors, read_state, write_state
+from nmfx.training.record import Epoch
 
 KIND = "finetune"
+AS_WEIGHTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")  # of optimisers: shaped as their parameters
+T = TypeVar("T")
+
+
+class Row(Form, frozen=True):
+    """An `Epoch` in a file; null is what was not finite."""
+
+    epoch: Count
+    train_loss: Finite | None
+    top1: Finite | None
+    top5: Finite | None
+    loss: Finite | None
+    lr: Finite
+    images_per_second: Finite
+
+    @property
+    def value(self) -> Epoch:
+        """As the log has it."""
+        said: Any = {key: math.nan if each is None else each for key, each in msgspec.to_builtins(self).items()}
+        return Epoch(**said)
+
+
+class At(Form, frozen=True):
+    """A `Position` in a file."""
+
+    epoch: Count
+    step: Count
+    loss: Finite
+    log: list[Row]
+
+
+class Numbers(Form, frozen=True):
+    """What an optimiser keeps beside its tensors, and its groups' options."""
+
+    numbers: dict[str, int | Finite | str | None]
+    groups: list[dict[str, bool | int | Finite]]
+
+
+class Run(Form, frozen=True):
+    """What the state of a run says beside its tensors."""
+
+    identity: dict[str, Any]
+    at: At
+    optimizer: Numbers
 
 
 def save_state(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
@@ -28,17 +77,25 @@ def save_state(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, An
     """
     if broken := next((n for n, v in tensors.items() if v.is_floating_point() and not bool(v.isfinite().all())), None):
         raise CheckpointError(f"{path}: {broken} is not finite any more; not saved, the state before is intact; lower lr")
-    write_state(path, KIND, tensors, {"about": dict(about)})
+    write_state(path, KIND, tensors, _storable(about))
 
 
-def load_state(path: Path) -> tuple[Tensors, dict[str, Any]]:
-    """What `save_state` was given.
+def _storable(value: Any) -> Any:
+    """What JSON can say: a loss that is not finite becomes null."""
+    if isinstance(value, Mapping):
+        return {key: _storable(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_storable(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def load_state(path: Path, form: type[T]) -> tuple[Tensors, T]:
+    """What `save_state` was given, as a value of `form`.
 
     Raises:
-        CheckpointError: no such file, or it is not of a training run.
+        CheckpointError: no such file, altered since it was written, or it is not of a training run.
     """
-    tensors, header = read_state(path, KIND, "a training run", "about")
-    return tensors, header["about"]
+    return read_state(path, KIND, "a training run", form)
 
 
 def check_identity(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -53,22 +110,36 @@ def check_identity(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]
     different = [f"{name} {_shown(before, name)} -> {_shown(now, name)}" for name in names if before.get(name) != now.get(name)]
     if different:
         more = f" and {len(different) - 3} more" if len(different) > 3 else ""
+        shown = "; ".join(printable(each, 200) for each in different[:3])
         raise CheckpointError(
-            f"{path} is of a run with other settings ({'; '.join(different[:3])}{more}); give the same ones to resume it, or "
+            f"{path} is of a run with other settings ({shown}{more}); give the same ones to resume it, or "
             f"--force (another folder, from Python) to start anew"
         )
 
 
 def _shown(settings: Mapping[str, Any], name: str) -> str:
-    return str(settings.get(name, "absent"))[:120]
+    return printable(str(settings.get(name, "absent")), 120)
+
+
+def check_fits(model: nn.Module, tensors: Tensors, path: Path) -> None:
+    """Check that a state dict is one of `model`, before anything is changed.
+
+    Raises:
+        CheckpointError: naming the first difference.
+    """
+    try:
+        check_tensors(model.state_dict(), tensors)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: of another model: {error}") from error
 
 
 def fill(model: nn.Module, tensors: Tensors, path: Path) -> None:
     """Load a state dict, key for key; where the model's weights are shared out, every process takes its own.
 
     Raises:
-        CheckpointError: it is of another model.
+        CheckpointError: it is of another model, which is then as it was.
     """
+    check_fits(model, tensors, path)
     own = model.state_dict()
     try:
         model.load_state_dict({name: as_share(value, own.get(name)) for name, value in tensors.items()})
@@ -97,20 +168,53 @@ def optimizer_state(optimizer: Optimizer) -> tuple[Tensors, dict[str, Any]]:
     return tensors, {"numbers": numbers, "groups": groups}
 
 
-def restore_optimizer(optimizer: Optimizer, tensors: Tensors, plain: Mapping[str, Any]) -> None:
-    """Give an optimiser of the same parameters the state that `optimizer_state` took."""
+def check_optimizer(optimizer: Optimizer, tensors: Tensors, plain: Numbers, path: Path) -> None:
+    """Check that a saved state is one of `optimizer`, before anything is changed.
+
+    Raises:
+        CheckpointError: it has other parameters or groups, or a tensor of neither a parameter's shape nor one number.
+    """
+    shapes = [parameter.shape for group in optimizer.param_groups for parameter in group["params"]]
+    entries: dict[str, set[str]] = {}
+    for key in (*tensors, *plain.numbers):
+        index, _, name = key.partition(".")
+        if not (index.isascii() and index.isdigit() and len(index) < 10 and int(index) < len(shapes) and name):
+            raise CheckpointError(f"{path}: optimizer: {printable(key)} is of none of its {len(shapes)} parameters")
+        value = tensors.get(key)
+        shape = {"step": torch.Size(), **dict.fromkeys(AS_WEIGHTS, shapes[int(index)])}.get(name)
+        if value is not None and shape is not None and value.shape != shape:
+            raise CheckpointError(f"{path}: optimizer: {key} has shape {tuple(value.shape)}, expected {tuple(shape)}")
+        entries.setdefault(index, set()).add(name)
+    if len({frozenset(names) for names in entries.values()}) > 1:
+        raise CheckpointError(f"{path}: optimizer: entries of some parameters are missing")
+    groups = [group.keys() for group in optimizer.param_groups]
+    if len(groups) != len(plain.groups) or not all(saved.keys() <= own for saved, own in zip(plain.groups, groups)):
+        raise CheckpointError(f"{path}: optimizer: its {len(plain.groups)} groups have other options than this run's")
+
+
+def restore_optimizer(optimizer: Optimizer, tensors: Tensors, plain: Numbers, path: Path) -> None:
+    """Give an optimiser of the same parameters the state that `optimizer_state` took (see `check_optimizer`).
+
+    Raises:
+        CheckpointError: it does not take it, and is then as it was.
+    """
     whole = optimizer.state_dict()
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     whole["state"] = {}
-    for key, value in {**tensors, **plain["numbers"]}.items():
+    for key, value in {**tensors, **plain.numbers}.items():
         index, name = int(key.partition(".")[0]), key.partition(".")[2]
         if isinstance(value, Tensor) and value.shape == parameters[index].shape:  # in its parameter's memory format
             like = torch.empty_like(parameters[index], dtype=value.dtype, requires_grad=False)
             value = like.copy_(as_share(value, like))
         whole["state"].setdefault(index, {})[name] = value
-    for group, saved in zip(whole["param_groups"], plain["groups"], strict=True):
+    for group, saved in zip(whole["param_groups"], plain.groups, strict=True):
         group.update(saved)
-    optimizer.load_state_dict(whole)
+    before = dict(optimizer.__dict__)
+    try:
+        optimizer.load_state_dict(whole)
+    except Exception as error:  # of any optimiser
+        optimizer.__dict__.update(before)
+        raise CheckpointError(f"{path}: optimizer: {type(error).__name__}: {printable(str(error))}") from error
 
 
 def fingerprint(model: nn.Module) -> str:

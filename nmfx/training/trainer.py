@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -17,23 +16,36 @@ from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3, distribute_bn
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import IterableDataset
 
 from nmfx.data.config import PictureConfig, check_classes, picture_config
 from nmfx.data.loader import train_loader, validation_loader
 from nmfx.data.seeding import seed_of
 from nmfx.data.source import Data
-from nmfx.errors import CheckpointError, NmfxError
+from nmfx.errors import CheckpointError, DataError, NmfxError
+from nmfx.files import check_writable, remove_dead_drafts
 from nmfx.graph.masked import deep_copy, masked_sites, renew
 from nmfx.graph.modes import keep_modes
 from nmfx.graph.parallel import find_units, gathered, shard, wrap
 from nmfx.processes import rank, summed, world
+from nmfx.sealed import Tensors
 from nmfx.states import prefixed, under
+from nmfx.training import state
 from nmfx.training.evaluation import evaluate
 from nmfx.training.loss import distilled, logits_of, task_loss
-from nmfx.training.masks import describe, frozen_masks, shared_decay
+from nmfx.training.masks import describe, frozen_masks
 from nmfx.training.record import Board, Epoch, Finetuned, Progress, write_log
 from nmfx.training.settings import Settings
-from nmfx.training.state import check_identity, fill, load_state, optimizer_state, restore_optimizer, save_state
+from nmfx.training.state import (
+    check_fits,
+    check_identity,
+    check_optimizer,
+    fill,
+    load_state,
+    optimizer_state,
+    restore_optimizer,
+    save_state,
+)
 
 LAST, BEST, LOG = "last.safetensors", "best.safetensors", "log.csv"
 
@@ -48,22 +60,29 @@ def finetune(
     teacher: nn.Module | None = None,
     about: Mapping[str, str] | None = None,
     progress: Callable[[Progress], None] | None = None,
+    after_epoch: Callable[[Epoch], None] | None = None,
 ) -> Finetuned:
     """Train `model` in place, on its device, and leave it in eval mode; how its masks train was said to `transform`.
 
+    The model is left as the last epoch made it; `load_best` takes the weights of the best one, which is the first of those with
+    the highest top-1.
+
     Args:
-        folder: where to keep ``last.safetensors``, ``best.safetensors`` and ``log.csv``. The same call with the same folder
-            goes on where the last save was, and ends with the same weights as a run without a stop; the weights that `model`
-            comes with then do not matter.
+        folder: where to keep ``last.safetensors``, ``best.safetensors`` and ``log.csv``; that they can be written is tried
+            first. The same call with the same folder goes on where the last save was, and ends with the same weights as a run
+            without a stop; the weights that `model` comes with then do not matter. With more epochs than before, the run is
+            extended: it goes on from its last state at the learning rate that the longer schedule has at that place (a cosine
+            that had come down starts again from the longer one's height).
         config: how pictures are brought to the model; found as `picture_config` does when None.
         teacher: the dense model to distil from, when the settings say so; it is moved to the model's device.
         about: what else has to agree for a run to be resumed, such as where the weights came from.
         progress: called after every update; a KeyboardInterrupt that it raises within an epoch leaves a save behind.
+        after_epoch: called with the line of the log, once an epoch is evaluated and saved.
 
     Under torch.distributed, started by the caller, every process takes its share of each batch and only the first one writes.
     With ``parallel="fsdp"`` a copy is trained whose weights, gradients, optimiser state and moving average are shared out
     (`fully_shard`); `model` itself stays whole in every process, for evaluation and to take the trained weights.
-    The decay of SR-STE is averaged as gradients are, so that it means the same in any number of processes and passes. Batch
+    SR-STE's pull is part of the update, once, in any number of processes and passes. Batch
     statistics are those of each process's share, averaged after every epoch: networks that have them score within 2 points.
 
     Raises:
@@ -76,7 +95,6 @@ def finetune(
         raise NmfxError("distillation needs the dense model: give finetune(..., teacher=...)")
     identity = settings.identity() | describe(model) | {"data": str(data), "processes": world()} | dict(about or {})
     with contextlib.ExitStack() as stack:
-        stack.enter_context(shared_decay(model, settings.accumulate))
         if teacher is not None:
             stack.enter_context(keep_modes(teacher))
             teacher.to(next(model.parameters()).device).eval()
@@ -85,7 +103,10 @@ def finetune(
         with Board(board, start=run.at.epoch) as tensorboard:
             while run.at.epoch < settings.epochs:
                 run.train_epoch(progress)
-                tensorboard.add(run.end_epoch())
+                done = run.end_epoch()
+                tensorboard.add(done)
+                if after_epoch is not None:
+                    after_epoch(done)
     return run.conclude()
 
 
@@ -118,6 +139,11 @@ class Run:
         identity: Mapping[str, Any],
     ) -> None:
         check_classes(data, model)
+        if folder is not None and rank() == 0:
+            whole = sum(value.numel() * value.element_size() for value in model.state_dict().values())
+            check_writable(folder, (LAST, BEST, LOG), size=whole * (3 if settings.ema else 2))  # and the optimiser's on top
+        if not isinstance(data.validation, IterableDataset) and not len(data.validation):
+            raise DataError(f"{data.name}: there are no validation pictures, so that no epoch could be evaluated")
         self.model, self.settings, self.folder, self.teacher, self.identity = model, settings, folder, teacher, identity
         self.whole = model  # what the caller gave; under FSDP `model` is a copy that is shared out
         self.device, self.at = next(model.parameters()).device, Position()
@@ -299,26 +325,38 @@ class Run:
     def _resume(self, folder: Path) -> None:
         path = folder / LAST
         if rank() == 0:
-            for draft in folder.glob(f".{LAST}.*"):  # of a save that was killed
-                shutil.rmtree(draft, ignore_errors=True)
+            remove_dead_drafts(folder)
         if not path.exists():
             return
-        tensors, about = load_state(path)
-        check_identity(path, about["identity"], self.identity)
+        tensors, about = load_state(path, state.Run)
+        check_identity(path, _extended(about.identity, self.settings.epochs), self.identity)
+        self._check(tensors, about, path)
+        restore_optimizer(self.optimizer, under("optimizer", tensors), about.optimizer, path)
         fill(self.model, under("model", tensors), path)
         if self.ema is not None:
             fill(self.ema.module, under("ema", tensors), path)
-        restore_optimizer(self.optimizer, under("optimizer", tensors), about["optimizer"])
         masks = under("mask", tensors)
         for model in (*self.trained, *([self.whole] if self.sharded else [])):
             for site in masked_sites(model):
                 if (name := f"{site.path}.{site.attr}".lstrip(".")) in masks:
                     site.mask.copy_(masks[name])
             renew(model)
-        at = about["at"]
-        self.at = Position(at["epoch"], at["step"], at["loss"], [Epoch(**row) for row in at["log"]])
+        at = about.at
+        self.at = Position(at.epoch, at.step, at.loss, [row.value for row in at.log])
         if rank() == 0 and self.at.log:
             write_log(folder / LOG, self.at.log)
+
+    def _check(self, tensors: Tensors, about: state.Run, path: Path) -> None:
+        """Raise CheckpointError, before anything is changed, if a state is not of this run."""
+        if about.at.epoch > self.settings.epochs or about.at.step > self.steps or len(about.at.log) != about.at.epoch:
+            raise CheckpointError(f"{path}: stands at epoch {about.at.epoch}, update {about.at.step}, where this run has none")
+        check_fits(self.model, under("model", tensors), path)
+        if self.ema is not None:
+            check_fits(self.ema.module, under("ema", tensors), path)
+        check_optimizer(self.optimizer, under("optimizer", tensors), about.optimizer, path)
+        expected, masks = frozen_masks(self.whole), under("mask", tensors)
+        if {k: v.shape for k, v in expected.items()} != {k: v.shape for k, v in masks.items() if v.dtype == torch.bool}:
+            raise CheckpointError(f"{path}: its masks are not those of this run's sites")
 
     def conclude(self) -> Finetuned:
         """The trained weights in the model, in eval mode and plain memory format, evaluated as they will be loaded."""
@@ -333,9 +371,15 @@ class Run:
         return Finetuned(evaluate(self.whole, self.validation), tuple(self.at.log))
 
 
+def _extended(identity: Mapping[str, Any], epochs: int) -> Mapping[str, Any]:
+    """The identity of a run on disk if it had been asked for these epochs: more are no other run, fewer are."""
+    before = identity.get("epochs")
+    return {**identity, "epochs": epochs} if isinstance(before, int) and before < epochs else identity
+
+
 def load_best(folder: Path, model: nn.Module) -> Epoch:
     """Load the weights of the best epoch into the model that was trained, or a copy; says which epoch it was."""
-    tensors, about = load_state(folder / BEST)
+    tensors, about = load_state(folder / BEST, state.Row)
     fill(model, tensors, folder / BEST)
     renew(model)
-    return Epoch(**about)
+    return about.value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,6 +45,10 @@ class Example:
             return leaf.detach().to(device, dtype if leaf.is_floating_point() else None)
 
         return Example(*tree_map(move, (self.args, self.kwargs)))
+
+    def filled(self, fill: Callable[[Tensor], Tensor]) -> Example:
+        """The same with each tensor replaced by ``fill(tensor)``."""
+        return Example(*tree_map(lambda leaf: fill(leaf) if isinstance(leaf, Tensor) else leaf, (self.args, self.kwargs)))
 
     def doubled(self) -> Example:
         """Every sample twice: batch normalisation in train mode needs more than one value a channel."""

@@ -6,15 +6,17 @@ import contextlib
 import difflib
 import io
 import os
+import re
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from nmfx.demo.digits import load_demo
 from nmfx.demo.resnet import CifarResNet, resnet20, resnet56
@@ -64,13 +66,32 @@ class Source:
             setattr(result, SOURCE, identify(result) or self)
         return result
 
-    def build_meta(self) -> nn.Module:
-        """The model without memory, on the meta device (on the CPU where its constructor needs values)."""
-        try:
-            with torch.device("meta"):
+    def build_meta(self, *, strict: bool = False) -> nn.Module:
+        """The model without memory, on the meta device; the global random state stays as it is.
+
+        Args:
+            strict: raise where the constructor needs the values of weights, which are then on the CPU otherwise.
+        """
+        with torch.random.fork_rng(devices=[]):
+            with contextlib.suppress(Exception), torch.device("meta"):
                 return self.build()
-        except Exception:  # torchvision's RegNet reads block widths back from tensors
+            try:
+                with _WeightsOnMeta():
+                    return self.build()
+            except Exception:
+                if strict:
+                    raise
             return self.build()
+
+
+class _WeightsOnMeta(TorchFunctionMode):
+    """Weights without memory, numbers with: torchvision's RegNet reads the widths of its blocks back from tensors."""
+
+    FACTORIES = (torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        place = {"device": "meta"} if func in self.FACTORIES else {}
+        return func(*args, **{**(kwargs or {}), **place})
 
 
 def _takes_backbone(name: str) -> bool:
@@ -112,19 +133,56 @@ def list_models() -> list[str]:
 def find_source(name: str) -> Source:
     """The source of a model name; torchvision is asked before timm when the name has no prefix.
 
+    Also understood: ``timm/NAME`` and ``hf-hub:timm/NAME.TAG``, as the hub has them, and ``torchvision.models.NAME``.
+
     Raises:
         ModelError: no library has it; the message lists the nearest names.
     """
     known = list_models()
-    for candidate in (name, f"torchvision:{name}", f"timm:{name}", f"demo:{name}"):
+    wanted = _spelt(name)
+    for candidate in (wanted, f"torchvision:{wanted}", f"timm:{wanted}", f"demo:{wanted}"):
         base = candidate.rpartition(".")[0]  # a timm tag such as resnet50.a1_in1k
         if candidate in known or (base in known and base.startswith("timm:")):
             library, _, model = candidate.partition(":")
             return Source(library, model)
-    plain = {entry.partition(":")[2]: entry for entry in reversed(known)}
-    near = difflib.get_close_matches(name.rpartition(":")[2].lower(), plain, n=4, cutoff=0.6)
-    hint = f"; nearest: {', '.join(plain[n] for n in near)}" if near else "; see timm.list_models() and torchvision's list"
-    raise ModelError(f"no model is called {name!r} in torchvision or timm{hint}")
+    if "/" in wanted:
+        raise ModelError(
+            f"no model is called {name!r} in torchvision or timm, and nmfx takes none from a hub: build it in Python, and use "
+            f"nmfx.find_scheme and nmfx.transform there"
+        )
+    near = nearest_models(wanted, known)
+    hint = f"; nearest: {', '.join(near)}" if near else ""
+    raise ModelError(
+        f"no model is called {name!r} in torchvision or timm{hint}; `nmfx models PART` lists those with PART in them"
+    )
+
+
+def _spelt(name: str) -> str:
+    """A name as nmfx spells it: ``library:name``, or the name alone."""
+    name = re.sub(r"^(hf[-_]hub:)?timm/", "timm:", name.strip())
+    return re.sub(r"^(torchvision|timm)(/|\.models\.)", r"\1:", name)
+
+
+def nearest_models(name: str, known: Iterable[str], most: int = 4) -> list[str]:
+    """Known names like `name`, nearest first: the same but for case and punctuation, those that begin so, look-alikes."""
+    library, colon, plain = name.rpartition(":")
+    pool = {entry: _letters(entry.partition(":")[2]) for entry in known if not colon or entry.startswith(f"{library}:")}
+    wanted = _letters(plain.partition(".")[0])
+    same = [entry for entry, letters in pool.items() if letters == wanted]
+    begin = sorted(
+        (entry for entry, letters in pool.items() if wanted and letters.startswith(wanted)), key=lambda e: len(pool[e])
+    )
+    near = set(difflib.get_close_matches(wanted, set(pool.values()), n=most, cutoff=0.6))
+    alike = sorted(
+        (entry for entry, letters in pool.items() if letters in near),
+        key=lambda e: -difflib.SequenceMatcher(None, wanted, pool[e]).ratio(),
+    )
+    found = list(dict.fromkeys([*same, *begin, *alike]))
+    return found[:most] if found or not colon else nearest_models(plain, known, most)
+
+
+def _letters(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
 def identify(model: nn.Module) -> Source | None:

@@ -15,11 +15,13 @@ import nmfx as library
 from nmfx.cli.main import main
 from nmfx.data.source import open_data
 from nmfx.demo.digits import load_demo
+from nmfx.errors import NmfxError
 from nmfx.runtime.latency import Latency, measure_latency
 from nmfx.search.problem import pose
 from nmfx.sparsity.pattern import Pattern
 
 Run = Callable[..., tuple[str, str]]
+pytestmark = pytest.mark.usefixtures("quick_times")
 
 
 @pytest.fixture
@@ -42,7 +44,9 @@ def work(nmfx: Run) -> Path:
     return Path("digits.nmfx")
 
 
-def test_bench_of_a_work_directory_and_of_a_checkpoint(work: Path, nmfx: Run) -> None:
+def test_bench_of_a_work_directory_and_of_a_checkpoint(work: Path, nmfx: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nmfx.runtime.bench.TURN", 0.0)
+    monkeypatch.setattr("nmfx.runtime.bench.SETTLE", 0.0)
     out, _ = nmfx("bench", str(work), "--turns", "1", "--batch", "1,2", "--threads", "1", "--sites", "--figure", "speed.png")
     rows = {match[1]: match[2] for match in re.finditer(r"^(\S[^(\n]*?)  +(\S.*)$", out, re.M)}
     engines = ["PyTorch", "PyTorch, channels last", "torch.compile, frozen", "ONNX Runtime", "masked, eager", "nmfx"]
@@ -56,8 +60,8 @@ def test_bench_of_a_work_directory_and_of_a_checkpoint(work: Path, nmfx: Run) ->
     )
     assert Path("speed.png").stat().st_size > 10_000
     nmfx("export")
-    out, _ = nmfx("bench", "digits.nmfx/export/digits.safetensors", "--turns", "1", "--batch", "3", "--threads", "1")
-    assert "batch 3, 1 thread" in out
+    out, _ = nmfx("bench", "digits.nmfx/export/digits.safetensors", "--turns", "1", "--batch", "1", "--threads", "1")
+    assert "batch 1, 1 thread" in out
 
 
 def test_search_for_a_latency(nmfx: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,6 +70,7 @@ def test_search_for_a_latency(nmfx: Run, monkeypatch: pytest.MonkeyPatch) -> Non
         return dataclasses.replace(found, baseline=4 * found.dense, run=None)
 
     monkeypatch.setattr("nmfx.cli.latency.measure_latency", slow_baseline)
+    monkeypatch.setattr("nmfx.runtime.latency.freeze", lambda model, example: None)  # seconds of compiling; bench has it
     nmfx("convert", "digits")
     out, _ = nmfx("search", "--target-latency", "2x", "--m", "8", "--latency-batch", "2")
     found = re.search(r"latency: (\S+) ms the best dense run, (\S+) ms wanted, (\S+) ms predicted, (\S+) ms measured", out)
@@ -78,7 +83,23 @@ def test_search_for_a_latency(nmfx: Run, monkeypatch: pytest.MonkeyPatch) -> Non
     assert re.search(r"out of reach: with the sparsest patterns it takes 1e\+03 ms, 0.00x", err)
 
 
-def test_prices_never_rise_as_weights_are_dropped() -> None:
+@pytest.mark.parametrize("command", ["bench", "search"])
+def test_a_missing_kernel_is_said_in_one_line(command: str, nmfx: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*args: Any, **kwargs: Any) -> None:
+        raise NmfxError("far enough")
+
+    monkeypatch.setattr("nmfx.cli.latency.load_kernel", lambda: "no C++ compiler (c++): install one, such as g++")
+    monkeypatch.setattr("nmfx.cli.bench.bench", stop)
+    monkeypatch.setattr("nmfx.cli.latency.measure_latency", stop)
+    nmfx("convert", "digits", "--pattern", "2:4")
+    argv = ["digits.nmfx", "--batch", "1"] if command == "bench" else ["--target-latency", "2x", "--m", "4", "--force"]
+    _, err = nmfx(command, *argv, fails=True)
+    said = "warning: no sparse kernel, so nothing gets faster than dense: no C++ compiler (c++): install one, such as g++"
+    assert said in err.splitlines()
+
+
+def test_prices_never_rise_as_weights_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nmfx.runtime.latency.freeze", lambda model, example: None)
     model, data = load_demo(trained=True), open_data("digits")
     x = torch.as_tensor(data.train.pictures[:2]).float().reshape(2, 1, 8, 8)
     sites = library.find_sites(model, x)

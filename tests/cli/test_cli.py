@@ -455,9 +455,10 @@ def test_an_impossible_target_says_the_largest_and_that_works(digits: Path, nmfx
 
 def test_several_work_directories_must_be_named(digits: Path, nmfx: Run, fails: Callable[..., str]) -> None:
     nmfx("convert", "demo:digits", "--out", "other.nmfx")
-    message = "several work directories here: digits.nmfx, other.nmfx; name one, as in `nmfx search digits.nmfx`"
-    assert message in fails("search")
-    assert message in fails("export")
+    for command in ("search", "export", "inspect", "bench", "recalibrate"):
+        options = ["--data", "digits"] if command == "recalibrate" else []
+        message = f"several work directories here: digits.nmfx, other.nmfx; name one, as in `nmfx {command} digits.nmfx`"
+        assert message in fails(command, *options)
     nmfx("search", "other.nmfx", "--target", "0.5")
 
 

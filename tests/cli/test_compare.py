@@ -181,7 +181,11 @@ def test_write_of_a_search(method: str) -> None:
     assert written == [Path("a.png"), Path("a.html")]
     page = Path("a.html").read_text()
     assert all(f"<td>{site.name}</td>" in page for site in result.sites)
-    assert f"{len(result.events)} steps" in page
+    assert ("Which site stepped when" in page) == ("<summary>all" in page) == (method == "domino"), (
+        "an exact solver has no steps"
+    )
+    assert ("Least loss at each budget" in page) == (method == "knapsack")
+    assert (f"{len(result.events)} steps in" if method == "domino" else "decided at once, in") in page
     assert f"{result.totals.kept:,}" in page
     assert f"{result.left:,} left" in page
     assert report_io.write(result, result.scheme, None, None, force=False) == []

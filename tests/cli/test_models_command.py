@@ -131,7 +131,7 @@ def test_measure_measures_what_was_not(capsys: pytest.CaptureFixture[str], monke
     def measure(source: Source) -> Entry:
         asked.append(str(source))
         if str(source) == "timm:vit_tiny":
-            raise TraceError("vit_tiny: the forward pass\nfails")
+            raise TraceError("vit_tiny: the forward pass fails")
         return Entry(str(source), 1000, 3, 900, 5, 1, 1.0)
 
     monkeypatch.setattr(models, "measure", measure)

@@ -162,11 +162,6 @@ def unknown_class(folder: Path) -> None:
     folders.make_classes(folder / "val", 2, classes=("a", "c"))
 
 
-def hidden_class(folder: Path) -> None:
-    folders.make_classes(folder / "train", 2, classes=("a", "b"))
-    folders.make_classes(folder / "val", 2, classes=("a", "b", "b/.checkpoints"))
-
-
 def stray(folder: Path) -> None:
     folders.picture(0, 0).save(folders.make_classes(folder, 2) / "a.png")
 
@@ -180,7 +175,6 @@ def stray(folder: Path) -> None:
         (only_pictures, "pictures, but no class folders"),
         (empty_class, "cow: holds no pictures"),
         (unknown_class, "c: this class has no training pictures"),
-        (hidden_class, r"hidden folder \.checkpoints"),
         (stray, r"a\.png: a picture outside the class folders"),
         (lambda folder: folders.make_classes(folder, 3, classes=("one",)), "only one class"),
         (lambda folder: folders.make_classes(folder, 1), "one picture cannot be both"),

@@ -30,7 +30,7 @@ def converted(name: str, remainder: Any = "short") -> tuple[nn.Module, nn.Module
     return model, transform(model, scheme, sites=sites), scheme, example
 
 
-@models(CONVERTIBLE)
+@models([name for name in CONVERTIBLE if name != "standardised"])  # see graph/test_derived.py
 def test_a_baked_model_is_plain_and_computes_the_same(name: str) -> None:
     model, masked, scheme, example = converted(name)
     expected = [run(copy.deepcopy(masked), example, train=train) for train in (False, True)]

@@ -109,7 +109,9 @@ def test_the_published_numbers() -> None:
 def test_every_type_is_read(write) -> None:
     recipe = load_recipe(write(
         """
-model: {name: demo:resnet20, weights: none, kwargs: {num_classes: 7, in_chans: 1, other: 1e-3, flag: true}, input_size: 1x28x28}
+model:
+  {name: demo:resnet20, weights: none, input_size: 1x28x28,
+   kwargs: {num_classes: 7, in_chans: 1, drop_rate: 1e-3, qkv_bias: true}}
 data: {name: folder, held_back: .2, workers: 2}
 search:
   method: knapsack
@@ -130,7 +132,7 @@ export: {baked: true}
 evaluate:
 """
     ))  # fmt: skip
-    assert recipe.model.kwargs == {"num_classes": 7, "in_chans": 1, "other": 1e-3, "flag": True}
+    assert recipe.model.kwargs == {"num_classes": 7, "in_chans": 1, "drop_rate": 1e-3, "qkv_bias": True}
     assert recipe.model.size == (1, 28, 28)
     assert recipe.search.limits == {"params": 0.125, "macs": "4x"}
     assert (recipe.search.choices.m, recipe.search.choices.keep_dense) == ((8, 16), ("fc.*",))
@@ -209,8 +211,9 @@ def test_the_place_of_the_data_is_not_the_recipes_business(write) -> None:
         (HEAD.replace("demo:digits", "demo:digits\n  input_size: 28"), "mine.yaml: model: input_size '28': expected channels"),
         ("- a\n", "mine.yaml: expected a YAML mapping, found list"),
         (HEAD + "search:\n", "key 'search' appears twice"),
-        ("base: [a]\n", "mine.yaml: base: expected the name of a recipe, found a list"),
-        ("a: !!python/name:os.system\n", "unknown key 'a'"),
+        ("base: [a]\n", "mine.yaml: base: expected the name of a recipe beside it or of nmfx, found a list"),
+        ("base: ../a\n", "mine.yaml: base: expected the name of a recipe beside it or of nmfx, found '../a'"),
+        ("a: !!python/name:os.system\n", "mine.yaml: not valid YAML: line 1: aliases (*), anchors (&) and tags (!)"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_named(content: str, message: str, write) -> None:

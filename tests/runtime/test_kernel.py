@@ -160,12 +160,11 @@ def test_pooling_is_pytorchs(seed: int) -> None:
 
 
 @pytest.mark.parametrize("flags", ["", "-march=x86-64-v3"])
-def test_other_instruction_sets_follow_float64(flags: str, tmp_path: Path) -> None:
+def test_other_instruction_sets_follow_float64(flags: str) -> None:
     if flags and os.uname().machine != "x86_64":
         pytest.skip("an instruction set of x86")
     environment = os.environ | {
-        "NMFX_CXXFLAGS": flags,
-        "NMFX_CACHE": str(tmp_path),
+        "NMFX_CXXFLAGS": f"{flags} -O1",  # half the minute that -O3 takes: the source is tested, not the optimiser
         "PYTHONPATH": f"{ROOT}:{ROOT}/tests:{ROOT}/tests/runtime",
     }
     command = [sys.executable, "-c", "import test_kernel; test_kernel.many(60)"]

@@ -354,20 +354,54 @@ def test_without_eta_every_factor_is_one():
 
 def test_the_penalty_meets_kept_weights_of_sites_with_a_choice_only():
     model, search, optimizer = begin(decay=0.5, doublings=(4, 8))
+    met = {}
+    optimizer.register_step_pre_hook(
+        lambda *_: met.update({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
+    )
     for t, batch in enumerate(islice(batches(), 12)):
         optimizer.zero_grad()
         F.cross_entropy(model(batch[0]), batch[1]).backward()
         before = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+        weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
         masks, eta = {name: mask.clone() for name, mask in masks_of(model).items()}, dict(search.eta)
         search.step()
+        optimizer.step()
         decay = 0.5 * (1 + (t >= 4)) * (1 + (t >= 8)) if t % 2 == 0 else 0.0
         for name, parameter in model.named_parameters():
-            penalty = decay * eta[name] * parameter.detach() * masks[name] if name in eta else 0.0
-            torch.testing.assert_close(parameter.grad, before[name] + penalty, rtol=1e-12, atol=0)
+            penalty = decay * eta[name] * weights[name] * masks[name] if name in eta else 0.0
+            torch.testing.assert_close(met[name], before[name] + penalty, rtol=1e-12, atol=0)
+            assert torch.equal(parameter.grad, before[name])
             if name in masks:
-                assert not parameter.grad[~masks[name]].any()
-        optimizer.step()
+                assert not met[name][~masks[name]].any()
     assert min(search.intermediate.values()) < M, "no weight was ever dropped"
+
+
+@pytest.mark.parametrize("how", ["scaled", "accumulated", "two optimisers", "fused and scaled"])
+def test_the_penalty_is_that_of_a_plain_step(how):
+    """Under a gradient scaler (powers of two: exact), in passes, or with the weights shared out over optimisers."""
+    plain, others = begin(), begin()
+    kinds = {"fused and scaled": {"fused": True}}.get(how, {})
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, enabled="scaled" in how)
+    parts = [list(others[0].parameters())]
+    if how == "two optimisers":
+        parts = [parts[0][::2], parts[0][1::2]]
+    lr = plain[2].param_groups[0]["lr"]
+    optimizers = [torch.optim.SGD(part, lr=lr, **kinds) for part in parts]
+    passes = 2 if how == "accumulated" else 1
+    for x, y in islice(batches(), 40):
+        advance(*plain, (x, y))
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        for _ in range(passes):
+            scaler.scale(F.cross_entropy(others[0](x), y) / passes).backward()
+        others[1].step()
+        for optimizer in optimizers:
+            scaler.step(optimizer)
+        scaler.update()
+        for found, wanted in zip(others[0].parameters(), plain[0].parameters(), strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-12)
+    assert [str(event) for event in others[1].events] == [str(event) for event in plain[1].events]
+    assert plain[1].events
 
 
 @pytest.mark.parametrize("budget", ["params", "macs"])

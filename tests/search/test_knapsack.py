@@ -5,8 +5,12 @@ from __future__ import annotations
 import math
 import random
 from itertools import product
+from typing import Any
 
+import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from nmfx.errors import SearchError
 from nmfx.search import knapsack
@@ -156,3 +160,63 @@ def test_a_search_cut_short_admits_its_gap(monkeypatch: pytest.MonkeyPatch) -> N
         check(high, *problem)
         assert low.loss <= high.loss <= low.loss + high.gap * (1 + 1e-12)
     assert sum(choice.gap > 0 for choice in cut) > 5
+
+
+rows = st.integers(1, 4).flatmap(
+    lambda n: st.tuples(
+        st.lists(st.one_of(st.integers(0, 9), st.floats(0, 100)), min_size=n, max_size=n),
+        st.lists(st.integers(0, 40), min_size=n, max_size=n),
+    )
+)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(table=st.lists(rows, min_size=1, max_size=5), share=st.floats(0, 1), cut=st.booleans())
+def test_optimal_means_that_trying_everything_finds_nothing_better(table: Any, share: float, cut: bool) -> None:
+    losses, costs = [list(map(float, row)) for row, _ in table], [row for _, row in table]
+    low, high = sum(map(min, costs)), sum(map(max, costs))
+    budget = low + int(share * (high - low))
+    with pytest.MonkeyPatch.context() as patch:
+        if cut:
+            few_states(patch, 1)
+        choice = solve(losses, costs, budget)
+    best = try_all(losses, costs, budget)[0][0]
+    check(choice, losses, costs, budget)
+    assert choice.loss - choice.gap <= best * (1 + 1e-12) <= choice.loss * (1 + 1e-12)
+    if choice.optimal:
+        assert choice.loss <= best * (1 + 1e-12)
+    if choice.loss > best * (1 + 1e-9):
+        assert not choice.optimal
+
+
+def correlated(rng: random.Random, sites: int, options: int) -> tuple[list[list[float]], list[list[int]], int]:
+    """What a dearer option saves is its price but for a little noise: the hardest kind (Pisinger, 2005)."""
+    costs = [sorted(rng.randrange(10**6) for _ in range(options)) for _ in range(sites)]
+    losses = [[10.0**6 - cost + rng.uniform(-1000, 1000) for cost in row] for row in costs]
+    return losses, costs, sum(map(min, costs)) + (sum(map(max, costs)) - sum(map(min, costs))) // 3
+
+
+@pytest.mark.parametrize("states", [1, 1 << 10, None], ids=["at once", "early", "as ever"])
+@pytest.mark.parametrize("seed", range(3))
+def test_hard_ones_against_another_solver(seed: int, states: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """scipy's branch and bound (HiGHS) is the referee: what is called the optimum is, and the gap holds what it says."""
+    optimize = pytest.importorskip("scipy.optimize")
+    losses, costs, budget = correlated(random.Random(seed), 7, 5)
+    if states is not None:
+        few_states(monkeypatch, states)
+    choice = solve(losses, costs, budget)
+    flat = np.concatenate([np.array(row) for row in losses])
+    one_each = np.kron(np.eye(len(losses)), np.ones(len(losses[0])))
+    limits = [
+        optimize.LinearConstraint(one_each, 1, 1),
+        optimize.LinearConstraint(np.concatenate([np.array(row) for row in costs])[None], -np.inf, budget),
+    ]
+    referee = optimize.milp(
+        flat, constraints=limits, integrality=1, bounds=optimize.Bounds(0, 1), options={"mip_rel_gap": 0, "time_limit": 20}
+    )
+    check(choice, losses, costs, budget)
+    assert choice.loss - choice.gap <= referee.fun * (1 + 1e-9)
+    if choice.optimal:
+        assert choice.loss <= referee.fun * (1 + 1e-9)
+    assert choice.optimal or states is not None
+    assert not (states == 1 and choice.optimal and choice.loss > referee.fun * (1 + 1e-9))

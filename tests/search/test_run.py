@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import signal
 import subprocess
@@ -135,3 +136,20 @@ def test_torchrun_uses_every_process(tmp_path: Path) -> None:
     finished = subprocess.run(torchrun, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert finished.stdout.count("wrote digits.nmfx/scheme.yaml") == 1  # the first process speaks for all
     assert "domino with data" in (tmp_path / "digits.nmfx" / "scheme.yaml").read_text()
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+def test_a_model_that_deepcopy_refuses_is_searched_and_left_alone() -> None:
+    """A weight that a hook has computed is no leaf of the graph."""
+    torch.manual_seed(0)
+    normed = torch.nn.utils.weight_norm(nn.Linear(64, 32))
+    model = nn.Sequential(nn.Flatten(), normed, nn.ReLU(), nn.Linear(32, 10))
+    model(torch.zeros(1, 1, 8, 8))
+    with pytest.raises(RuntimeError, match="deepcopy"):
+        copy.deepcopy(model)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    data = open_data("digits")
+    batches = train_loader(data, picture_config(load_demo(trained=True), data), batch_size=64)
+    search = run_domino(model, batches, 0.3, m=4, **FAST)
+    assert search.done
+    assert all(value.equal(model.state_dict()[name]) for name, value in before.items())

@@ -10,6 +10,7 @@ import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import pytest
@@ -26,9 +27,11 @@ from nmfx.data.pictures import ArrayPictures
 from nmfx.demo.digits import load_demo
 from nmfx.errors import CheckpointError, DataError, NmfxError
 from nmfx.export.checkpoint import load_checkpoint, save_checkpoint
+from nmfx.files import draft_in
 from nmfx.graph.masked import masked_sites
 from nmfx.passes.baking import bake, verify
 from nmfx.passes.transform import transform
+from nmfx.training import trainer
 from nmfx.training.evaluation import evaluate
 from nmfx.training.loss import distilled, task_loss
 from nmfx.training.masks import set_training
@@ -233,8 +236,8 @@ def killed(folder: str, update: int) -> None:
 
     def progress(now: Progress) -> None:
         if now.epoch * now.steps + now.step == update:
-            (Path(folder) / f".{LAST}.half").mkdir()  # as a save would leave behind
-            os.kill(os.getpid(), signal.SIGKILL)
+            with draft_in(Path(folder)):  # as in the middle of a save
+                os.kill(os.getpid(), signal.SIGKILL)
 
     finetune(demo(), a_few(open_data("digits")), settings=QUICK, folder=Path(folder), progress=progress)
 
@@ -275,8 +278,8 @@ def test_the_best_epoch_is_kept(few: Data, tmp_path: Path) -> None:
 def test_other_settings_are_refused_by_name(few: Data, tmp_path: Path) -> None:
     finetune(demo(), few, settings=replace(QUICK, epochs=1), folder=tmp_path)
     before = (tmp_path / LAST).read_bytes()
-    with pytest.raises(CheckpointError, match=r"other settings \(epochs 1 -> 2\)"):
-        finetune(demo(), few, settings=QUICK, folder=tmp_path)
+    with pytest.raises(CheckpointError, match=r"other settings \(lr 0.02 -> 0.03\)"):
+        finetune(demo(), few, settings=replace(QUICK, epochs=1, lr=0.03), folder=tmp_path)
     with pytest.raises(CheckpointError, match=r"pattern of block1.conv.weight 2:16 sr-ste 0.0002 -> 2:16 ste; .* 2 more"):
         finetune(demo(training="ste"), few, settings=replace(QUICK, epochs=1), folder=tmp_path)
     with pytest.raises(CheckpointError, match="start absent -> b"):
@@ -284,6 +287,39 @@ def test_other_settings_are_refused_by_name(few: Data, tmp_path: Path) -> None:
     assert (tmp_path / LAST).read_bytes() == before
     free = replace(QUICK, epochs=1, workers=1, save_seconds=5)
     finetune(demo(), few, settings=free, folder=tmp_path, progress=stop_at(0))
+
+
+def test_a_run_is_extended_by_more_epochs(few: Data, tmp_path: Path) -> None:
+    """Its learning rates are then those of the longer run, and a stop in the extension changes nothing."""
+    longer = replace(QUICK, epochs=4)
+    whole = demo()
+    finetune(whole, few, settings=longer, folder=tmp_path / "whole")
+    for folder in ("once", "cut"):
+        finetune(demo(), few, settings=QUICK, folder=tmp_path / folder)
+    before, said, once, again = log(tmp_path / "once"), list[Progress](), demo(), demo()
+    result = finetune(once, few, settings=longer, folder=tmp_path / "once", progress=said.append)
+    assert (said[0].epoch, len(said), len(result.epochs)) == (2, 10, 4)
+    rows = log(tmp_path / "once")
+    assert rows[:2] == before
+    assert [row["lr"] for row in rows[2:]] == [row["lr"] for row in log(tmp_path / "whole")[2:]]
+    with pytest.raises(KeyboardInterrupt):
+        finetune(demo(), few, settings=longer, folder=tmp_path / "cut", progress=stop_at(17))
+    finetune(again, few, settings=longer, folder=tmp_path / "cut")
+    assert same(weights(once), weights(again))
+    assert log(tmp_path / "cut") == rows
+    with pytest.raises(CheckpointError, match=r"other settings \(epochs 4 -> 3\)"):
+        finetune(demo(), few, settings=replace(QUICK, epochs=3), folder=tmp_path / "cut")
+
+
+def test_the_first_of_the_best_epochs_is_the_best(few: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, tops, states = trainer.evaluate, iter([0.5, 0.75, 0.75, 0.25]), []
+    monkeypatch.setattr(trainer, "evaluate", lambda *a: replace(real(*a), top1=next(tops, 0.0)))
+    model = demo()
+    result = finetune(
+        model, few, settings=replace(QUICK, epochs=4), folder=tmp_path, after_epoch=lambda _: states.append(weights(model))
+    )
+    assert result.best == load_best(tmp_path, model) == result.epochs[1]
+    assert same(weights(model), states[1])
 
 
 @pytest.mark.parametrize("content", [b"", b"\x00" * 100])
@@ -408,6 +444,19 @@ def test_a_state_with_no_numbers_is_not_written(tmp_path: Path) -> None:
         ({"epochs": 0}, "epochs of 1 or more"),
         ({"warmup_epochs": 2}, "warmup_epochs below epochs"),
         ({"lr": math.inf}, "finite lr"),
+        ({"lr": -0.1}, "finite lr"),
+        ({"lr": math.nan}, "finite lr"),
+        ({"lr": "0.1"}, "lr='0.1': expected a number"),
+        ({"epochs": 1.5}, "epochs=1.5: expected a whole number"),
+        ({"epochs": True}, "epochs=True: expected a whole number"),
+        ({"accumulate": 0}, "accumulate of 1 or more"),
+        ({"weight_decay": math.nan}, "weight_decay of 0 or more"),
+        ({"clip_grad": math.nan}, "clip_grad of 0 or more"),
+        ({"temperature": math.inf}, "finite temperature"),
+        ({"ema": 1.0}, "ema in 0..1"),
+        ({"save_seconds": math.nan}, "save_seconds of 0 or more"),
+        ({"workers": -1}, "workers of 0 or more"),
+        ({"momentum": None}, "momentum=None: expected a number"),
         ({"batch_size": 63, "accumulate": 2}, "63 does not divide by 1 processes x 2"),
         ({"batch_size": 512}, "do not fill one step"),
         ({"batch_size": 400, "accumulate": 2}, "too few pictures"),
@@ -419,6 +468,47 @@ def test_a_state_with_no_numbers_is_not_written(tmp_path: Path) -> None:
 def test_settings_that_do_not_go(options: dict[str, Any], message: str, few: Data) -> None:
     with pytest.raises(NmfxError, match=message):
         finetune(demo(), few, settings=replace(QUICK, **options))
+
+
+@pytest.mark.parametrize("decay", [-1.0, math.nan, math.inf])
+def test_a_decay_that_is_none(decay: float) -> None:
+    with pytest.raises(NmfxError, match="finite factor of 0 or more"):
+        demo(decay=decay)
+    with pytest.raises(NmfxError, match="finite factor of 0 or more"):
+        set_training(demo(), "sr-ste", decay)
+    with pytest.raises(NmfxError, match="expected sr-ste, ste or fixed"):
+        set_training(demo(), "asp")  # type: ignore[arg-type]
+
+
+def test_without_validation_pictures_nothing_begins(few: Data) -> None:
+    assert isinstance(few.validation, ArrayPictures)
+    none = replace(
+        few, validation=replace(few.validation, pictures=few.validation.pictures[:0], labels=few.validation.labels[:0])
+    )
+    with pytest.raises(DataError, match="no validation pictures"):
+        finetune(demo(), none, settings=QUICK, progress=lambda _: pytest.fail("it has begun"))
+    with pytest.raises(DataError, match="no pictures to evaluate"):
+        evaluate(demo(), [])
+
+
+def test_a_folder_without_room_is_noticed_at_once(few: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    began = lambda _: pytest.fail("it has begun")  # noqa: E731
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NmfxError, match="cannot be written"):
+        finetune(demo(), few, settings=QUICK, folder=tmp_path / "file" / "run", progress=began)
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
+        with pytest.raises(NmfxError, match="bytes are to be written there, and 1,000 are free"):
+            finetune(demo(), few, settings=QUICK, folder=tmp_path / "run", progress=began)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_one_batch_is_an_epoch_and_mixed_labels_go_with_a_teacher(few: Data) -> None:
+    settings = replace(QUICK, batch_size=320, distill=0.5, smoothing=0.1, augment=Augment(mixup=0.4, cutmix=0.5), amp="bf16")
+    said: list[Progress] = []
+    result = finetune(demo(decay=0.0), few, settings=settings, teacher=load_demo(trained=True), progress=said.append)
+    assert [(now.step, now.steps) for now in said] == [(0, 1), (0, 1)]
+    assert math.isfinite(result.epochs[-1].train_loss)
 
 
 def test_other_classes_are_refused(few: Data) -> None:
