@@ -128,11 +128,11 @@ class Work:
             epoch: which of the fine-tuned network's: ``best`` or ``last``.
 
         Raises:
-            NmfxError: the last epoch is wanted, and none is there.
+            NmfxError: the last epoch is wanted, and there is none under this scheme.
         """
         tuned = self.tuned_path.with_name(TUNED[epoch])
-        if epoch == "last" and not tuned.is_file():
-            raise NmfxError(f"{tuned}: no last epoch there; `nmfx finetune` writes it")
+        if epoch == "last" and not (tuned.is_file() and read_checkpoint(tuned)[0].scheme.patterns == scheme.patterns):
+            raise NmfxError(f"{tuned}: no last epoch of a fine-tuning under this scheme; `nmfx finetune` writes it")
         for path, how in ((tuned, "trained"), (self.recalibrated_path, "recalibrated")):
             if path.is_file():
                 if read_checkpoint(path)[0].scheme.patterns == scheme.patterns:
