@@ -59,7 +59,7 @@ FORWARDS: dict[str, tuple[Forward, bool]] = {  # and whether samples are shown n
     "tokens first": (lambda m, x: m.a(x).flatten(2).permute(2, 0, 1), False),
     "a scalar": (lambda m, x: m.a(x).mean(), False),
     "and a number": (lambda m, x: (m.a(x), x.shape[0], None), False),
-    "recurrent states": (lambda m, x: m.tokens(m.a(x).flatten(2).permute(2, 0, 1)), False),
+    "recurrent states": (lambda m, x: m.tokens(F.adaptive_avg_pool2d(m.a(x), 2).flatten(2).permute(2, 0, 1)), False),
     "a bool is added": (lambda m, x: m.a(x) + (m.b(m.a(x)) > 0), True),
     "a double is added": (lambda m, x: m.a(x) + m.b(m.a(x)).double(), True),
     "twice something is added": (lambda m, x: torch.add(m.b(m.a(x)), m.a(x), alpha=2), True),
