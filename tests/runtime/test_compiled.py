@@ -12,6 +12,7 @@ import pytest
 import timm
 import torch
 import torchvision
+from outputs import right_or_refused
 from pictures import labelled, lite0
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -349,3 +350,20 @@ def test_a_fixed_batch_size_is_said() -> None:
         with torch.no_grad():
             close(compiled(x := torch.randn(count, 3, 9, 9)), model(x))
     assert len(compiled.others) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+def test_architectures_at_other_sizes_channels_and_batches(name: str) -> None:
+    """Every site by the kernel, in chains by lanes, whatever is faster."""
+    torch.manual_seed(0)
+    size = 224 if any(word in name for word in ("swin", "mixer")) else 64
+    model, x = settled(MODELS[name]()), torch.randn(2, 3, size, size)
+    scheme = nmfx.find_scheme(model, target=0.6, m=8, method="uniform", remainder="smaller", example_input=x).scheme
+    converted = nmfx.transform(model, scheme, example_input=x)
+    compiled = linked_copy(all_sparse(converted, x, lanes=True))
+    shapes = [(0, 3, size, size), (1, 3, size, size), (7, 3, size, size), (2, 1, size, size), (2, 4, size, size)]
+    shapes += [(2, 3, 96, 96), (1, 3, 65, 72), (2, 3, 48, 80), (3, 3, 33, 34), (1, 3, 1, 1)]
+    right = [shape for shape in shapes if right_or_refused(compiled, converted, torch.randn(shape))]
+    assert shapes[1] in right
+    assert shapes[2] in right
