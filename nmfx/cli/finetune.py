@@ -59,6 +59,8 @@ def _run(args: Namespace, device: str) -> None:
     settings = _settings(args)
     if rank() == 0:
         check_writable(folder, (*TUNED.values(), LAST, BEST, LOG))  # before hours are spent
+        if not (folder / LAST).exists():  # no run to go on with, so whatever is there is something else
+            work.check_free([folder / name for name in (*TUNED.values(), BEST, LOG)], force=args.force)
     model, info = _model(args, found)
     about = {"weights before": fingerprint(model)}
     teacher = _teacher(args, found)

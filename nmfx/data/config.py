@@ -120,7 +120,7 @@ def check_classes(data: Data, model: nn.Module) -> None:
         return
     raise DataError(
         f"{data.name} has {data.classes} classes, {type(model).__name__} has {outputs} outputs; build the model with "
-        f"num_classes={data.classes}, or take the data set it was made for"
+        f"--classes {data.classes} (num_classes={data.classes} in Python), or take the data set it was made for"
     )
 
 

@@ -193,7 +193,8 @@ def alike(one: nn.Module, other: nn.Module) -> bool:
     """Whether two layers compute the same in the same way."""
     if type(one) is not type(other):
         return False
-    mine, theirs = ({k: v for k, v in vars(each).items() if k[0] != "_" and k != "packed"} for each in (one, other))
+    state = ("packed", "training")
+    mine, theirs = ({k: v for k, v in vars(each).items() if k[0] != "_" and k not in state} for each in (one, other))
     buffers = dict(other.named_buffers())
     same = mine == theirs and buffers.keys() == dict(one.named_buffers()).keys()
     return same and all(torch.equal(value, buffers[name]) for name, value in one.named_buffers())

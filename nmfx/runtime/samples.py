@@ -23,6 +23,7 @@ Rule = Callable[[fx.Node, First], bool]
 def samples_apart(graph: fx.GraphModule) -> bool:
     """Whether each sample's outputs depend on that sample alone, by the graph of an export whose batch size is free."""
     first, dependent = First(), set[fx.Node]()
+    moved: dict[fx.Node, int] = {}  # nodes that have the batch elsewhere, and where
     batch = ""
     for node in graph.graph.nodes:
         if node.op == "placeholder":
@@ -34,7 +35,12 @@ def samples_apart(graph: fx.GraphModule) -> bool:
             return all(isinstance(leaf, fx.Node) and leaf in first and _batch_first(leaf, batch) for leaf in leaves)
         elif any(each in dependent for each in node.all_input_nodes):
             dependent.add(node)
-            if not _is_size(node):
+            place = _moved(node, first, moved)
+            if place:
+                moved[node] = place
+            elif place == 0:
+                first.add(node)
+            elif not _is_size(node):
                 if not _keeps(node, first, dependent, batch):
                     return False
                 first.add(node)
@@ -49,11 +55,27 @@ def _keeps(node: fx.Node, first: First, dependent: set[fx.Node], batch: str) -> 
     for each in node.all_input_nodes:
         if each in dependent and each not in first and not (sized and _is_size(each)):
             return False  # how many samples there are, as a number
-    if node.target not in SIZED and torch.Tag.nondeterministic_seeded in node.target.tags:
+    if node.target not in RULES and torch.Tag.nondeterministic_seeded in node.target.tags:
         return False
     rule = RULES.get(node.target, _pointwise if torch.Tag.pointwise in node.target.tags else None)
     several = isinstance(node.meta.get("val"), tuple | list)  # of which each is looked at when it is taken
     return rule is not None and (several or _batch_first(node, batch)) and rule(node, first)
+
+
+def _moved(node: fx.Node, first: First, moved: dict[fx.Node, int]) -> int | None:
+    """Where the batch goes when dimensions are permuted, and when one of them is taken apart after that, as queries, keys and
+    values are; None for other nodes.
+    """
+    source: Any = node.args[0] if node.args else None
+    if node.target is operator.getitem:
+        return moved.get(source)
+    if node.target == aten.permute.default and (source in first or source in moved):
+        dims: Any = node.args[1]
+        return [dim % len(dims) for dim in dims].index(moved.get(source, 0))
+    if node.target in (aten.unbind.int, aten.select.int) and source in moved:
+        along = _dims(node, 1)
+        return None if along is None or along[0] == moved[source] else moved[source] - (along[0] < moved[source])
+    return None
 
 
 def _batch_first(node: fx.Node, batch: str) -> bool:
@@ -65,7 +87,8 @@ def _batch_first(node: fx.Node, batch: str) -> bool:
 
 
 def _is_size(node: fx.Node) -> bool:
-    return isinstance(node.meta.get("val"), int | torch.SymInt)
+    """A number, or what only looks at a tensor's kind."""
+    return isinstance(node.meta.get("val"), int | torch.SymInt) or node.target == aten._assert_tensor_metadata.default
 
 
 def _rank(node: Any) -> int:
@@ -135,11 +158,6 @@ def _normalised(node: fx.Node, first: First) -> bool:
     return _only(node, first) and len(shape) < _rank(node.args[0])
 
 
-def _permuted(node: fx.Node, first: First) -> bool:
-    dims: Any = node.args[1]
-    return _only(node, first) and dims[0] % len(dims) == 0
-
-
 def _transposed(node: fx.Node, first: First) -> bool:
     rank, dims = _rank(node), node.args[1:3]
     return _only(node, first) and all(isinstance(dim, int) and dim % rank != 0 for dim in dims)
@@ -162,6 +180,9 @@ def _product(node: fx.Node, first: First) -> bool:
 
 
 def _attention(node: fx.Node, first: First) -> bool:
+    dropped = node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0.0)
+    if dropped != 0.0:
+        return False
     return all(each in first for each in node.args[:3]) and _aligned(node, first, _rank(node)) and _rank(node) >= 3
 
 
@@ -202,7 +223,6 @@ RULES: dict[Any, Rule] = {
     **dict.fromkeys((aten.hardswish.default, aten.hardsigmoid.default, aten.hardtanh.default, aten.relu6.default), _only),
     **dict.fromkeys((aten.gelu.default, aten.silu.default, aten.mish.default, aten.leaky_relu.default), _only),
     aten.dropout.default: lambda node, first: _only(node, first) and node.args[2] is False,
-    aten.permute.default: _permuted,
     aten.transpose.int: _transposed,
     aten.expand.default: _expanded,
     **dict.fromkeys((aten.constant_pad_nd.default, aten.pad.default), _padded),

@@ -261,7 +261,7 @@ def test_a_scheme_without_words_in_the_published_format_is_said(digits: Path, nm
     nmfx("search", "--target", "0.5")
     _, err = nmfx("search", "--target", "0.5", "--remainder", "short", "--force")
     assert "warning: no scheme.txt: the published format has no short groups" in err
-    assert sorted(p.name for p in digits.iterdir()) == ["scheme.yaml", "weights.safetensors", "work.yaml"]
+    assert sorted(p.name for p in digits.iterdir()) == ["scheme.txt.kept", "scheme.yaml", "weights.safetensors", "work.yaml"]
 
 
 # export

@@ -129,6 +129,10 @@ def test_starting_anew_keeps_what_is_not_a_run(here: Path, nmfx, capsys: pytest.
     Path("out").mkdir()
     for name in ("last.safetensors", "log.csv", "model.safetensors"):
         Path("out", name).write_text("mine")
+    Path("out", "last.safetensors").rename("last")
+    assert main(quick) == 1
+    assert "model.safetensors exists already; give --force" in capsys.readouterr().err
+    Path("last").rename("out/last.safetensors")
     assert main([*quick, "--force"]) == 0, capsys.readouterr().err
     assert sorted(path.name for path in Path("out").glob("*.kept")) == [
         "last.safetensors.kept",

@@ -73,5 +73,5 @@ def test_label_counts(digits: Data) -> None:
     check_classes(digits, DigitsNet())
     check_classes(digits, timm.create_model("resnet18", num_classes=10))
     for model in (timm.create_model("resnet18"), torchvision.models.squeezenet1_1()):
-        with pytest.raises(DataError, match=r"digits has 10 classes, .* has 1000 outputs; build the model with num_classes=10"):
+        with pytest.raises(DataError, match=r"digits has 10 classes, .* has 1000 outputs; build the model with --classes 10"):
             check_classes(digits, model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -80,6 +81,41 @@ def test_batches_may_come_as_a_loader_gives_them() -> None:
     for net, spelling in zip(nets, spellings, strict=True):
         assert recalibrate_bn(net, spelling) == 3
         assert same(net.buffers(), nets[0].buffers())
+
+
+def test_a_network_that_has_not_changed_keeps_its_statistics() -> None:
+    """Relative to the dense network, to the last bit; alone they would become those of a few pictures."""
+    dense, batches = spoilt(), make_batches(3)
+    model = copy.deepcopy(dense)
+    before = [buffer.clone() for buffer in dense.buffers()]
+    assert recalibrate_bn(model, batches, dense=dense) == 3
+    assert same(model.buffers(), before)
+    assert same(dense.buffers(), before)
+
+
+def test_statistics_move_by_what_the_masks_change() -> None:
+    dense, batches = Net().eval(), make_batches(3)
+    recalibrate_bn(dense, make_batches(8))
+    masked = transform(dense, "1:4", example_input=batches[0])
+    recalibrate_bn(masked, batches, dense=dense)
+    here, there = ([net.conv1(x).detach() for x in batches] for net in (masked, dense))  # the same inputs in both
+    means = [torch.stack([y.mean((0, 2, 3)) for y in outputs]).mean(0) for outputs in (here, there)]
+    variances = [torch.stack([y.var((0, 2, 3)) for y in outputs]).mean(0) for outputs in (here, there)]
+    torch.testing.assert_close(masked.bn1.running_mean, dense.bn1.running_mean + means[0] - means[1], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        masked.bn1.running_var, dense.bn1.running_var * variances[0] / variances[1], rtol=1e-4, atol=1e-5
+    )
+
+
+def test_what_fails_leaves_both_networks_as_they_were() -> None:
+    dense = spoilt()
+    masked = transform(dense, "1:4", example_input=torch.randn(1, 4, 5, 5))
+    before = [buffer.clone() for net in (dense, masked) for buffer in net.buffers()]
+    with pytest.raises(RuntimeError):
+        recalibrate_bn(masked, [*make_batches(1), torch.randn(2, 5, 5, 5)], dense=dense)
+    with pytest.raises(NmfxError, match="bn1 is a batch norm of one network only"):
+        recalibrate_bn(masked, make_batches(1), dense=nn.Sequential(nn.Linear(3, 3)))
+    assert same([buffer for net in (dense, masked) for buffer in net.buffers()], before)
 
 
 @pytest.mark.parametrize("mode", ["train", "eval", "mixed"])

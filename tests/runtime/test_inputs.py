@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from test_compiled import MODELS, all_sparse, linked_copy, settled
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
@@ -91,6 +92,7 @@ def same(found: Any, wanted: Any) -> None:
     assert len(found) == len(wanted)
     for one, other in zip(found, wanted, strict=True):
         if isinstance(other, Tensor):
+            other = other.detach()
             assert one.dtype == other.dtype
             scale = float(other.abs().max()) if other.numel() else 0.0
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4 * scale)
@@ -122,7 +124,9 @@ def right_or_refused(compiled: CompiledModel, model: nn.Module, x: Tensor) -> bo
 def test_every_batch_and_size_is_right_or_refused(name: str) -> None:
     forward, apart = FORWARDS[name]
     model = Net(forward).eval()
-    model = nmfx.transform(model, {"a.weight": "1:3", "b.weight": "2:8"}, example_input=torch.zeros(4, 3, 16, 16))
+    with torch.no_grad():  # masked, baked: transform refuses what some of these forwards do not read
+        for layer in (model.a, model.b):
+            layer.weight[:, ::2] = 0
     compiled = nmfx.compile(model, torch.randn(4, 3, 16, 16), batch=2)
     assert compiled._first.domain.apart is apart
     right = [shape for shape in SHAPES if right_or_refused(compiled, model, torch.randn(shape))]
@@ -215,3 +219,20 @@ def test_padding_that_follows_the_size() -> None:
     compiled = nmfx.compile(model, torch.randn(1, 3, 64, 64), batch=1)
     for size in ((33, 34), (35, 72)):
         assert right_or_refused(compiled, model, torch.randn(1, 3, *size))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+def test_architectures_at_other_sizes_channels_and_batches(name: str) -> None:
+    """Every site by the kernel, in chains by lanes, whatever is faster."""
+    torch.manual_seed(0)
+    size = 224 if any(word in name for word in ("swin", "mixer")) else 64
+    model, x = settled(MODELS[name]()), torch.randn(2, 3, size, size)
+    scheme = nmfx.find_scheme(model, target=0.6, m=8, method="uniform", remainder="smaller", example_input=x).scheme
+    converted = nmfx.transform(model, scheme, example_input=x)
+    compiled = linked_copy(all_sparse(converted, x, lanes=True))
+    shapes = [(0, 3, size, size), (1, 3, size, size), (7, 3, size, size), (2, 1, size, size), (2, 4, size, size)]
+    shapes += [(2, 3, 96, 96), (1, 3, 65, 72), (2, 3, 48, 80), (3, 3, 33, 34), (1, 3, 1, 1)]
+    right = [shape for shape in shapes if right_or_refused(compiled, converted, torch.randn(shape))]
+    assert shapes[1] in right
+    assert shapes[2] in right
