@@ -1,5 +1,6 @@
 # make demo: the main job on real digits, from nothing, in a minute.   make test: lint, types, import contract, tests.
 # make oldest: the main road, files, passes, data and training on the lowest versions of pyproject.toml, with Python 3.10.
+# make fuzz: 29,000 damaged files of every kind that nmfx reads, in a quarter of an hour.
 VENV ?= .venv
 PYTHON ?= python3
 TORCH ?= torch==2.14.1 torchvision==0.29.1 timm==1.0.31
@@ -8,7 +9,7 @@ PYTHON310 ?= $(shell for one in python3.10 $(HOME)/.pyenv/versions/3.10.*/bin/py
     $$one -c '' 2>/dev/null && echo $$one && break; done)
 OLDEST := $(VENV)-oldest
 
-.PHONY: demo test lint slow oldest
+.PHONY: demo test lint slow oldest fuzz
 
 demo: $(VENV)/.ready
 	$(BIN)/python examples/digits.py
@@ -18,6 +19,10 @@ test: lint
 
 slow: $(VENV)/.ready
 	$(BIN)/python -m pytest -m slow --timeout=3600
+
+fuzz: $(VENV)/.ready
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore tests/fuzz/fuzz.py --seed 0 --checkpoints 10000 --schemes 10000 \
+	    --recipes 3000 --states 3000 --work 1000 --stamps 1000 --times 1000
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

@@ -37,7 +37,7 @@ def write_sealed(path: Path, content: Mapping[str, Any], tensors: Mapping[str, T
         metadata = {"nmfx": json.dumps(sealed, sort_keys=True, allow_nan=False)}
     except ValueError as error:
         raise CheckpointError(f"{path}: its header would hold a number that is not finite, and could not be read") from error
-    write_atomic(path, lambda draft: save_file(dict(tensors), draft, metadata), force=force)
+    write_atomic(path, lambda draft: save_file(dict(tensors), draft, metadata=metadata), force=force)
 
 
 def digest_of(content: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:

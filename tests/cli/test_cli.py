@@ -505,7 +505,7 @@ def test_a_scheme_of_another_model_is_refused(digits: Path, nmfx: Run, fails: Ca
 
 SPOILT: dict[str, tuple[str, bytes | None, str]] = {
     "no weights": ("weights.safetensors", None, "weights.safetensors: no such file"),
-    "truncated weights": ("weights.safetensors", b"\x10", "cannot be read as weights"),
+    "truncated weights": ("weights.safetensors", b"\x10", "truncated, or not a safetensors file"),
     "no yaml": ("work.yaml", b"model: [", "not valid YAML"),
     "binary": ("work.yaml", b"\xff\xfe\x80", "work.yaml"),
     "another yaml": ("work.yaml", b"a: b\n", "unknown key 'a'"),

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torchvision.models.googlenet import GoogLeNetOutputs
 from torchvision.models.inception import InceptionOutputs
 
-from nmfx import states
+from nmfx import sealed
 from nmfx.data import Augment, Data, open_data, picture_config, validation_loader
 from nmfx.data.pictures import ArrayPictures
 from nmfx.demo.digits import load_demo
@@ -423,7 +423,7 @@ def test_a_full_disk_leaves_the_last_state(few: Data, tmp_path: Path, monkeypatc
     with pytest.raises(KeyboardInterrupt):
         finetune(demo(), few, settings=QUICK, folder=tmp_path, progress=stop_at(2))
     before = (tmp_path / LAST).read_bytes()
-    monkeypatch.setattr(states, "save_file", full)
+    monkeypatch.setattr(sealed, "save_file", full)
     with pytest.raises(NmfxError, match="cannot be written: No space left"):
         finetune(demo(), few, settings=QUICK, folder=tmp_path)
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [(LAST, before)]
@@ -433,7 +433,7 @@ def test_a_state_with_no_numbers_is_not_written(tmp_path: Path) -> None:
     save_state(tmp_path / LAST, {"a": torch.ones(2)}, {"x": 1})
     with pytest.raises(CheckpointError, match="b is not finite"):
         save_state(tmp_path / LAST, {"b": torch.tensor([1, math.inf])}, {})
-    tensors, about = load_state(tmp_path / LAST)
+    tensors, about = load_state(tmp_path / LAST, dict)
     assert same(tensors, {"a": torch.ones(2)})
     assert about == {"x": 1}
 
