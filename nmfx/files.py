@@ -39,12 +39,17 @@ POLL = 0.05  # seconds
 def write_atomic(path: Path, write: Callable[[Path], object], *, force: bool = True, mode: int = 0o666) -> None:
     """Let `write` fill a temporary file, then rename it: a killed or failed run leaves what was there.
 
+    A link at `path` is replaced by the file; what it leads to stays as it is.
+
     Args:
         mode: permissions, of which the umask takes some away.
 
     Raises:
-        NmfxError: `path` exists and `force` is false, or it cannot be written (no folder, no space, no permission).
+        NmfxError: `path` exists and `force` is false, it is no file (a device, a pipe, a folder), or it cannot be written (no
+            folder, no space, no permission).
     """
+    if os.path.lexists(path) and not (path.is_symlink() or path.is_file()):
+        raise NmfxError(f"{path} is there and is no file (a folder, pipe or device): it is not replaced; give another name")
     taken = NmfxError(f"{path} exists already; give --force to overwrite it, or another name")
     if not force and os.path.lexists(path):
         raise taken

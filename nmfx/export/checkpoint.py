@@ -21,7 +21,18 @@ from torch import Tensor, nn
 
 from nmfx import parsing
 from nmfx.errors import CheckpointError, ModelError, NmfxError
-from nmfx.graph.masked import GIVEN, STATES, MaskedSite, mask_attribute, masked_sites, renew, throw_away_copy, unmask
+from nmfx.graph.masked import (
+    FOLDED,
+    GIVEN,
+    STATES,
+    MaskedSite,
+    check_fused,
+    mask_attribute,
+    masked_sites,
+    renew,
+    throw_away_copy,
+    unmask,
+)
 from nmfx.graph.reading import MaskSpec, mask_name
 from nmfx.parsing import Form, Size, Text
 from nmfx.scheme import Scheme
@@ -131,11 +142,13 @@ def save_checkpoint(model: nn.Module, path: str | Path, *, info: Mapping[str, st
         force: overwrite an existing file.
 
     The file takes the kept values, ``ceil(log2 C(M, N))`` bits a group, and the other tensors as they are. Dropped weights are
-    not kept.
+    not kept, but for those that a module standardises before it reads them, which are stored whole (`Site.derived`).
 
     Raises:
+        VerificationError: the masks are gone, as the model was fused since `transform`.
         CheckpointError: the state dict holds something that is not a tensor, or has no values (meta device).
     """
+    check_fused(model)
     renew(model)
     packed = {f"{site.path}.{site.attr}".lstrip("."): site for site in masked_sites(model)}
     whole = {name for name, site in packed.items() if site.spec.derived}  # all of the weight is standardised
@@ -285,6 +298,8 @@ def load_checkpoint(path: str | Path, model: nn.Module | None = None) -> nn.Modu
     if rebuilt is not None:
         return _fill(_in_dtypes_of(state, rebuilt, path), header, state, masks)
     assert model is not None
+    if baked := next((name for name, module in model.named_modules() if FOLDED in module.__dict__), None):
+        raise CheckpointError(f"{path}: cannot be loaded into a baked model ({baked} is folded); give the original one")
     _check_target(model, header, state, str(path))
     return _fill(model, header, state, masks)
 

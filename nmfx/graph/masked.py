@@ -16,12 +16,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from nmfx.errors import NmfxError
+from nmfx.errors import NmfxError, VerificationError
 from nmfx.graph.derived import Substitute, derive, fold, is_derivable
 from nmfx.graph.reading import STATES as STATES
 from nmfx.graph.reading import MaskSpec, MaskState, mask_name, write_mask
 from nmfx.graph.updates import follow
 
+FOLDED = "_derivation_folded"  # in the __dict__ of a module whose weight was made by its class before, and is plain now
 GIVEN = "_sites_given"  # in the __dict__ of a model: names of the sites that transform masked in it
 WHOLE = "_kept_whole"  # in the __dict__ of a module of a throw-away copy: in the model, its forward pass masks its weight
 
@@ -151,6 +152,8 @@ def unmask(module: nn.Module, *, keep_masked: bool) -> None:
             f"{cls.__name__}: its forward pass does more than make a weight and read it (off by {off:.1g}), so it "
             f"cannot be baked into a plain layer"
         )
+    if derived and values:
+        module.__dict__[FOLDED] = cls.__name__
     with torch.no_grad():
         for attr, value in values.items():
             cast(nn.Parameter, module._parameters[attr]).copy_(value)
@@ -227,8 +230,45 @@ def renew(model: nn.Module) -> None:
             site.state.cache.dirty = True
 
 
+def check_masks(model: nn.Module) -> None:
+    """Raise if sites that `transform` masked are masked no more, as after fusing.
+
+    Raises:
+        VerificationError: naming them.
+    """
+    for path, module in model.named_modules():
+        if (given := module.__dict__.get(GIVEN)) is None:
+            continue
+        left = {site.spec.name for site in masked_sites(module)}
+        if lost := [f"{path}.{name}".lstrip(".") for name in given if name not in left]:
+            names = ", ".join(lost[:3]) + ", ..." * (len(lost) > 3)
+            raise VerificationError(
+                f"{len(lost)} of {len(given)} sites have lost their masks since the model was transformed ({names}): their "
+                f"modules were fused or replaced, and compute with dense weights; transform the fused model instead"
+            )
+
+
+def check_fused(model: nn.Module) -> None:
+    """Raise if most sites that `transform` masked are gone with their names, as after fusing; a new classifier is none of that.
+
+    Raises:
+        VerificationError: what would be baked or saved is dense.
+    """
+    names = dict(model.named_parameters(remove_duplicate=False))
+    for path, module in model.named_modules():
+        given = module.__dict__.get(GIVEN, ())
+        gone = [name for name in given if f"{path}.{name}".lstrip(".") not in names]
+        if 2 * len(gone) > len(given):
+            check_masks(model)
+
+
 def freeze(model: nn.Module, frozen: bool = True) -> None:
-    """Hold every mask as it is now, or with ``frozen=False`` let the masks follow the weights again."""
+    """Hold every mask as it is now, or with ``frozen=False`` let the masks follow the weights again.
+
+    Raises:
+        VerificationError: the masks are gone, as the model was fused since `transform`.
+    """
+    check_fused(model)
     for site in masked_sites(model):
         if frozen:
             _ = site.mask  # the mask of the current weights is the one to hold

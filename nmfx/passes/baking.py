@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nmfx.errors import TraceError, VerificationError
+from nmfx.errors import SchemeError, TraceError, VerificationError
 from nmfx.graph.census import find_sites
-from nmfx.graph.masked import GIVEN, deep_copy, derived_or_own, masked_sites, renew, unmask
+from nmfx.graph.masked import check_fused, check_masks, deep_copy, derived_or_own, masked_sites, renew, unmask
 from nmfx.passes.receiving import received
 from nmfx.passes.transform import AnyScheme, resolve_scheme
 from nmfx.sparsity.layout import Grouping
@@ -30,7 +30,9 @@ def bake(model: nn.Module, *, inplace: bool = False) -> nn.Module:
 
     Raises:
         NmfxError: such a module does more than that.
+        VerificationError: the masks are gone, as the model was fused since `transform`.
     """
+    check_fused(model)
     result = model if inplace else deep_copy(model)
     renew(result)
     for module in result.modules():
@@ -75,8 +77,10 @@ def verify(model: nn.Module, scheme: AnyScheme | None = None, *, example_input: 
             replaced modules), or a model with nothing to verify.
         TraceError: the forward pass fails on `example_input`.
     """
+    if isinstance(scheme, Tensor):
+        raise SchemeError("verify: expected a scheme, got a tensor; an example is given by example_input=")
     renew(model)
-    _check_masks(model)
+    check_masks(model)
     checks = _masked_checks(model) if scheme is None else _scheme_checks(model, scheme, example_input)
     groups = sum(check_groups(name, c.value, c.n, c.grouping) for name, c in checks.items())
     arrived = _received(model, example_input)
@@ -90,20 +94,6 @@ def verify(model: nn.Module, scheme: AnyScheme | None = None, *, example_input: 
                 raise VerificationError(f"zeros do not reach the operation: in what it receives, {error}") from None
     values = [check.value for check in checks.values()]
     return Verified(len(checks), groups, sum(v.numel() for v in values), sum(int(v.count_nonzero()) for v in values), count)
-
-
-def _check_masks(model: nn.Module) -> None:
-    """Raise if a site that `transform` masked is masked no more."""
-    for path, module in model.named_modules():
-        if (given := module.__dict__.get(GIVEN)) is None:
-            continue
-        left = {site.spec.name for site in masked_sites(module)}
-        if lost := [f"{path}.{name}".lstrip(".") for name in given if name not in left]:
-            names = ", ".join(lost[:3]) + ", ..." * (len(lost) > 3)
-            raise VerificationError(
-                f"{len(lost)} of {len(given)} sites have lost their masks since the model was transformed ({names}): their "
-                f"modules were fused or replaced, and compute with dense weights; transform the fused model instead"
-            )
 
 
 def _masked_checks(model: nn.Module) -> dict[str, _Check]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from nmfx.runtime.building import load_kernel
 from nmfx.runtime.chain import link, repeated
 from nmfx.runtime.checks import slid
 from nmfx.runtime.layers import DEPTHWISE, LAYERS, Fused, alike, dense_layers, sparse_layer
-from nmfx.runtime.lowering import Domain, export, lower
+from nmfx.runtime.lowering import EXPORTING, Domain, export, lower
 from nmfx.runtime.packed import LANES, SPARSE, TILES
 from nmfx.runtime.program import window_of
 from nmfx.runtime.timing import WHOLE, Advance, Times, ignore, measure, part
@@ -31,7 +30,6 @@ REPEATS = 4  # of a sparse way in one chain: without what a call costs from Pyth
 BEFORE_OTHERS = 1.5  # lanes may take so many times as long as others: between operators by lanes nothing is laid out anew
 WHOLE_FROM = 0.4  # density from which the kernel is also tried with all weights, whose rows then share what they read
 SHAPES = 8  # lowerings for other sizes that are kept
-_LOWERING = threading.RLock()  # torch.export is for one thread at a time
 
 Sites = list[tuple[fx.Node, Fused]]  # with the nodes of a lowered graph that call them
 
@@ -159,8 +157,8 @@ class CompiledModel(nn.Module):
         return (lowered or self._lower(x))(x)
 
     def _check(self, x: Tensor) -> None:
-        if not isinstance(x, Tensor):
-            raise NmfxError(f"{self._made_for()}, got {type(x).__name__}")
+        if not isinstance(x, Tensor) or x.is_nested:
+            raise NmfxError(f"{self._made_for()}, got {type(x).__name__ if not isinstance(x, Tensor) else 'a nested tensor'}")
         wanted = self._first.domain
         fits = x.dtype == wanted.dtype and x.dim() == len(wanted.shape)
         if not fits or x.device.type != "cpu" or x.layout != torch.strided:
@@ -181,7 +179,7 @@ class CompiledModel(nn.Module):
         came = f"{_kind(x.dtype)} {tuple(x.shape)}"
         if not self._original:
             raise NmfxError(f"{self._made_for()}, got {came}: compile with an example of that size, or without shapes=0")
-        with _LOWERING:
+        with EXPORTING:
             known = next((one for one in self.others if one.domain.takes(x)), None)
             if known is not None:  # by another thread
                 return known
@@ -221,8 +219,13 @@ class CompiledModel(nn.Module):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CompiledModel:
         new = memo[id(self)] = type(self).__new__(type(self))
-        new.__dict__ = copy.deepcopy(self.__dict__, memo)
+        with EXPORTING:
+            new.__dict__ = copy.deepcopy(self.__dict__, memo)
         return new
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: what is here cannot be loaded into anything."""
+        raise NmfxError("a compiled model has no state to save: save the model it was compiled from, with nmfx.save_checkpoint")
 
 
 def _kind(dtype: torch.dtype) -> str:
@@ -286,11 +289,18 @@ def compile(
     Raises:
         ModelError: torch.export cannot follow the model.
     """
+    if isinstance(example_input, Tensor) and example_input.is_nested:
+        raise ModelError("compile: expected a plain tensor, got a nested one")
     if not isinstance(example_input, Tensor) or not example_input.dim() or not example_input.numel():
         came = tuple(example_input.shape) if isinstance(example_input, Tensor) else type(example_input).__name__
         raise ModelError(f"compile: expected a batch of pictures as a tensor, got {came}")
-    if (batch is not None and batch < 1) or shapes < 0:
-        raise ModelError(f"compile: expected passes of 1 sample or more, and shapes of 0 or more, got {batch} and {shapes}")
+    if example_input.device.type == "meta" or example_input.layout != torch.strided:
+        raise ModelError(
+            f"compile: expected a plain tensor with values, got one on {example_input.device}, {example_input.layout}"
+        )
+    counts = [type(count) is int for count in (1 if batch is None else batch, shapes)]
+    if not all(counts) or (batch is not None and batch < 1) or shapes < 0:
+        raise ModelError(f"compile: expected passes of 1 sample or more, and shapes of 0 or more, got {batch!r} and {shapes!r}")
     if torch.is_autocast_enabled("cpu"):
         raise ModelError("compile: compiled models compute in float32; leave autocast around compile and its calls")
     example = example_input.detach().cpu().clone(memory_format=torch.contiguous_format)
@@ -333,7 +343,8 @@ def _one_thread() -> Iterator[None]:
 
 def copy_of(graph: fx.GraphModule) -> fx.GraphModule:
     """The same graph over the same tensors, with sites of its own."""
-    return fx.GraphModule(graph, copy.deepcopy(graph.graph))
+    with EXPORTING:
+        return fx.GraphModule(graph, copy.deepcopy(graph.graph))
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+import threading
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from nmfx.runtime.checks import LONGEST, WIDEST_STEP
 from nmfx.runtime.layers import Fused
 from nmfx.runtime.samples import samples_apart
 
+EXPORTING = threading.RLock()  # torch.export, and copies of what it made, are for one thread at a time
 aten = torch.ops.aten
 CONV, LINEAR = aten.conv2d.default, aten.linear.default
 BATCH_NORM = aten._native_batch_norm_legit_no_training.default
@@ -76,14 +78,21 @@ def export(model: nn.Module, example: Tensor) -> tuple[fx.GraphModule, Domain]:
     Raises:
         ModelError: torch.export cannot follow the model.
     """
+    with EXPORTING, quiet("torch.fx.experimental.symbolic_shapes"), quiet("torch._subclasses.fake_tensor"):
+        return _export(model, example)
+
+
+def _export(model: nn.Module, example: Tensor) -> tuple[fx.GraphModule, Domain]:
     errors: list[str] = []
     for dynamic in (True, False) if len(example) > 1 else (False,):
         shapes = ({0: torch.export.Dim.AUTO},) if dynamic else None
         try:
-            with warnings.catch_warnings(), torch.no_grad(), quiet("torch.fx.experimental.symbolic_shapes"):
+            with warnings.catch_warnings(), torch.no_grad():
                 warnings.simplefilter("ignore")
                 program = torch.export.export(model, (example,), strict=False, dynamic_shapes=shapes).run_decompositions({})
                 graph = program.module()
+            if written := list(program.graph_signature.buffers_to_mutate.values()):
+                raise ModelError(f"its forward pass writes to {written[0]}, and would have another state in every lowering")
         except Exception as error:  # whatever a model's code and the exporter raise
             errors.append(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
             continue
@@ -240,7 +249,7 @@ def _fuse(
         and all(not isinstance(a, fx.Node) for a in after.args[1:])
     ):
         limits = CLAMPS[after.target](*after.args[1:])
-        if not any(map(math.isnan, limits)):
+        if limits[0] <= limits[1]:  # not NaN, nor the wrong way round: PyTorch says what those give
             (low, high), last = limits, after
     name = _name(arguments["weight"])
     return last, tuple(inputs), Fused(name, weight, bias, geometry, arguments.get("groups", 1), len(inputs) == 2, low, high)

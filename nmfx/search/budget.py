@@ -94,6 +94,8 @@ def make_budgets(
     Raises:
         SearchError: a kind or a number that is none, or nothing to save.
     """
+    if limits is not None and not isinstance(limits, Mapping):
+        raise SearchError(f"limits: expected budgets by name, as {{'params': 0.125}}, got {limits!r}")
     budgets = []
     for name in limits or (kind,):
         if name not in KINDS:

@@ -35,6 +35,8 @@ class Evidence:
         Raises:
             SearchError: there are none, they are no tensors, or not finite.
         """
+        if not isinstance(data, Iterable):
+            raise SearchError(f"data: expected batches (input, label) of tensors, got {type(data).__name__}")
         batches = []
         for batch in data:
             x, *rest = batch if isinstance(batch, list | tuple) else (batch,)

@@ -65,6 +65,8 @@ class Choices:
                 if not pattern.is_dense:
                     found.setdefault(pattern.m, set()).add(pattern.n)
             return {m: tuple(sorted(found[m])) for m in sorted(found, reverse=True)}
+        if not isinstance(self.m, int | Sequence):
+            raise SearchError(f"m = {self.m!r}: expected a group size in 2..{MAX_M}, or several")
         sizes = {self.m} if isinstance(self.m, int) else set(self.m)
         for m in sizes:
             if not (isinstance(m, int) and 1 < m <= MAX_M):
@@ -269,7 +271,7 @@ def _level(choice: Sequence[Pattern], density: Fraction) -> int:
 
 
 def _cost(site: Site, pattern: Pattern, budget: BudgetKind, choices: Choices, latency: Prices | None) -> int:
-    if pattern.is_dense:
+    if pattern.is_dense or (budget == "bytes" and site.derived):  # a checkpoint stores what a weight is derived from whole
         return amount(site, budget, latency)
     if budget == "latency":
         prices = (latency or {}).get(site.name, {})

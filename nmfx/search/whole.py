@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections.abc import Callable
@@ -41,6 +42,9 @@ def spdy(
     if tables.evidence is None:
         raise SearchError("method 'spdy' tries schemes on pictures: give data= (--data)")
     tables.evidence.need_labels("method 'spdy'")
+    for name, number in (("seconds", seconds), ("steps", steps)):
+        if number is not None and (not isinstance(number, int | float) or not 0 <= number < math.inf):
+            raise SearchError(f"{name} = {number!r}: expected a limit of 0 or more")
     problem, generator, start = tables.problem, random.Random(seed), time.monotonic()  # noqa: S311
     seconds = SECONDS if seconds is None and steps is None else seconds
     trial, limits = Trial(problem, tables.model, tables.evidence), [budget.limit for budget in problem.budgets]

@@ -158,7 +158,8 @@ def load_weights(model: nn.Module, path: Path, *, entry: str | None = None) -> s
         What was taken of the file, in words; empty for a plain state dict.
 
     Raises:
-        ModelError: the file cannot be read, or the first key that is missing, unknown or of another shape.
+        ModelError: the file cannot be read, or the first key that is missing, unknown, of another shape, or a parameter that
+            holds NaN or infinite values.
     """
     own = model.state_dict()
     try:
@@ -166,6 +167,10 @@ def load_weights(model: nn.Module, path: Path, *, entry: str | None = None) -> s
     except ModelError as error:
         raise ModelError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
     check_state(model, weights.state, str(path))
+    for name, _ in model.named_parameters():
+        value = weights.state.get(name)
+        if value is not None and value.is_floating_point() and not bool(value.isfinite().all()):
+            raise ModelError(f"{path}: {name} holds NaN or infinite values: the training that wrote it had gone wrong")
     load_state(model, weights.state)
     return str(weights)
 

@@ -118,9 +118,15 @@ def _why(error: Exception) -> str:
     """What a reader has to say, in one line: the class that is not let through, or a whole sentence."""
     if found := re.search(r"GLOBAL ([\w.]+)|[Tt]rying to \w+ (?:unsupported )?(?:GLOBAL|class) ([\w.]+)", str(error)):
         name = next(filter(None, found.groups())).rstrip(".")
-        clean = "torch.save(torch.load(FILE, weights_only=False)['state_dict'], 'clean.pth')"
-        return f"it holds a {name}, and unpickling that can run code; where you trust the file, keep only its weights: {clean}"
-    return "it is no file of torch.save" if "Weights only load failed" in str(error) else text.sentence(error)
+        return (
+            f"it holds a {name}, and unpickling that can run code; where you trust the file, keep only its weights: "
+            f"x = torch.load(FILE, weights_only=False), then torch.save(x.state_dict(), 'clean.pth') for a whole model, or "
+            f"torch.save(x['state_dict'], 'clean.pth') for a dict"
+        )
+    said = text.sentence(error)
+    if "Weights only load failed" in str(error) or isinstance(error, EOFError) or said.isdigit():
+        return "it is no file of torch.save, or cut off: give a state dict, saved by torch.save or safetensors"
+    return said
 
 
 def _states(tree: Mapping[Any, Any]) -> dict[str, State]:
