@@ -49,7 +49,7 @@ def write_atomic(path: Path, write: Callable[[Path], object], *, force: bool = T
             folder, no space, no permission).
     """
     if os.path.lexists(path) and not (path.is_symlink() or path.is_file()):
-        raise NmfxError(f"{path} is there and is no file (a folder, pipe or device): it is not replaced; give another name")
+        raise NmfxError(f"{path}: cannot be written: a folder, pipe or device is there, and is not replaced; give another name")
     taken = NmfxError(f"{path} exists already; give --force to overwrite it, or another name")
     if not force and os.path.lexists(path):
         raise taken

@@ -395,7 +395,10 @@ def _check_target(model: nn.Module, header: Header, state: dict[str, Tensor], or
     try:
         for masked in masked_sites(model):
             masked.state.check_writes()  # raises what taking the masks off would
-        blank = {name: torch.empty_like(value, device="meta") for name, value in state.items()}
+        places = {
+            name: value.device for name, value in copy.state_dict().items()
+        }  # a scripted module is copied with its values
+        blank = {name: torch.empty_like(value, device=places.get(name, "meta")) for name, value in state.items()}
         masks = {name: torch.empty(site.shape, dtype=torch.bool, device="meta") for name, site in header.sites.items()}
         _fill(copy, header, blank, masks)
     except Exception as error:  # of hooks of any model

@@ -262,6 +262,9 @@ class MaskState:
         if not self.spec.frozen and type(value) in (Tensor, nn.Parameter) and not value.is_meta and not is_followed():
             mask = torch.empty_like(value, dtype=torch.bool, requires_grad=False)
             write_mask(value.detach(), self.spec, mask, torch.empty_like(value, requires_grad=False))
+            before = cast(Tensor, owner._buffers[mask_name(attr)])
+            if before.device == mask.device and torch.equal(before, mask):
+                mask = before  # a read changes nothing
             owner._buffers[mask_name(attr)] = mask
         elif not self.spec.frozen:
             mask = make_mask(value, self.spec.pattern.n, self.spec.grouping)

@@ -53,8 +53,9 @@ def empty(folder: Path) -> None:
 
 
 def without_pictures(folder: Path) -> None:
-    (folder / "train" / "cat").mkdir(parents=True)
-    (folder / "val" / "cat").mkdir(parents=True)
+    for name in ("cat", "dog"):
+        (folder / "train" / name).mkdir(parents=True)
+        (folder / "val" / name).mkdir(parents=True)
 
 
 def of_two_classes(folder: Path) -> None:

@@ -32,7 +32,7 @@ def recipe(epochs: int, name: str = "mine") -> str:
 
 def stages(out: str) -> dict[str, str]:
     """What is said of each stage."""
-    lines = (line.partition(": ") for line in out.splitlines() if not line.startswith(" "))
+    lines = (line.partition(": ") for line in out.splitlines() if not line.startswith((" ", "epoch ")))
     return {name: said for name, colon, said in lines if colon}
 
 

@@ -68,7 +68,7 @@ def test_a_higher_target_then_training_then_export(argv: tuple[str, ...], start:
     nmfx("finetune", str(SPARSER), *DIGITS, "--epochs", "1", "--lr", "0.02")
     trained = read_checkpoint(SPARSER / "finetune" / "model.safetensors")[0]
     assert trained.scheme.patterns == scheme.patterns
-    assert trained.info["weights"] == "fine-tuned from file"
+    assert trained.info["weights"] == "fine-tuned from file (epoch 1 of 1, the best)"
     nmfx("export", str(SPARSER))
     again = nmfx("convert", "digits", "--weights", str(SPARSER / "finetune" / "model.safetensors"), "-o", "third.nmfx")
     assert "sparsity 0.8" in again

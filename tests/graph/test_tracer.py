@@ -47,7 +47,7 @@ def test_the_eval_graph_is_exact(name: str) -> None:
     assert same(run(view, example), run(bake(converted), example))  # the graph reads through the masks, as of now
 
 
-@models(TRACEABLE)
+@models([name for name in TRACEABLE if name != "standardised"])  # a module that is masked where it reads stays whole
 def test_masking_does_not_change_the_graph(name: str) -> None:
     model, converted, _ = convert(name)
     plain, view = to_graph(model), to_graph(converted)
@@ -64,7 +64,7 @@ def test_masking_does_not_change_the_graph(name: str) -> None:
         ("tied", ["embed", "decoder"], []),
         ("functional", [], ["inner.kernel", "qkv.weight"]),
         ("joined", [], ["q.weight", "k.weight", "q.bias", "k.bias"]),
-        ("standardised", ["head"], ["conv.weight", "conv.gain", "conv.bias"]),
+        ("standardised", ["conv", "head"], []),
         ("einsum", [], ["projections.query", "projections.out"]),
         ("listed", [], ["weights.0", "weights.1"]),
         ("attention", ["norm", "attention", "mlp"], []),

@@ -210,7 +210,7 @@ def three(kind: Any, target: float = 0.5) -> Problem:
 
 
 def test_the_weights_of_the_two_terms() -> None:
-    assert WEIGHTS == {"params": (0.5, 0.5), "macs": (0.8, 0.2), "bytes": (0.5, 0.5)}
+    assert WEIGHTS == {"params": (0.5, 0.5), "macs": (0.8, 0.2), "bytes": (0.5, 0.5), "latency": (0.8, 0.2)}
 
 
 @pytest.mark.parametrize("kind", ["params", "macs"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
 import pytest
@@ -10,6 +9,7 @@ import torch
 from awkward import build, same, snapshot
 from torch import Tensor, nn
 
+from nmfx.errors import DataError
 from nmfx.passes.baking import bake
 from nmfx.passes.transform import transform
 from nmfx.training.evaluation import Evaluation, evaluate
@@ -58,10 +58,9 @@ def test_half_precision_is_measured_in_full() -> None:
     assert half == full
 
 
-def test_no_batch_is_no_sample() -> None:
-    found = evaluate(Table(torch.randn(2, 3)), [])
-    assert found.samples == 0
-    assert not math.isnan(found.loss)
+def test_no_batch_is_an_error() -> None:
+    with pytest.raises(DataError, match="no pictures to evaluate on"):
+        evaluate(Table(torch.randn(2, 3)), [])
 
 
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
