@@ -103,6 +103,7 @@ class CompiledModel(nn.Module):
       choices and layers: nothing is timed again, and `compile` with an example of that size may find faster ways. Up to
       `shapes` of these are kept beside the first, then the oldest goes. The original model, with all its weights, is kept for
       that; ``shapes=0`` keeps none and refuses. Threads wait for each other only while a size is new.
+    - *State.* A model whose forward pass writes to a buffer is refused: its outputs depend on the calls before.
     - *Kinds.* Another type of numbers than the example's, another device or number of dimensions is refused, and so is
       autocast, under which the masked model would give bfloat16.
     - *Passes.* A batch larger than `batch` is cut into passes only where the graph shows that samples do not see each other
