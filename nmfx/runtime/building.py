@@ -36,6 +36,7 @@ PATIENCE = 900  # seconds that another process may take to build; then this one 
 LARGEST = 1 << 28  # bytes of a kernel
 log = logging.getLogger(__name__)
 _once = threading.Lock()
+_in_process: list[str] = []  # the digest of the kernel that is loaded
 
 
 def cache_folder() -> Path:
@@ -244,7 +245,15 @@ def _remove_damaged(folder: Path) -> None:
 
 
 def _load(content: bytes, path: Path) -> None:
-    """Load these bytes as a library; from memory where the system can, so that no file can change under the process."""
+    """Load these bytes as a library; from memory where the system can, so that no file can change under the process.
+
+    Raises:
+        NmfxError: the process has another kernel already: torch ends it where operators are registered twice.
+    """
+    if _in_process:
+        if _in_process != [_digest(content)]:
+            raise NmfxError(f"{path}: this process has loaded another kernel already")
+        return
     try:
         memory = os.memfd_create(NAME)  # stays open: the loader knows libraries by name, and this number must not name another
         with open(memory, "wb", closefd=False) as file:
@@ -252,6 +261,7 @@ def _load(content: bytes, path: Path) -> None:
         ctypes.CDLL(f"/proc/self/fd/{memory}")
     except (AttributeError, OSError):  # not Linux, or nothing may be run from memory
         torch.ops.load_library(path)  # type: ignore[no-untyped-call]
+    _in_process.append(_digest(content))
 
 
 @contextlib.contextmanager

@@ -331,3 +331,16 @@ def test_the_ninja_of_this_python_is_found(cache: Path, tmp_path: Path, monkeypa
             (tmp_path / "bin" / tool).symlink_to(found)
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     assert apart(lambda: [building.load_kernel(), os.environ["PATH"]]) == ["", str(tmp_path / "bin")]
+
+
+def test_a_process_has_one_kernel(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Torch ends a process that registers operators twice, as a kernel loaded once more from other memory would."""
+    loaded: list[str] = []
+    monkeypatch.setattr(building, "_in_process", [])
+    monkeypatch.setattr(building.ctypes, "CDLL", loaded.append)
+    for _ in range(2):
+        building._load(b"one", tmp_path / "one.so")
+    assert len(loaded) == 1
+    with pytest.raises(NmfxError, match="another kernel"):
+        building._load(b"another", tmp_path / "another.so")
+    assert len(loaded) == 1
