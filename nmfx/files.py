@@ -65,6 +65,15 @@ def write_atomic(path: Path, write: Callable[[Path], object], *, force: bool = T
         _sync(path.parent)
 
 
+def write_text(path: Path, content: str) -> None:
+    """`write_atomic` of a text, in UTF-8."""
+
+    def write(draft: Path) -> None:
+        draft.write_text(content, encoding="utf-8")
+
+    write_atomic(path, write)
+
+
 def check_writable(folder: Path, names: Iterable[str] = (), *, size: int = 0) -> None:
     """Find out now whether these files, `size` bytes or more in all, can be written to a folder, and leave nothing behind.
 

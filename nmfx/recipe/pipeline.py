@@ -23,7 +23,7 @@ from nmfx.errors import CheckpointError, ModelError, NmfxError, SchemeError
 from nmfx.export.checkpoint import load_checkpoint, read_checkpoint, save_checkpoint
 from nmfx.export.plain import save_baked, save_onnx
 from nmfx.export.start import build_start, is_compressed, take_start
-from nmfx.files import all_or_nothing, check_writable, write_atomic
+from nmfx.files import all_or_nothing, check_writable, write_text
 from nmfx.graph.census import find_sites
 from nmfx.graph.site import Sites
 from nmfx.parsing import read_json
@@ -107,7 +107,7 @@ def _build(job: Job, advance: Advance) -> Done:
     if start is not None:
         start.save(folder / START, sites)
         written.append(START)
-    write_atomic(folder / WORK, lambda draft: _write(draft, content))
+    write_text(folder / WORK, content)
     lines = [
         f"{source} ({type(model).__name__}, {built.weights} weights): {len(sites)} sites, {sites.weights:,} weights, "
         f"{sites.macs:,} MACs",
@@ -328,7 +328,7 @@ def _evaluate(job: Job, advance: Advance) -> Done:
     kept: list[str] = []
     if rank() == 0:
         kept = Written(job.folder).clear(SCORES)
-        write_atomic(job.folder / SCORES, lambda draft: _write(draft, content))
+        write_text(job.folder / SCORES, content)
     return Done((SCORES,), tuple(kept))
 
 
@@ -452,7 +452,3 @@ def _together() -> None:
     """Wait for the other processes."""
     if world() > 1:
         dist.barrier()
-
-
-def _write(path: Path, content: str) -> None:
-    path.write_text(content, encoding="utf-8")

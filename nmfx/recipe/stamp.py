@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nmfx.errors import NmfxError
-from nmfx.files import write_atomic
+from nmfx.files import write_text
 from nmfx.parsing import Form, Text, read_json
 
 FOLDER = "stages"
@@ -86,7 +86,7 @@ def read_stamp(folder: Path, stage: str) -> Stamp | None:
 def write_stamp(folder: Path, stage: str, one: Stamp) -> None:
     """Leave a stamp."""
     content = json.dumps(asdict(one), indent=1)
-    write_atomic(folder / FOLDER / f"{stage}.json", lambda draft: _write(draft, content))
+    write_text(folder / FOLDER / f"{stage}.json", content)
 
 
 def digests(folder: Path, names: Iterable[str]) -> dict[str, str]:
@@ -104,7 +104,3 @@ def digest_of(path: Path) -> str:
             return digest.hexdigest()
     except OSError:
         return "absent"
-
-
-def _write(path: Path, content: str) -> None:
-    path.write_text(content, encoding="utf-8")

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from nmfx import parsing
 from nmfx.errors import NmfxError
-from nmfx.files import DRAFT, write_atomic
+from nmfx.files import DRAFT, write_text
 from nmfx.recipe.stamp import FOLDER, digest_of, read_stamp
 
 LIST = f"{FOLDER}/written.json"
@@ -59,7 +59,7 @@ class Written:
 
     def _save(self) -> None:
         content = json.dumps(self.digests, indent=1)
-        write_atomic(self.folder / LIST, lambda draft: _write(draft, content))
+        write_text(self.folder / LIST, content)
 
 
 def _from_stamps(folder: Path) -> dict[str, str]:
@@ -150,7 +150,3 @@ def set_aside(path: Path) -> list[str]:
         kept = path.with_name(f"{path.name}.kept{number}")
     os.rename(path, kept)
     return [f"{path} was not written by nmfx, or was altered since: it is kept as {kept.name}"]
-
-
-def _write(path: Path, content: str) -> None:
-    path.write_text(content, encoding="utf-8")

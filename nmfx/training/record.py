@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any
 
 from nmfx.errors import NmfxError
-from nmfx.files import write_atomic
+from nmfx.files import write_text
 from nmfx.training.evaluation import Evaluation
 
 
@@ -66,11 +66,7 @@ def write_log(path: Path, epochs: Iterable[Epoch]) -> None:
     writer = csv.DictWriter(text, [field.name for field in fields(Epoch)], lineterminator="\n")
     writer.writeheader()
     writer.writerows(asdict(epoch) for epoch in epochs)
-    write_atomic(path, lambda draft: _write(draft, text.getvalue()))
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
+    write_text(path, text.getvalue())
 
 
 class Board:
