@@ -26,10 +26,10 @@ from torch import nn
 import nmfx
 from nmfx.cli import latency
 from nmfx.export.plain import save_onnx
+from nmfx.models.example import Example
 from nmfx.runtime.bench import NMFX, bench
 from nmfx.runtime.latency import measured_seconds
 from nmfx.search.finder import find_scheme
-from nmfx.zoo.example import Example
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 import nmfx
-from nmfx.graph.masked import masked_sites
+from nmfx.masking.owner import masked_sites
+from nmfx.models.building import build_model
 from nmfx.sparsity.mask import make_mask
-from nmfx.zoo.building import build_model
 
 
 class ArgsortMask(nn.Module):

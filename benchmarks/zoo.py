@@ -31,18 +31,18 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import nmfx
-from nmfx.graph.coverage import find_coverage
-from nmfx.graph.following import Census, plain_kernels
-from nmfx.graph.masked import masked_sites, throw_away_copy
-from nmfx.graph.reading import mask_name
-from nmfx.graph.tracer import to_graph
+from nmfx.masking.owner import masked_sites, throw_away_copy
+from nmfx.masking.weight import mask_name
+from nmfx.models.coverage import find_coverage
+from nmfx.models.example import Example, example_for
+from nmfx.models.following import Census, plain_kernels
+from nmfx.models.source import Source, find_source, list_models, versions
+from nmfx.models.table import Entry, Table
+from nmfx.models.tracer import to_graph
 from nmfx.passes.receiving import received
 from nmfx.passes.transform import conversion_difference
 from nmfx.scheme import Scheme
 from nmfx.sparsity.mask import check_groups
-from nmfx.zoo.example import Example, example_for
-from nmfx.zoo.source import Source, find_source, list_models, versions
-from nmfx.zoo.table import Entry, Table
 
 PATTERNS = ("2:4", "4:16")
 
@@ -272,7 +272,7 @@ COLUMNS = ("model", "parameters", "sites", "share", "fx parts", "fx reach", "num
 
 
 def write_table(records: list[dict[str, Any]], date: str, limit: float, markdown: Path, table: Path) -> None:
-    """The records as docs/zoo.md (counts, what failed, one row a model) and as the CSV file of `nmfx.zoo.table`."""
+    """The records as docs/zoo.md (counts, what failed, one row a model) and as the CSV file of `nmfx.models.table`."""
     place = {name: index for index, name in enumerate(list_models())}
     records = sorted({record["model"]: record for record in records}.values(), key=lambda r: place[r["model"]])
     good = [record for record in records if record["ok"]]
@@ -281,7 +281,7 @@ def write_table(records: list[dict[str, Any]], date: str, limit: float, markdown
         "# The zoo, measured",
         "",
         f"Measured on {date} with {with_versions} by `python benchmarks/zoo.py`; written by `python benchmarks/zoo.py "
-        f"--table docs/zoo.md --csv nmfx/zoo/measured.csv`. `nmfx models` shows the same rows.",
+        f"--table docs/zoo.md --csv nmfx/models/measured.csv`. `nmfx models` shows the same rows.",
         "",
         *structure_summary(records, good),
         *graph_summary(good),
@@ -407,7 +407,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=400)
     parser.add_argument("--memory", type=float, default=40, help="GiB of address space a process")
     parser.add_argument("--table", type=Path, help="only write the records, as Markdown, to this file (docs/zoo.md)")
-    parser.add_argument("--csv", type=Path, default="nmfx/zoo/measured.csv", help="with --table: the packaged table")
+    parser.add_argument("--csv", type=Path, default="nmfx/models/measured.csv", help="with --table: the packaged table")
     args = parser.parse_args()
     out = Path(args.out)
     if args.table:

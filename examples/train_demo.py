@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from nmfx import evaluate
 from nmfx.demo import digits as demo
-from nmfx.files import write_atomic
+from nmfx.files.atomic import write_atomic
 
 
 def main() -> None:

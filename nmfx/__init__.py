@@ -14,16 +14,16 @@ if TYPE_CHECKING:
     from nmfx.errors import NmfxError as NmfxError
     from nmfx.export.checkpoint import load_checkpoint as load_checkpoint
     from nmfx.export.checkpoint import save_checkpoint as save_checkpoint
-    from nmfx.graph.census import find_sites as find_sites
-    from nmfx.graph.masked import freeze as freeze
-    from nmfx.graph.site import Site as Site
-    from nmfx.graph.site import Sites as Sites
-    from nmfx.graph.tracer import to_graph as to_graph
-    from nmfx.graph.tracer import to_graphs as to_graphs
-    from nmfx.graph.updates import pull as pull
+    from nmfx.masking.owner import freeze as freeze
+    from nmfx.masking.updates import pull as pull
+    from nmfx.models.census import find_sites as find_sites
+    from nmfx.models.site import Site as Site
+    from nmfx.models.site import Sites as Sites
+    from nmfx.models.tracer import to_graph as to_graph
+    from nmfx.models.tracer import to_graphs as to_graphs
     from nmfx.passes.baking import bake as bake
     from nmfx.passes.baking import verify as verify
-    from nmfx.passes.calibration import recalibrate_bn as recalibrate_bn
+    from nmfx.passes.statistics import recalibrate_bn as recalibrate_bn
     from nmfx.passes.transform import scheme_of as scheme_of
     from nmfx.passes.transform import transform as transform
     from nmfx.runtime.compiled import compile as compile
@@ -42,13 +42,13 @@ _HOMES = {
     "NmfxError": "nmfx.errors",
     "load_checkpoint": "nmfx.export.checkpoint",
     "save_checkpoint": "nmfx.export.checkpoint",
-    "find_sites": "nmfx.graph.census",
-    "freeze": "nmfx.graph.masked",
-    "Site": "nmfx.graph.site",
-    "Sites": "nmfx.graph.site",
-    "to_graph": "nmfx.graph.tracer",
-    "to_graphs": "nmfx.graph.tracer",
-    "pull": "nmfx.graph.updates",
+    "find_sites": "nmfx.models.census",
+    "freeze": "nmfx.masking.owner",
+    "Site": "nmfx.models.site",
+    "Sites": "nmfx.models.site",
+    "to_graph": "nmfx.models.tracer",
+    "to_graphs": "nmfx.models.tracer",
+    "pull": "nmfx.masking.updates",
     "bake": "nmfx.passes.baking",
     "verify": "nmfx.passes.baking",
     "scheme_of": "nmfx.passes.transform",
@@ -58,7 +58,7 @@ _HOMES = {
     "DominoSearch": "nmfx.search.domino_loop",
     "find_scheme": "nmfx.search.finder",
     "Pattern": "nmfx.sparsity.pattern",
-    "recalibrate_bn": "nmfx.passes.calibration",
+    "recalibrate_bn": "nmfx.passes.statistics",
     "evaluate": "nmfx.training.evaluation",
     "finetune": "nmfx.training.trainer",
     "Settings": "nmfx.training.settings",

@@ -11,11 +11,12 @@ from typing import Any, Literal
 import msgspec
 import yaml
 
-from nmfx import parsing, text
+from nmfx import text
 from nmfx.errors import PatternError, SchemeError
-from nmfx.files import write_atomic
-from nmfx.graph.site import Site, Sites
-from nmfx.parsing import Count, Finite, Form, Text
+from nmfx.files import parsing
+from nmfx.files.atomic import write_atomic
+from nmfx.files.parsing import Count, Finite, Form, Text
+from nmfx.models.site import Site, Sites
 from nmfx.sparsity.layout import Grouping, Layout, group
 from nmfx.sparsity.pattern import Pattern
 

@@ -13,7 +13,7 @@ from timm.layers import CondConv2d, ScaledStdConv2d
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from nmfx.zoo.example import Example
+from nmfx.models.example import Example
 
 
 class Residual(nn.Module):

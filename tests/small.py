@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from nmfx.demo.digits import load_demo
-from nmfx.graph.census import find_sites
-from nmfx.graph.site import Sites
+from nmfx.models.census import find_sites
+from nmfx.models.site import Sites
 
 
 class Mixed(nn.Module):

@@ -16,7 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import nmfx
-from nmfx.graph.parallel import find_units, shard
+from nmfx.masking.parallel import find_units, shard
 
 
 def make_model(kind: str) -> nn.Module:

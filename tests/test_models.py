@@ -6,7 +6,7 @@ import pytest
 import torch
 from zoo import numerics, structure
 
-from nmfx.zoo.source import find_source
+from nmfx.models.source import find_source
 
 # What is checked on the CPU: outputs, gradients and buffers against pre-masked weights, baking, checkpoint, fx graph.
 SMALL = [

@@ -17,13 +17,13 @@ from cases import cases
 from torch import nn
 
 from nmfx.errors import NmfxError, SchemeError
-from nmfx.graph.census import find_sites
-from nmfx.graph.masked import masked_sites
-from nmfx.graph.site import Site, Sites
+from nmfx.masking.owner import masked_sites
+from nmfx.models.census import find_sites
+from nmfx.models.example import Example
+from nmfx.models.site import Site, Sites
 from nmfx.passes.transform import transform
 from nmfx.scheme import Scheme, fit, published_keys, shapes_of
 from nmfx.sparsity.pattern import Pattern
-from nmfx.zoo.example import Example
 
 PUBLISHED = Path(__file__).parent / "data" / "resnet50_m16_0.80.txt"
 

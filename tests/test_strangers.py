@@ -17,8 +17,8 @@ from torch import Tensor, nn
 import nmfx
 from nmfx.errors import CheckpointError, ModelError, NmfxError, SchemeError, SearchError, VerificationError
 from nmfx.export.plain import save_baked
-from nmfx.graph.census import find_sites
-from nmfx.zoo.building import load_weights
+from nmfx.models.building import load_weights
+from nmfx.models.census import find_sites
 
 X = torch.randn(2, 16, 8, 8, generator=torch.Generator().manual_seed(0))
 

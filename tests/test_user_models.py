@@ -19,14 +19,14 @@ from torch.nn.utils import parametrizations
 
 from nmfx.errors import SchemeError, TraceError
 from nmfx.export.checkpoint import load_checkpoint, save_checkpoint
-from nmfx.graph.census import find_sites
-from nmfx.graph.masked import is_masked, masked_sites
-from nmfx.graph.site import Sites
+from nmfx.masking.owner import is_masked, masked_sites
+from nmfx.models.building import load_weights
+from nmfx.models.census import find_sites
+from nmfx.models.example import Example
+from nmfx.models.site import Sites
 from nmfx.passes.baking import bake, verify
 from nmfx.passes.transform import conversion_difference, scheme_of, transform
 from nmfx.scheme import Scheme
-from nmfx.zoo.building import load_weights
-from nmfx.zoo.example import Example
 
 
 class EinsumAttention(nn.Module):

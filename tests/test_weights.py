@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from nmfx.errors import ModelError
-from nmfx.zoo.building import build_model, load_weights
-from nmfx.zoo.weights import Weights, fit_names, read_weights
+from nmfx.models.building import build_model, load_weights
+from nmfx.models.weights import Weights, fit_names, read_weights
 
 State = dict[str, Tensor]
 ARGS = argparse.Namespace(model="test_resnet", lr=0.1, data_dir="/data", opt_betas=(0.9, 0.99))

@@ -19,10 +19,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from nmfx.errors import ModelError, NmfxError
+from nmfx.models.building import build_model, load_weights
+from nmfx.models.example import Example, example_for
+from nmfx.models.source import Source, find_source, identify, identify_quickly, list_models, versions
 from nmfx.passes.transform import transform
-from nmfx.zoo.building import build_model, load_weights
-from nmfx.zoo.example import Example, example_for
-from nmfx.zoo.source import Source, find_source, identify, identify_quickly, list_models, versions
 
 # --- names
 

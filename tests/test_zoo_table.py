@@ -9,10 +9,10 @@ import pytest
 from cases import cases
 
 from nmfx.errors import ModelError
-from nmfx.graph.coverage import find_coverage, measure
+from nmfx.models.coverage import find_coverage, measure
+from nmfx.models.source import find_source, list_models, versions
+from nmfx.models.table import PACKAGED, Entry, Table, load_table, parse_table
 from nmfx.passes.transform import transform
-from nmfx.zoo.source import find_source, list_models, versions
-from nmfx.zoo.table import PACKAGED, Entry, Table, load_table, parse_table
 
 ENTRIES = (
     Entry("timm:resnet50", 25_557_032, 54, 25_502_912, 4_089_184_256, 1, 1.0, "exact"),
@@ -95,7 +95,7 @@ def test_a_measurement_now_agrees(name: str) -> None:
 
 
 def test_coverage_is_the_same_before_and_after_conversion() -> None:
-    from nmfx.graph.census import find_sites
+    from nmfx.models.census import find_sites
 
     model = find_source("torchvision:raft_small").build_meta()
     sites = find_sites(model)

@@ -19,15 +19,15 @@ from nmfx.errors import NmfxError
 from nmfx.export.checkpoint import load_checkpoint
 from nmfx.export.plain import save_onnx
 from nmfx.export.start import is_compressed
-from nmfx.graph.census import find_sites
+from nmfx.models.building import build_model
+from nmfx.models.census import find_sites
+from nmfx.models.example import Example
 from nmfx.passes.baking import bake
 from nmfx.passes.transform import transform
 from nmfx.report.record import Speed
 from nmfx.runtime.bench import NMFX, Bench, Timing, bench
 from nmfx.scheme import Scheme
 from nmfx.search.finder import find_scheme
-from nmfx.zoo.building import build_model
-from nmfx.zoo.example import Example
 
 
 def run(args: Namespace) -> None:

@@ -19,14 +19,14 @@ from nmfx.cli import work
 from nmfx.cli.console import heading, output, working
 from nmfx.errors import ModelError, NmfxError, SchemeError
 from nmfx.export.checkpoint import read_checkpoint
-from nmfx.graph.census import find_sites
-from nmfx.graph.site import Site, Sites
-from nmfx.parsing import read_text
-from nmfx.passes.scoring import sorted_magnitudes, weight_of
+from nmfx.files.parsing import read_text
+from nmfx.models.building import build_meta
+from nmfx.models.census import find_sites
+from nmfx.models.site import Site, Sites
+from nmfx.models.source import Source, find_source
+from nmfx.passes.magnitudes import sorted_magnitudes, weight_of
 from nmfx.report.record import Report
 from nmfx.scheme import Scheme
-from nmfx.zoo.building import build_meta
-from nmfx.zoo.source import Source, find_source
 
 
 @dataclass(frozen=True)

@@ -13,18 +13,18 @@ from nmfx.cli import tables, work
 from nmfx.cli.console import heading, hint, output, working
 from nmfx.errors import NmfxError, SearchError, TraceError
 from nmfx.export.start import build_start, is_compressed, take_start
-from nmfx.graph.census import find_sites
-from nmfx.graph.site import Sites
-from nmfx.graph.tracer import to_graph, trace
+from nmfx.models.building import Built, build_model
+from nmfx.models.census import find_sites
+from nmfx.models.site import Sites
+from nmfx.models.source import find_source
+from nmfx.models.tracer import to_graph, trace
 from nmfx.passes.baking import verify
-from nmfx.passes.calibration import batch_norms
+from nmfx.passes.statistics import batch_norms
 from nmfx.passes.transform import conversion_difference, resolve_scheme, transform
 from nmfx.scheme import Remainder, Scheme, fit
 from nmfx.search.problem import pose
 from nmfx.sparsity.pattern import Pattern
 from nmfx.text import nearest, sentence
-from nmfx.zoo.building import Built, build_model
-from nmfx.zoo.source import find_source
 
 DIGITS = "digits"  # the pictures that the demo network was trained on
 

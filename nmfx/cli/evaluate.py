@@ -18,12 +18,12 @@ from nmfx.data.source import Data, open_data
 from nmfx.errors import NmfxError
 from nmfx.export.checkpoint import load_checkpoint, read_checkpoint
 from nmfx.export.start import is_compressed
+from nmfx.models.building import build_model
 from nmfx.passes.transform import transform
 from nmfx.processes import world
 from nmfx.scheme import Scheme
 from nmfx.text import sentence
 from nmfx.training.evaluation import Evaluation, evaluate
-from nmfx.zoo.building import build_model
 
 
 def run(args: Namespace) -> None:

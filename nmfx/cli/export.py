@@ -13,8 +13,8 @@ from nmfx.cli.console import heading, output, warn, working
 from nmfx.errors import NmfxError
 from nmfx.export.checkpoint import load_checkpoint, read_checkpoint, save_checkpoint
 from nmfx.export.plain import save_baked, save_onnx
-from nmfx.files import all_or_nothing
-from nmfx.graph.site import Sites
+from nmfx.files.atomic import all_or_nothing
+from nmfx.models.site import Sites
 from nmfx.passes.baking import bake, verify
 from nmfx.passes.transform import transform
 from nmfx.scheme import Scheme

@@ -20,8 +20,9 @@ from nmfx.data.loader import validation_loader
 from nmfx.data.source import Data
 from nmfx.errors import NmfxError
 from nmfx.export.checkpoint import load_checkpoint
-from nmfx.files import check_writable
-from nmfx.graph.census import find_sites
+from nmfx.files.atomic import check_writable
+from nmfx.models.building import build_random
+from nmfx.models.census import find_sites
 from nmfx.passes.baking import verify
 from nmfx.passes.transform import scheme_of, transform
 from nmfx.processes import rank, world
@@ -34,7 +35,6 @@ from nmfx.training.record import Epoch, Finetuned, Progress
 from nmfx.training.settings import Settings
 from nmfx.training.state import fingerprint
 from nmfx.training.trainer import BEST, LAST, LOG, finetune
-from nmfx.zoo.building import build_random
 
 MODEL = TUNED["best"]
 

@@ -10,10 +10,10 @@ from nmfx.cli import convert, tables, work
 from nmfx.cli.console import heading, output, working
 from nmfx.errors import SchemeError
 from nmfx.export.checkpoint import read_checkpoint
-from nmfx.graph.census import find_sites
-from nmfx.parsing import read_text
+from nmfx.files.parsing import read_text
+from nmfx.models.census import find_sites
+from nmfx.models.source import find_source
 from nmfx.scheme import Scheme, published_entries
-from nmfx.zoo.source import find_source
 
 
 def run(args: Namespace) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from nmfx.cli.console import advancing, heading, output, warn, working
 from nmfx.errors import SearchError
-from nmfx.graph.site import Sites
+from nmfx.models.site import Sites
 from nmfx.passes.transform import transform
 from nmfx.runtime.building import load_kernel
 from nmfx.runtime.latency import NANO, Latency, measure_latency, measured_seconds

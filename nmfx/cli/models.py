@@ -13,9 +13,9 @@ from rich.table import Table
 from nmfx.cli.console import errors, output, warn
 from nmfx.cli.tables import count
 from nmfx.errors import ModelError
-from nmfx.graph.coverage import measure
-from nmfx.zoo.source import find_source, list_models, versions
-from nmfx.zoo.table import Entry, load_table
+from nmfx.models.coverage import measure
+from nmfx.models.source import find_source, list_models, versions
+from nmfx.models.table import Entry, load_table
 
 
 def run(args: Namespace) -> None:

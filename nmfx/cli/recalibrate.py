@@ -14,7 +14,7 @@ from nmfx.data.sample import calibration
 from nmfx.data.source import Data
 from nmfx.errors import NmfxError
 from nmfx.export.checkpoint import save_checkpoint
-from nmfx.passes.calibration import batch_norms, recalibrate_bn
+from nmfx.passes.statistics import batch_norms, recalibrate_bn
 from nmfx.passes.transform import transform
 from nmfx.processes import rank
 

@@ -9,6 +9,7 @@ import torch
 
 from nmfx import __version__
 from nmfx.cli import work
+from nmfx.models.source import versions
 from nmfx.report.canvas import check_path, save_figure, style
 from nmfx.report.figures import draw_comparison, draw_search, draw_speed
 from nmfx.report.page import check_page, comparison_page, save_page, search_page
@@ -16,7 +17,6 @@ from nmfx.report.record import Limit, Report, Speed
 from nmfx.scheme import Scheme
 from nmfx.search.budget import UNITS
 from nmfx.search.finder import SearchResult
-from nmfx.zoo.source import versions
 
 
 def check(figure: str | None, html: str | None, *, force: bool) -> None:

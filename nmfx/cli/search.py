@@ -18,7 +18,8 @@ from nmfx.cli import convert, latency, report, tables, work
 from nmfx.cli.console import advancing, heading, hint, output, warn, working
 from nmfx.cli.processes import asked_to_stop, first_alone, processes
 from nmfx.errors import NmfxError, SearchError
-from nmfx.graph.site import Sites
+from nmfx.models.site import Sites
+from nmfx.models.source import find_source
 from nmfx.processes import rank, world
 from nmfx.recipe.written import is_state, remove_state
 from nmfx.scheme import Scheme
@@ -26,7 +27,6 @@ from nmfx.search.budget import UNITS
 from nmfx.search.finder import MIXED, SearchResult, conclude, find_scheme
 from nmfx.search.problem import pose
 from nmfx.search.tables import Tables
-from nmfx.zoo.source import find_source
 
 if TYPE_CHECKING:
     from nmfx.search.domino_loop import DominoSearch

@@ -8,7 +8,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from nmfx.graph.site import Sites
+from nmfx.models.site import Sites
 from nmfx.scheme import Scheme, Totals
 from nmfx.sparsity.pattern import Pattern
 

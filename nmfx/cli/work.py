@@ -21,21 +21,22 @@ import torch
 import yaml
 from torch import nn
 
-from nmfx import parsing, text
+from nmfx import text
 from nmfx.cli.console import warn
 from nmfx.errors import NmfxError
 from nmfx.export.checkpoint import read_checkpoint
 from nmfx.export.plain import save_baked
-from nmfx.files import remove_dead_drafts, replace_folder
-from nmfx.graph.census import find_sites
-from nmfx.graph.site import Sites
+from nmfx.files import parsing
+from nmfx.files.atomic import remove_dead_drafts, replace_folder
+from nmfx.models.arguments import is_picture, parse_kwargs
+from nmfx.models.building import Built, load_stored
+from nmfx.models.census import find_sites
+from nmfx.models.example import Example, example_for
+from nmfx.models.site import Sites
+from nmfx.models.source import SOURCE, Source, find_source
 from nmfx.recipe.tuned import TUNED
 from nmfx.recipe.written import check_folders, set_aside, strangers
 from nmfx.scheme import Scheme
-from nmfx.zoo.arguments import is_picture, parse_kwargs
-from nmfx.zoo.building import Built, load_stored
-from nmfx.zoo.example import Example, example_for
-from nmfx.zoo.source import SOURCE, Source, find_source
 
 VERSION = 1
 HUBS = ("timm/", "torchvision/", "hf-hub:", "hf_hub:")  # names of models that look like paths

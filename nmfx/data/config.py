@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from nmfx.data.source import Data
 from nmfx.errors import DataError
-from nmfx.zoo.example import example_for
-from nmfx.zoo.source import identify_quickly
+from nmfx.models.example import example_for
+from nmfx.models.source import identify_quickly
 
 
 @dataclass(frozen=True)

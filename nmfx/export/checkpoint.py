@@ -19,9 +19,11 @@ import torch
 from msgspec import Meta
 from torch import Tensor, nn
 
-from nmfx import parsing
 from nmfx.errors import CheckpointError, ModelError, NmfxError
-from nmfx.graph.masked import (
+from nmfx.files import parsing
+from nmfx.files.parsing import Form, Size, Text
+from nmfx.files.sealed import Tensors, read_sealed, write_sealed
+from nmfx.masking.owner import (
     FOLDED,
     GIVEN,
     STATES,
@@ -33,16 +35,14 @@ from nmfx.graph.masked import (
     throw_away_copy,
     unmask,
 )
-from nmfx.graph.reading import MaskSpec, mask_name
-from nmfx.parsing import Form, Size, Text
+from nmfx.masking.weight import MaskSpec, mask_name
+from nmfx.models.arguments import parse_kwargs
+from nmfx.models.building import build_stored, check_state, load_state
+from nmfx.models.source import Source, identify
 from nmfx.scheme import Scheme
-from nmfx.sealed import Tensors, read_sealed, write_sealed
 from nmfx.sparsity.layout import Grouping
 from nmfx.sparsity.packing import pack, unpack
 from nmfx.sparsity.pattern import Pattern
-from nmfx.zoo.arguments import parse_kwargs
-from nmfx.zoo.building import build_stored, check_state, load_state
-from nmfx.zoo.source import Source, identify
 
 VERSION = 1
 MOST_WEIGHTS = 1 << 48  # of one site: sizes that no arithmetic overflows
@@ -268,7 +268,7 @@ def load_checkpoint(path: str | Path, model: nn.Module | None = None) -> nn.Modu
 
     Args:
         model: a dense or converted model to load into, in place. None: the model is rebuilt, which works for those of timm and
-            torchvision, built without arguments or with those of `nmfx.zoo.arguments`.
+            torchvision, built without arguments or with those of `nmfx.models.arguments`.
 
     Raises:
         CheckpointError: the file is truncated, altered or foreign, says nothing of how to build its model, or does not fit

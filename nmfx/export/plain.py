@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from nmfx.errors import CheckpointError
-from nmfx.files import write_atomic
-from nmfx.graph.masked import FOLDED
-from nmfx.zoo.example import Example
+from nmfx.files.atomic import write_atomic
+from nmfx.masking.owner import FOLDED
+from nmfx.models.example import Example
 
 
 def save_baked(model: nn.Module, path: Path, *, force: bool = True) -> None:

@@ -8,13 +8,13 @@ from pathlib import Path
 from torch import nn
 
 from nmfx.export.checkpoint import load_checkpoint, read_checkpoint
-from nmfx.graph.site import Sites
+from nmfx.files.sealed import read_metadata
+from nmfx.models.building import Built, build_random
+from nmfx.models.site import Sites
+from nmfx.models.source import Source
 from nmfx.passes.baking import bake
 from nmfx.passes.transform import scheme_of
 from nmfx.scheme import Scheme, shapes_of
-from nmfx.sealed import read_metadata
-from nmfx.zoo.building import Built, build_random
-from nmfx.zoo.source import Source
 
 
 def is_compressed(path: str | Path) -> bool:

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from nmfx.errors import SchemeError, TraceError, VerificationError
-from nmfx.graph.census import find_sites
-from nmfx.graph.masked import check_fused, check_masks, deep_copy, derived_or_own, masked_sites, renew, unmask
+from nmfx.masking.owner import check_fused, check_masks, deep_copy, derived_or_own, masked_sites, renew, unmask
+from nmfx.models.census import find_sites
+from nmfx.models.example import Example, example_for
 from nmfx.passes.receiving import received
 from nmfx.passes.transform import AnyScheme, resolve_scheme
 from nmfx.sparsity.layout import Grouping
 from nmfx.sparsity.mask import check_groups
-from nmfx.zoo.example import Example, example_for
 
 log = logging.getLogger(__name__)
 

@@ -7,12 +7,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from nmfx.graph.following import Census, plain_kernels, storage_of
-from nmfx.graph.masked import masked_sites, masks_derived
-from nmfx.graph.modes import keep_modes
-from nmfx.graph.places import held_by, is_plain, places_in
-from nmfx.graph.products import Operand
-from nmfx.zoo.example import Example
+from nmfx.masking.modes import keep_modes
+from nmfx.masking.owner import masked_sites, masks_derived
+from nmfx.models.example import Example
+from nmfx.models.following import Census, plain_kernels, storage_of
+from nmfx.models.places import held_by, is_plain, places_in
+from nmfx.models.products import Operand
 
 
 class Receipts(Census):

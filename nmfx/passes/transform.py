@@ -12,16 +12,16 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from nmfx.errors import SchemeError
-from nmfx.graph.census import find_sites
-from nmfx.graph.masked import GIVEN, deep_copy, is_masked, mask_attribute, masked_sites, unmask
-from nmfx.graph.modes import keep_modes
-from nmfx.graph.reading import MaskSpec
-from nmfx.graph.site import Site, Sites
-from nmfx.graph.tracer import to_graph
+from nmfx.masking.modes import keep_modes
+from nmfx.masking.owner import GIVEN, deep_copy, is_masked, mask_attribute, masked_sites, unmask
+from nmfx.masking.weight import MaskSpec
+from nmfx.models.census import find_sites
+from nmfx.models.example import Example
+from nmfx.models.site import Site, Sites
+from nmfx.models.tracer import to_graph
 from nmfx.scheme import Scheme, fit
 from nmfx.sparsity.layout import Grouping
 from nmfx.sparsity.pattern import Pattern
-from nmfx.zoo.example import Example
 
 Training = Literal["sr-ste", "ste", "fixed"]
 AnyScheme = Scheme | str | Pattern | Path | Mapping[str, str | Pattern]

@@ -13,9 +13,10 @@ from nmfx.data.config import PictureConfig, picture_config
 from nmfx.data.pictures import ArrayPictures
 from nmfx.data.source import Data
 from nmfx.export.start import take_start
-from nmfx.graph.census import find_sites
-from nmfx.graph.masked import deep_copy
-from nmfx.graph.site import Sites
+from nmfx.masking.owner import deep_copy
+from nmfx.models.building import Built
+from nmfx.models.census import find_sites
+from nmfx.models.site import Sites
 from nmfx.passes.baking import verify
 from nmfx.passes.transform import transform
 from nmfx.recipe.job import example_of
@@ -25,7 +26,6 @@ from nmfx.scheme import Scheme
 from nmfx.search.domino_loop import Loop
 from nmfx.training.loss import logits_of
 from nmfx.training.trainer import finetune
-from nmfx.zoo.building import Built
 
 PICTURES = 2  # of one update
 

@@ -10,19 +10,19 @@ from typing import Literal
 import torch
 from torch import nn
 
-from nmfx import parsing
 from nmfx.data.config import PictureConfig, check_classes, picture_config
 from nmfx.data.source import Data, open_data
 from nmfx.errors import ModelError, NmfxError
-from nmfx.graph.census import find_sites
-from nmfx.graph.site import Sites
-from nmfx.parsing import Text
+from nmfx.files import parsing
+from nmfx.files.parsing import Text
+from nmfx.models.arguments import parse_kwargs
+from nmfx.models.building import load_stored
+from nmfx.models.census import find_sites
+from nmfx.models.example import Example, example_for
+from nmfx.models.site import Sites
+from nmfx.models.source import Source, find_source
 from nmfx.recipe.schema import FOLDER, ModelSection, Recipe
 from nmfx.scheme import Scheme
-from nmfx.zoo.arguments import parse_kwargs
-from nmfx.zoo.building import load_stored
-from nmfx.zoo.example import Example, example_for
-from nmfx.zoo.source import Source, find_source
 
 WORK, WEIGHTS, START, SCHEME = "work.yaml", "weights.safetensors", "start.yaml", "scheme.yaml"
 

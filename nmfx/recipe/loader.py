@@ -12,8 +12,9 @@ from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import nmfx
-from nmfx import parsing, text
+from nmfx import text
 from nmfx.errors import NmfxError
+from nmfx.files import parsing
 from nmfx.recipe.schema import INLINE, Recipe, SearchSection
 from nmfx.search.domino_loop import Loop
 from nmfx.sparsity.pattern import Pattern

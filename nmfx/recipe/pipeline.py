@@ -23,10 +23,12 @@ from nmfx.errors import CheckpointError, ModelError, NmfxError, SchemeError
 from nmfx.export.checkpoint import load_checkpoint, read_checkpoint, save_checkpoint
 from nmfx.export.plain import save_baked, save_onnx
 from nmfx.export.start import build_start, is_compressed, take_start
-from nmfx.files import all_or_nothing, check_writable, write_text
-from nmfx.graph.census import find_sites
-from nmfx.graph.site import Sites
-from nmfx.parsing import read_json
+from nmfx.files.atomic import all_or_nothing, check_writable, write_text
+from nmfx.files.parsing import read_json
+from nmfx.models.building import Built, build_random, load_weights, unavailable
+from nmfx.models.census import find_sites
+from nmfx.models.site import Sites
+from nmfx.models.source import SOURCE, find_source
 from nmfx.passes.baking import bake, verify
 from nmfx.passes.transform import conversion_difference, transform
 from nmfx.processes import rank, world
@@ -45,8 +47,6 @@ from nmfx.training.record import Epoch, Progress
 from nmfx.training.settings import FREE
 from nmfx.training.state import fingerprint
 from nmfx.training.trainer import BEST, LAST, LOG, finetune
-from nmfx.zoo.building import Built, build_random, load_weights, unavailable
-from nmfx.zoo.source import SOURCE, find_source
 
 Advance = Callable[..., None]  # the share done, a line of text; lasting=True: a line to keep
 SCHEMES = (SCHEME, "scheme.txt")

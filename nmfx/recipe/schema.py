@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from nmfx import text
 from nmfx.errors import NmfxError
+from nmfx.models.arguments import is_picture, parse_kwargs
 from nmfx.passes.transform import Training
 from nmfx.search.budget import BudgetKind, parse_limit, parse_target
 from nmfx.search.domino_loop import Loop
@@ -17,7 +18,6 @@ from nmfx.search.problem import Choices
 from nmfx.search.sensitivity import SENSITIVITIES
 from nmfx.sparsity.pattern import Pattern
 from nmfx.training.settings import Settings
-from nmfx.zoo.arguments import is_picture, parse_kwargs
 
 FOLDER = "folder"  # the name of the data that is just an image folder: the root
 
@@ -33,7 +33,7 @@ class ModelSection:
         name: of torchvision, timm or the demos, as in ``nmfx convert NAME``.
         weights: ``auto``, ``pretrained``, ``none`` (random) or a file; from a compressed checkpoint the search goes on to a
             sparser scheme, and gives no site a denser pattern than it has there.
-        kwargs: what its builder takes, of `nmfx.zoo.arguments`, such as ``num_classes`` and ``in_chans``.
+        kwargs: what its builder takes, of `nmfx.models.arguments`, such as ``num_classes`` and ``in_chans``.
         input_size: without the batch, as ``3x224x224``; the model's own when empty.
     """
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from nmfx.errors import NmfxError
-from nmfx.files import write_text
-from nmfx.parsing import Form, Text, read_json
+from nmfx.files.atomic import write_text
+from nmfx.files.parsing import Form, Text, read_json
 
 FOLDER = "stages"
 

@@ -13,9 +13,9 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from nmfx import parsing
 from nmfx.errors import NmfxError
-from nmfx.files import DRAFT, write_text
+from nmfx.files import parsing
+from nmfx.files.atomic import DRAFT, write_text
 from nmfx.recipe.stamp import FOLDER, digest_of, read_stamp
 
 LIST = f"{FOLDER}/written.json"

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
 
 from nmfx.errors import NmfxError
-from nmfx.files import write_atomic
+from nmfx.files.atomic import write_atomic
 from nmfx.report.record import short_names
 from nmfx.sparsity.pattern import Pattern
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
-from nmfx.graph.site import Site
+from nmfx.models.site import Site
 from nmfx.report.canvas import (
     GREY,
     INK,

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nmfx.errors import NmfxError
-from nmfx.files import write_atomic
-from nmfx.graph.site import Site
+from nmfx.files.atomic import write_atomic
+from nmfx.models.site import Site
 from nmfx.report.canvas import inline_svg
 from nmfx.report.figures import draw_accuracy, draw_comparison, draw_curve, draw_density, draw_stages, draw_timeline
 from nmfx.report.record import Point, Report

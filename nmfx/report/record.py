@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Protocol
 
-from nmfx.graph.site import Site, Sites
+from nmfx.models.site import Site, Sites
 from nmfx.scheme import Scheme, Totals
 from nmfx.sparsity.pattern import Pattern
 

@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map
 
 from nmfx.errors import ModelError, NmfxError
-from nmfx.graph.modes import keep_modes
+from nmfx.masking.modes import keep_modes
 from nmfx.passes.baking import bake
 from nmfx.runtime.building import load_kernel
 from nmfx.runtime.chain import link, repeated

@@ -19,8 +19,8 @@ import msgspec
 import torch
 
 from nmfx.errors import NmfxError
-from nmfx.files import locked, write_atomic
-from nmfx.parsing import Form, Seconds, read_json
+from nmfx.files.atomic import locked, write_atomic
+from nmfx.files.parsing import Form, Seconds, read_json
 from nmfx.runtime.building import cache_folder, kernel_digest, processor
 
 Advance = Callable[[float, str], None]  # told the share done, and of what

@@ -11,7 +11,7 @@ from typing import Literal, cast, get_args
 
 from nmfx import text
 from nmfx.errors import SearchError
-from nmfx.graph.site import Site, Sites
+from nmfx.models.site import Site, Sites
 from nmfx.sparsity.pattern import Pattern
 
 BudgetKind = Literal["params", "macs", "bytes", "latency"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from nmfx.passes.scoring import scored
+from nmfx.passes.magnitudes import scored
 from nmfx.search.baselines import erk_sparsities
 from nmfx.search.events import Event, Outcome, settle, trim
 from nmfx.search.problem import Problem

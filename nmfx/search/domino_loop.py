@@ -13,11 +13,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from nmfx.errors import SearchError
-from nmfx.graph.census import find_sites
-from nmfx.graph.masked import mask_attribute, masked_sites, unmask
-from nmfx.graph.reading import STATES, MaskSpec, mask_name
-from nmfx.graph.site import Sites
-from nmfx.passes.scoring import SUFFIXES, attach_scores, detach_scores, scores_of, weight_of
+from nmfx.masking.owner import mask_attribute, masked_sites, unmask
+from nmfx.masking.weight import STATES, MaskSpec, mask_name
+from nmfx.models.census import find_sites
+from nmfx.models.site import Sites
+from nmfx.passes.magnitudes import SUFFIXES, attach_scores, detach_scores, scores_of, weight_of
 from nmfx.processes import world
 from nmfx.scheme import Scheme
 from nmfx.search.baselines import erk_sparsities

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from nmfx.errors import SearchError
-from nmfx.graph.masked import throw_away_copy
-from nmfx.passes.calibration import recalibrate_bn
-from nmfx.passes.scoring import weight_of
+from nmfx.masking.owner import throw_away_copy
+from nmfx.passes.magnitudes import weight_of
+from nmfx.passes.statistics import recalibrate_bn
 from nmfx.search.problem import Problem
 from nmfx.sparsity.mask import make_mask
 from nmfx.sparsity.pattern import Pattern

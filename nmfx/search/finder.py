@@ -13,8 +13,8 @@ from torch import nn
 
 from nmfx import text
 from nmfx.errors import SearchError
-from nmfx.graph.census import find_sites
-from nmfx.graph.site import Sites
+from nmfx.models.census import find_sites
+from nmfx.models.site import Sites
 from nmfx.scheme import Scheme, Totals
 from nmfx.search.baselines import erk, moves, uniform
 from nmfx.search.budget import Budget, BudgetKind, Prices

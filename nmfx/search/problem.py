@@ -13,13 +13,13 @@ from torch import nn
 
 from nmfx import text
 from nmfx.errors import SchemeError, SearchError
-from nmfx.graph.site import Site, Sites
+from nmfx.models.site import Site, Sites
+from nmfx.models.source import identify_quickly
 from nmfx.scheme import Remainder, Scheme, fit, shapes_of
 from nmfx.search.budget import Budget, BudgetKind, Prices, amount, make_budgets
 from nmfx.sparsity.layout import Grouping, Layout, group
 from nmfx.sparsity.packing import packed_sizes
 from nmfx.sparsity.pattern import MAX_M, Pattern
-from nmfx.zoo.source import identify_quickly
 
 Costs = tuple[tuple[int, ...], ...]
 

@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from nmfx.data.loader import TrainLoader
 from nmfx.data.seeding import seed_of
 from nmfx.errors import CheckpointError, NmfxError, SearchError
-from nmfx.graph.masked import deep_copy, masked_sites
-from nmfx.graph.parallel import wrap
-from nmfx.parsing import Count, Finite, Form, Share, printable
-from nmfx.passes.scoring import SUFFIXES
+from nmfx.files.parsing import Count, Finite, Form, Share, printable
+from nmfx.files.states import check_tensors, prefixed, read_state, under, write_state
+from nmfx.masking.owner import deep_copy, masked_sites
+from nmfx.masking.parallel import wrap
+from nmfx.passes.magnitudes import SUFFIXES
 from nmfx.processes import rank, world
 from nmfx.search.domino_loop import DominoSearch
 from nmfx.sparsity.pattern import Pattern
-from nmfx.states import check_tensors, prefixed, read_state, under, write_state
 
 KIND = "search"
 SAVE_SECONDS = 180.0

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nmfx.errors import SearchError
-from nmfx.passes.scoring import scores_of, sorted_magnitudes, weight_of
+from nmfx.passes.magnitudes import scores_of, sorted_magnitudes, weight_of
 from nmfx.search.evidence import Evidence, understood
 from nmfx.search.problem import Problem
 from nmfx.search.sensitivity import SENSITIVITIES, Table

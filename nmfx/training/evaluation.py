@@ -11,7 +11,7 @@ from timm.utils import accuracy
 from torch import Tensor, nn
 
 from nmfx.errors import DataError
-from nmfx.graph.modes import keep_modes
+from nmfx.masking.modes import keep_modes
 from nmfx.processes import summed
 from nmfx.training.loss import logits_of
 

@@ -7,8 +7,8 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from nmfx.errors import NmfxError
-from nmfx.graph.masked import masked_sites
-from nmfx.graph.reading import MaskSpec, MaskState
+from nmfx.masking.owner import masked_sites
+from nmfx.masking.weight import MaskSpec, MaskState
 from nmfx.passes.transform import Training
 
 

@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any
 
 from nmfx.errors import NmfxError
-from nmfx.files import write_text
+from nmfx.files.atomic import write_text
 from nmfx.training.evaluation import Evaluation
 
 

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nmfx.errors import CheckpointError
-from nmfx.graph.parallel import as_share
-from nmfx.parsing import Count, Finite, Form, printable
-from nmfx.sealed import Tensors
-from nmfx.states import check_tensors, read_state, write_state
+from nmfx.files.parsing import Count, Finite, Form, printable
+from nmfx.files.sealed import Tensors
+from nmfx.files.states import check_tensors, read_state, write_state
+from nmfx.masking.parallel import as_share
 from nmfx.training.record import Epoch
 
 KIND = "finetune"

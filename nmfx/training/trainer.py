@@ -23,13 +23,13 @@ from nmfx.data.loader import train_loader, validation_loader
 from nmfx.data.seeding import seed_of
 from nmfx.data.source import Data
 from nmfx.errors import CheckpointError, DataError, NmfxError
-from nmfx.files import check_writable, remove_dead_drafts
-from nmfx.graph.masked import deep_copy, masked_sites, renew
-from nmfx.graph.modes import keep_modes
-from nmfx.graph.parallel import find_units, gathered, shard, wrap
+from nmfx.files.atomic import check_writable, remove_dead_drafts
+from nmfx.files.sealed import Tensors
+from nmfx.files.states import prefixed, under
+from nmfx.masking.modes import keep_modes
+from nmfx.masking.owner import deep_copy, masked_sites, renew
+from nmfx.masking.parallel import find_units, gathered, shard, wrap
 from nmfx.processes import rank, summed, world
-from nmfx.sealed import Tensors
-from nmfx.states import prefixed, under
 from nmfx.training import state
 from nmfx.training.evaluation import evaluate
 from nmfx.training.loss import distilled, logits_of, task_loss

@@ -25,12 +25,12 @@ from nmfx.cli.main import main
 from nmfx.demo.digits import load_demo
 from nmfx.errors import CheckpointError
 from nmfx.export.checkpoint import load_checkpoint, save_checkpoint
-from nmfx.graph.census import find_sites
+from nmfx.models.building import build_model
+from nmfx.models.census import find_sites
+from nmfx.models.source import Source
 from nmfx.passes.baking import bake, verify
 from nmfx.passes.transform import scheme_of, transform
 from nmfx.scheme import Scheme
-from nmfx.zoo.building import build_model
-from nmfx.zoo.source import Source
 
 ROOT = Path(__file__).parents[2]
 DIGITS = Path("digits.nmfx")

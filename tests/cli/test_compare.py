@@ -14,8 +14,8 @@ from nmfx.cli import report as report_io
 from nmfx.cli.main import main
 from nmfx.demo.digits import load_demo
 from nmfx.export.checkpoint import save_checkpoint
-from nmfx.graph.census import find_sites
-from nmfx.graph.site import Sites
+from nmfx.models.census import find_sites
+from nmfx.models.site import Sites
 from nmfx.passes.transform import transform
 from nmfx.scheme import Scheme
 from nmfx.search.finder import find_scheme

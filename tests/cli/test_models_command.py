@@ -10,8 +10,8 @@ from nmfx.cli import console, models
 from nmfx.cli.main import main
 from nmfx.cli.models import matching, percent
 from nmfx.errors import ModelError, TraceError
-from nmfx.zoo.source import Source, list_models, versions
-from nmfx.zoo.table import Entry, Table
+from nmfx.models.source import Source, list_models, versions
+from nmfx.models.table import Entry, Table
 
 KNOWN = ["torchvision:resnet18", "torchvision:vit_b_16", "timm:resnet18", "timm:test_vit", "timm:vit_tiny", "demo:digits"]
 ENTRIES = [

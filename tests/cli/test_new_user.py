@@ -20,10 +20,10 @@ from nmfx.cli import bench
 from nmfx.cli.main import COMMANDS, EPILOG, main
 from nmfx.demo.digits import load_demo
 from nmfx.export.checkpoint import load_checkpoint, read_checkpoint
-from nmfx.graph.census import find_sites
+from nmfx.models.building import build_model
+from nmfx.models.census import find_sites
 from nmfx.passes.transform import transform
 from nmfx.scheme import Scheme
-from nmfx.zoo.building import build_model
 
 ROOT = Path(__file__).parents[2]
 TOUR = [shlex.split(re.split(r"  +", line.strip())[0])[1:] for line in EPILOG.splitlines() if line.startswith("  nmfx ")]

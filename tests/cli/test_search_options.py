@@ -9,7 +9,7 @@ import pytest
 
 from nmfx.cli.main import main
 from nmfx.demo.digits import load_demo
-from nmfx.graph.census import find_sites
+from nmfx.models.census import find_sites
 from nmfx.scheme import Scheme
 from nmfx.sparsity.pattern import Pattern
 

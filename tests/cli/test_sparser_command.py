@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from nmfx.cli.main import main
 from nmfx.demo.digits import load_demo
 from nmfx.export.checkpoint import load_checkpoint, read_checkpoint
-from nmfx.graph.census import find_sites
+from nmfx.models.census import find_sites
 from nmfx.passes.baking import bake
 from nmfx.recipe.loader import find_recipe
 from nmfx.scheme import Scheme

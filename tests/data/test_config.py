@@ -11,7 +11,7 @@ from torch import nn
 from nmfx.data import Data, PictureConfig, check_classes, open_data, picture_config, train_loader, validation_loader
 from nmfx.demo.digits import DigitsNet
 from nmfx.errors import DataError
-from nmfx.zoo.building import build_model
+from nmfx.models.building import build_model
 
 
 @pytest.fixture(scope="module")

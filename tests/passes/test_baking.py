@@ -13,8 +13,8 @@ from awkward import MODELS, build, models, run, same, snapshot
 from torch import Tensor, nn
 
 from nmfx.errors import SchemeError, VerificationError
-from nmfx.graph.census import find_sites
-from nmfx.graph.masked import masked_sites
+from nmfx.masking.owner import masked_sites
+from nmfx.models.census import find_sites
 from nmfx.passes.baking import Verified, bake, verify
 from nmfx.passes.transform import scheme_of, transform
 from nmfx.scheme import Scheme
@@ -30,7 +30,7 @@ def converted(name: str, remainder: Any = "short") -> tuple[nn.Module, nn.Module
     return model, transform(model, scheme, sites=sites), scheme, example
 
 
-@models([name for name in CONVERTIBLE if name != "standardised"])  # see graph/test_derived.py
+@models([name for name in CONVERTIBLE if name != "standardised"])  # see masking/test_derived.py
 def test_a_baked_model_is_plain_and_computes_the_same(name: str) -> None:
     model, masked, scheme, example = converted(name)
     expected = [run(copy.deepcopy(masked), example, train=train) for train in (False, True)]

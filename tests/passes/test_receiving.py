@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 import nmfx
 from nmfx.errors import TraceError, VerificationError
-from nmfx.graph.masked import mask_attribute, masked_sites, unmask
-from nmfx.graph.reading import MaskSpec
+from nmfx.masking.owner import mask_attribute, masked_sites, unmask
+from nmfx.masking.weight import MaskSpec
+from nmfx.models.example import Example
 from nmfx.passes.receiving import received
 from nmfx.sparsity.layout import Grouping
 from nmfx.sparsity.pattern import Pattern
-from nmfx.zoo.example import Example
 
 
 @models([name for name in MODELS if name != "scripted"])

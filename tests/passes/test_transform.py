@@ -17,14 +17,14 @@ from cases import cases
 from torch import Tensor, nn
 
 from nmfx.errors import NmfxError, SchemeError, TraceError
-from nmfx.graph.census import find_sites
-from nmfx.graph.masked import is_masked, masked_sites, plain_class
-from nmfx.graph.site import Sites
+from nmfx.masking.owner import is_masked, masked_sites, plain_class
+from nmfx.models.census import find_sites
+from nmfx.models.example import Example
+from nmfx.models.site import Sites
 from nmfx.passes.baking import bake
 from nmfx.passes.transform import conversion_difference, scheme_of, transform
 from nmfx.scheme import Scheme
 from nmfx.sparsity.pattern import Pattern
-from nmfx.zoo.example import Example
 
 CONVERTIBLE = [name for name in MODELS if name != "scripted"]  # deepcopy of a ScriptModule makes non-leaf parameters
 
@@ -166,7 +166,7 @@ def test_keys_and_classes_stay(name: str) -> None:
 
 
 @pytest.mark.parametrize("remainder", ["dense", "short"])
-@models([name for name in CONVERTIBLE if name != "standardised"])  # see graph/test_derived.py
+@models([name for name in CONVERTIBLE if name != "standardised"])  # see masking/test_derived.py
 def test_masked_equals_premasked(name: str, remainder: Any) -> None:
     model, example, sites = found(name)
     scheme = Scheme.uniform(sites, "1:4", remainder=remainder)

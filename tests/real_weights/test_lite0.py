@@ -10,15 +10,15 @@ from pictures import SIDE, calibration, labelled, lite0
 from torch import nn
 
 from nmfx.export.checkpoint import load_checkpoint, save_checkpoint
-from nmfx.graph.census import find_sites
-from nmfx.graph.site import Sites
+from nmfx.models.census import find_sites
+from nmfx.models.example import Example
+from nmfx.models.site import Sites
 from nmfx.passes.baking import bake, verify
-from nmfx.passes.calibration import recalibrate_bn
+from nmfx.passes.statistics import recalibrate_bn
 from nmfx.passes.transform import conversion_difference, transform
 from nmfx.scheme import Scheme
 from nmfx.search.finder import METHODS, SearchResult, find_scheme
 from nmfx.training.evaluation import evaluate
-from nmfx.zoo.example import Example
 
 DENSITY = 0.5
 

@@ -11,8 +11,9 @@ from cases import cases
 
 from nmfx.data.augment import Augment
 from nmfx.errors import NmfxError
-from nmfx.graph.census import find_sites
-from nmfx.graph.site import Sites
+from nmfx.models.census import find_sites
+from nmfx.models.site import Sites
+from nmfx.models.source import Source, find_source
 from nmfx.recipe.job import example_of
 from nmfx.recipe.loader import find_recipe, load_recipe, packaged_recipes
 from nmfx.recipe.pipeline import choose
@@ -22,7 +23,6 @@ from nmfx.search.finder import MIXED
 from nmfx.search.problem import pose
 from nmfx.sparsity.pattern import Pattern
 from nmfx.training.settings import Settings
-from nmfx.zoo.source import Source, find_source
 
 ROOT = Path(__file__).parents[2]
 HEAD = "model:\n  name: demo:digits\nsearch:\n  target: 0.5\n"

@@ -13,7 +13,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from nmfx.errors import NmfxError
-from nmfx.graph.site import Site, Sites
+from nmfx.models.site import Site, Sites
 from nmfx.report import figures
 from nmfx.report.canvas import color_of, density_ticks, save_figure, spread
 from nmfx.report.record import Limit, Point, Report, short_names, stages_of

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from nmfx.errors import NmfxError
-from nmfx.graph.site import Site, Sites
+from nmfx.models.site import Site, Sites
 from nmfx.report.page import comparison_page, save_page, search_page
 from nmfx.report.record import Limit, Point, Report
 from nmfx.scheme import Scheme

@@ -16,7 +16,7 @@ import pytest
 from children import Answer, apart, forked
 
 from nmfx.errors import NmfxError
-from nmfx.files import draft_in
+from nmfx.files.atomic import draft_in
 from nmfx.runtime import building
 
 SOURCE = 'extern "C" __attribute__((visibility("default"))) int answer() { return 42; }\n'

@@ -12,7 +12,7 @@ from cases import cases
 from small import MODELS, searched
 from torch import Tensor, nn
 
-from nmfx.graph.census import find_sites
+from nmfx.models.census import find_sites
 from nmfx.scheme import Scheme
 from nmfx.search.baselines import erk, erk_sparsities, moves, uniform
 from nmfx.search.events import Outcome, trim

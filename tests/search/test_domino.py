@@ -12,8 +12,8 @@ import torch
 from small import MODELS, searched
 from torch import Tensor, nn
 
-from nmfx.graph.census import find_sites
-from nmfx.graph.site import Sites
+from nmfx.models.census import find_sites
+from nmfx.models.site import Sites
 from nmfx.passes.transform import transform
 from nmfx.search.baselines import erk_sparsities
 from nmfx.search.domino import WEIGHTS, domino, penalties

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from nmfx.demo.digits import load_demo
 from nmfx.errors import NmfxError, SearchError
-from nmfx.graph.census import find_sites
-from nmfx.passes.scoring import weight_of
+from nmfx.models.census import find_sites
+from nmfx.passes.magnitudes import weight_of
 from nmfx.search.budget import Budget, parse_limit, parse_target
 from nmfx.search.domino_loop import DominoSearch
 from nmfx.search.evidence import Evidence, Trial, loss_on
@@ -260,7 +260,7 @@ def test_measured_sensitivity_is_measured() -> None:
 
 def test_a_trial_is_the_loss_of_the_baked_recalibrated_model() -> None:
     from nmfx.passes.baking import bake
-    from nmfx.passes.calibration import recalibrate_bn
+    from nmfx.passes.statistics import recalibrate_bn
     from nmfx.passes.transform import transform
 
     model, sites = demo()

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from nmfx.demo.digits import load_digits_data
 from nmfx.errors import NmfxError, SearchError
-from nmfx.graph.census import find_sites
+from nmfx.models.census import find_sites
 from nmfx.passes.baking import bake, verify
-from nmfx.passes.calibration import recalibrate_bn
+from nmfx.passes.statistics import recalibrate_bn
 from nmfx.passes.transform import transform
 from nmfx.scheme import Scheme
 from nmfx.search.finder import METHODS as ALL

@@ -14,8 +14,8 @@ from small import MODELS, searched
 from torch import nn
 
 from nmfx.errors import SearchError
-from nmfx.graph.census import find_sites
-from nmfx.graph.site import Sites
+from nmfx.models.census import find_sites
+from nmfx.models.site import Sites
 from nmfx.scheme import Scheme
 from nmfx.search.budget import Budget
 from nmfx.search.problem import parse_candidates, pose

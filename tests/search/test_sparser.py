@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from nmfx.demo.digits import load_demo, load_digits_data
 from nmfx.errors import SchemeError, SearchError
-from nmfx.graph.census import find_sites
-from nmfx.graph.masked import masked_sites
-from nmfx.graph.site import Sites
+from nmfx.masking.owner import masked_sites
+from nmfx.models.census import find_sites
+from nmfx.models.site import Sites
 from nmfx.passes.baking import bake
-from nmfx.passes.scoring import scores_of
+from nmfx.passes.magnitudes import scores_of
 from nmfx.passes.transform import transform
 from nmfx.scheme import Scheme
 from nmfx.search.baselines import erk_sparsities

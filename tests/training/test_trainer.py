@@ -21,14 +21,14 @@ from torch import Tensor, nn
 from torchvision.models.googlenet import GoogLeNetOutputs
 from torchvision.models.inception import InceptionOutputs
 
-from nmfx import sealed
 from nmfx.data import Augment, Data, open_data, picture_config, validation_loader
 from nmfx.data.pictures import ArrayPictures
 from nmfx.demo.digits import load_demo
 from nmfx.errors import CheckpointError, DataError, NmfxError
 from nmfx.export.checkpoint import load_checkpoint, save_checkpoint
-from nmfx.files import draft_in
-from nmfx.graph.masked import masked_sites
+from nmfx.files import sealed
+from nmfx.files.atomic import draft_in
+from nmfx.masking.owner import masked_sites
 from nmfx.passes.baking import bake, verify
 from nmfx.passes.transform import transform
 from nmfx.training import trainer

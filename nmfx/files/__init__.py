@@ -1,0 +1,1 @@
+"""Bytes on disk: written whole or not at all, parsed at the door into typed values; knows no model."""

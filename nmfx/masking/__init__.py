@@ -1,0 +1,1 @@
+"""One module: its weight read through a mask, and how that trains."""

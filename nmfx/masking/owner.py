@@ -1,0 +1,308 @@
+"""The masked attribute: a module's weight read as ``where(mask, weight, 0)``, everything else as it was.
+
+The owner changes class to a subclass of its own class in which the attribute is a property. The Parameter stays in
+``_parameters`` under its own name, so state-dict keys, optimisers and checkpoints see what they always saw; whoever reads
+``module.weight`` (its own forward, a parent's ``F.linear``, ``F.multi_head_attention_forward``, an LSTM) gets the masked value.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from nmfx.errors import NmfxError, VerificationError
+from nmfx.masking.derived import Substitute, derive, fold, is_derivable
+from nmfx.masking.updates import follow
+from nmfx.masking.weight import STATES as STATES
+from nmfx.masking.weight import MaskSpec, MaskState, mask_name, write_mask
+
+FOLDED = "_derivation_folded"  # in the __dict__ of a module whose weight was made by its class before, and is plain now
+GIVEN = "_sites_given"  # in the __dict__ of a model: names of the sites that transform masked in it
+WHOLE = "_kept_whole"  # in the __dict__ of a module of a throw-away copy: in the model, its forward pass masks its weight
+
+
+@cache
+def _masked_class(base: type[nn.Module], attrs: tuple[str, ...], derived: bool = False) -> type[nn.Module]:
+    """Subclass of `base` in which `attrs` are read masked. Made once for each pair, so that compilers see stable types.
+
+    Args:
+        derived: its one attribute is masked as its forward pass hands it to a product.
+    """
+
+    def masked(attr: str) -> property:
+        def read(self: nn.Module) -> Any:
+            # Through __getattr__, which fx patches while it traces; reading _parameters would bake a constant.
+            return self.__dict__[STATES][attr].read(self, attr, nn.Module.__getattr__(self, attr))
+
+        def write(self: nn.Module, value: Any) -> None:
+            raise NmfxError(f"{type(self).__name__}.{attr} is masked: assign an nn.Parameter, got {type(value).__name__}")
+
+        return property(read, write)
+
+    def reduce(self: nn.Module, protocol: int) -> Any:
+        for state in self.__dict__[STATES].values():
+            state.check_writes()
+        state = base.__getstate__(self)  # type: ignore[attr-defined]
+        return _rebuild, (base, attrs, derived), dict(state)
+
+    def save(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+        for state in self.__dict__[STATES].values():
+            state.check_writes()
+        base._save_to_state_dict(self, *args, **kwargs)
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        (attr, state), *_ = self.__dict__[STATES].items()
+        shape = cast(Tensor, nn.Module.__getattr__(self, attr)).shape
+        with Substitute(shape, lambda value: state.read_derived(self, attr, value)):
+            return base.forward(self, *args, **kwargs)
+
+    body: dict[str, Any] = {"forward": forward} if derived else {attr: masked(attr) for attr in attrs}
+    body["_save_to_state_dict"] = save
+    if issubclass(base, nn.RNNBase):  # keeps its weights in a list of its own: read them by name instead
+        body["_flat_weights"] = property(
+            lambda self: [getattr(self, name, None) for name in self._flat_weights_names], lambda self, value: None
+        )
+        body["__setattr__"] = nn.Module.__setattr__  # its own would read that list, and mask what FSDP is about to put there
+    # fx takes modules for leaves by their class's __module__: a masked convolution is as much a leaf as a plain one.
+    body |= {"__module__": base.__module__, "__reduce_ex__": reduce, "_plain_class": base, "_masked_attrs": attrs}
+    body["_masks_derived"] = derived
+    return type(f"Masked{base.__name__}", (base,), body)
+
+
+def _rebuild(base: type[nn.Module], attrs: tuple[str, ...], derived: bool = False) -> nn.Module:
+    cls = _masked_class(base, attrs, derived)  # type: ignore[arg-type]
+    module = cls.__new__(cls)
+    follow(module)
+    return module
+
+
+def is_masked(module: nn.Module) -> bool:
+    """Whether any attribute of this module is masked."""
+    return hasattr(type(module), "_plain_class")
+
+
+def masks_derived(module: nn.Module) -> bool:
+    """Whether it masks what its forward pass makes of its weight."""
+    return getattr(type(module), "_masks_derived", False)
+
+
+def can_derive(model: nn.Module, owners: list[tuple[str, str]]) -> bool:
+    """Whether the weight at these places can be masked where its own module's forward pass reads it."""
+    owner, attr = model.get_submodule(owners[0][0]), owners[0][1]
+    return len(owners) == 1 and attr == "weight" and is_derivable(owner, plain_class(owner))
+
+
+def mask_attribute(owner: nn.Module, attr: str, spec: MaskSpec, twin: tuple[nn.Module, str] | None = None) -> None:
+    """Mask ``owner.attr`` in place from now on.
+
+    Args:
+        twin: another owner and attribute of the same, tied, parameter: both read one masked value, in one autograd node.
+
+    Raises:
+        NmfxError: the module already has something under the mask's name.
+    """
+    weight = cast(nn.Parameter, owner._parameters[attr])
+    attrs: tuple[str, ...] = (attr,)
+    if is_masked(owner):
+        attrs = tuple(dict.fromkeys((*type(owner)._masked_attrs, attr)))  # type: ignore[attr-defined]
+    states = owner.__dict__.get(STATES, {})
+    if attr not in states:
+        if hasattr(owner, mask_name(attr)):
+            raise NmfxError(f"{spec.name}: its module already has an attribute {mask_name(attr)!r}; rename that one")
+        if twin is not None:
+            mask = cast(Tensor, twin[0]._buffers[mask_name(twin[1])])
+        else:
+            mask = torch.empty_like(weight, dtype=torch.bool, requires_grad=False)
+        if twin is None and weight.device.type != "meta":
+            value = derive(owner, plain_class(owner)) if spec.derived else weight
+            mask = torch.empty_like(value, dtype=torch.bool, requires_grad=False)
+            write_mask(value, spec, mask, torch.empty_like(value, requires_grad=False))
+        owner.register_buffer(mask_name(attr), mask, persistent=False)
+    owner.__dict__[STATES] = states
+    states[attr] = MaskState(spec) if twin is None else twin[0].__dict__[STATES][twin[1]]
+    owner.__dict__.pop("_flat_weights", None)
+    owner.__class__ = _masked_class(plain_class(owner), attrs, spec.derived)  # type: ignore[arg-type]
+    follow(owner)
+
+
+def unmask(module: nn.Module, *, keep_masked: bool) -> None:
+    """Give `module` its own class back, in place.
+
+    Args:
+        keep_masked: write the masked values into the parameters; otherwise the dense ones stay.
+    """
+    module.__dict__.pop(GIVEN, None)
+    if not is_masked(module):
+        return
+    values = {attr: read_masked(module, attr) for attr in module.__dict__[STATES]} if keep_masked else {}
+    derived = masks_derived(module)
+    for attr, state in module.__dict__.pop(STATES).items():
+        state.check_writes()
+        del module._buffers[mask_name(attr)]
+        module._non_persistent_buffers_set.discard(mask_name(attr))
+    module.__class__ = cls = plain_class(module)
+    if derived and values and (off := fold(module, cls, values["weight"])) > 1e-3:
+        raise NmfxError(
+            f"{cls.__name__}: its forward pass does more than make a weight and read it (off by {off:.1g}), so it "
+            f"cannot be baked into a plain layer"
+        )
+    if derived and values:
+        module.__dict__[FOLDED] = cls.__name__
+    with torch.no_grad():
+        for attr, value in values.items():
+            cast(nn.Parameter, module._parameters[attr]).copy_(value)
+    if isinstance(module, nn.RNNBase):
+        module._init_flat_weights()
+
+
+@torch.no_grad()
+def read_masked(owner: nn.Module, attr: str) -> Tensor:
+    """The masked value as products read it."""
+    if not masks_derived(owner):
+        return cast(Tensor, getattr(owner, attr))
+    state: MaskState = owner.__dict__[STATES][attr]
+    return state.read_derived(owner, attr, derive(owner, plain_class(owner)))
+
+
+@torch.no_grad()
+def derived_or_own(owner: nn.Module, attr: str, *, derived: bool) -> Tensor:
+    """What a product reads of an attribute, masked or plain."""
+    if derived and not masks_derived(owner):
+        return derive(owner, plain_class(owner))
+    return read_masked(owner, attr)
+
+
+def plain_class(module: nn.Module) -> type[nn.Module]:
+    """The class of a module before any of its attributes was masked."""
+    return getattr(type(module), "_plain_class", type(module))
+
+
+@dataclass(frozen=True)
+class MaskedSite:
+    """A masked attribute where it stands in a model."""
+
+    owner: nn.Module
+    path: str
+    attr: str
+    state: MaskState
+
+    @property
+    def spec(self) -> MaskSpec:
+        """Pattern, groups and training settings."""
+        return self.state.spec
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The dense weight."""
+        return cast(nn.Parameter, self.owner._parameters[self.attr])
+
+    @property
+    def value(self) -> Tensor:
+        """The masked weight as products read it."""
+        return read_masked(self.owner, self.attr)
+
+    @property
+    def mask(self) -> Tensor:
+        """The mask as of the current weights: bool, true = kept."""
+        if not self.spec.frozen:
+            read_masked(self.owner, self.attr)  # refreshes the mask when the weight has changed
+        return cast(Tensor, self.owner._buffers[mask_name(self.attr)])
+
+
+def masked_sites(model: nn.Module) -> Iterator[MaskedSite]:
+    """Every masked attribute of `model`, in module order; a tied weight comes once for each owner."""
+    for path, module in model.named_modules():
+        if is_masked(module):
+            for attr, state in module.__dict__[STATES].items():
+                yield MaskedSite(module, path, attr, state)
+
+
+def renew(model: nn.Module) -> None:
+    """Doubt every cached value: the next read computes it anew, as weights may have been written where nobody could see it."""
+    for site in masked_sites(model):
+        if site.state.cache is not None:
+            site.state.cache.dirty = True
+
+
+def check_masks(model: nn.Module) -> None:
+    """Raise if sites that `transform` masked are masked no more, as after fusing.
+
+    Raises:
+        VerificationError: naming them.
+    """
+    for path, module in model.named_modules():
+        if (given := module.__dict__.get(GIVEN)) is None:
+            continue
+        left = {site.spec.name for site in masked_sites(module)}
+        if lost := [f"{path}.{name}".lstrip(".") for name in given if name not in left]:
+            names = ", ".join(lost[:3]) + ", ..." * (len(lost) > 3)
+            raise VerificationError(
+                f"{len(lost)} of {len(given)} sites have lost their masks since the model was transformed ({names}): their "
+                f"modules were fused or replaced, and compute with dense weights; transform the fused model instead"
+            )
+
+
+def check_fused(model: nn.Module) -> None:
+    """Raise if most sites that `transform` masked are gone with their names, as after fusing; a new classifier is none of that.
+
+    Raises:
+        VerificationError: what would be baked or saved is dense.
+    """
+    names = dict(model.named_parameters(remove_duplicate=False))
+    for path, module in model.named_modules():
+        given = module.__dict__.get(GIVEN, ())
+        gone = [name for name in given if f"{path}.{name}".lstrip(".") not in names]
+        if 2 * len(gone) > len(given):
+            check_masks(model)
+
+
+def freeze(model: nn.Module, frozen: bool = True) -> None:
+    """Hold every mask as it is now, or with ``frozen=False`` let the masks follow the weights again.
+
+    Raises:
+        VerificationError: the masks are gone, as the model was fused since `transform`.
+    """
+    check_fused(model)
+    for site in masked_sites(model):
+        if frozen:
+            _ = site.mask  # the mask of the current weights is the one to hold
+        site.state.spec = replace(site.spec, frozen=frozen)
+        site.state.cache = None
+
+
+def throw_away_copy(model: nn.Module, device: str | None = "meta") -> nn.Module:
+    """An unmasked deep copy to run and trace: on the meta device it costs no memory; with None the data is copied too."""
+    memo: dict[int, Any] = {}
+    if device is not None:
+        for tensor in (*model.parameters(), *model.buffers()):
+            empty = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+            grad = tensor.requires_grad
+            memo[id(tensor)] = nn.Parameter(empty, grad) if isinstance(tensor, nn.Parameter) else empty
+    result = deep_copy(model, memo)
+    for module in result.modules():
+        if masks_derived(module):
+            module.__dict__[WHOLE] = True
+        unmask(module, keep_masked=False)
+    return result
+
+
+def deep_copy(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    """A deep copy with parameters of its own: a scripted module would copy its parameters into the autograd graph.
+
+    Weights that a hook has computed from parameters (torch.nn.utils.weight_norm), which deepcopy refuses, are copied by value.
+    """
+    memo = {} if memo is None else memo
+    for value in (value for module in model.modules() for value in vars(module).values()):
+        if isinstance(value, Tensor) and not value.is_leaf:
+            memo[id(value)] = value.detach().clone()
+    with torch.no_grad():
+        result = copy.deepcopy(model, memo)
+    for new, old in zip(result.parameters(), model.parameters(), strict=True):
+        new.requires_grad_(old.requires_grad)
+    return result

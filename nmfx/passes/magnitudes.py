@@ -1,0 +1,109 @@
+"""The search's score buffers: per-group thresholds and counts, attached to the owners of the sites and removed again."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from nmfx.errors import NmfxError
+from nmfx.models.site import Site, Sites
+from nmfx.sparsity.layout import Grouping
+from nmfx.sparsity.select import sort_groups
+
+SUFFIXES = ("_threshold", "_count")
+
+
+def weight_of(model: nn.Module, site: Site) -> nn.Parameter:
+    """The dense parameter of a site, behind its mask if it has one."""
+    path, attr = site.owners[0]
+    parameter = model.get_submodule(path)._parameters[attr]
+    assert parameter is not None
+    return parameter
+
+
+def sorted_magnitudes(weight: Tensor, grouping: Grouping) -> Tensor:
+    """Magnitudes of every group in descending order, ``(m, groups)``; short groups are filled up with zeros."""
+    lines = grouping.as_lines(weight.detach().contiguous())
+    parts = [sort_groups(block) for block in grouping.blocks(lines)]
+    return torch.cat([nn.functional.pad(part, (0, 0, 0, grouping.m - len(part))) for part in parts], dim=1)
+
+
+def thresholds(ordered: Tensor, n: int) -> Tensor:
+    """``T_g`` of groups ``(m, groups)`` in descending order: the mean of the lower half of the `n` largest magnitudes.
+
+    A dense group has ``n = M`` (domino.md, 3). Where that half is all zeros, as in a group that was pruned or is short, no
+    weight would ever shrink below its mean: the lower half of the non-zero ones counts instead. A group of zeros has nothing
+    to lose: infinity.
+    """
+    threshold = ordered[n - max(1, n // 2) : n].mean(dim=0)
+    if not ordered.is_meta and bool((zero := threshold == 0).any()):
+        part = ordered[:, zero]
+        kept = (part > 0).sum(dim=0)
+        half, rank = (kept // 2).clamp_min(1), torch.arange(len(part), device=part.device).unsqueeze(1)
+        lower = (rank < kept) & (rank >= kept - half)
+        threshold[zero] = (torch.where(lower, part, 0.0).sum(dim=0) / half).masked_fill(kept == 0, torch.inf)
+    return threshold
+
+
+@torch.no_grad()
+def attach_scores(
+    model: nn.Module, sites: Sites, groupings: Mapping[str, Grouping], first: Mapping[str, int] | None = None
+) -> None:
+    """Register two non-persistent buffers beside each weight: they move with the model and never reach a state dict.
+
+    - ``weight_threshold`` ``(groups,)``: ``T_g``, the mean of the M/2 smallest magnitudes of each group (domino.md, 3);
+    - ``weight_count`` ``(groups,)``, uint8: how many weights of the group exceed ``T_g`` now.
+
+    Args:
+        first: the N that a site starts from, where that is not M (see `thresholds`).
+
+    Raises:
+        NmfxError: a module already has something under one of the names; nothing is attached then.
+    """
+    for name in groupings:
+        for owner, buffer in _places(model, sites[name]):
+            if hasattr(owner, buffer):
+                raise NmfxError(
+                    f"{name}: the module already has an attribute {buffer!r}; detach() the search before, or rename it"
+                )
+    for name, grouping in groupings.items():
+        ordered = sorted_magnitudes(weight_of(model, sites[name]), grouping)
+        threshold = thresholds(ordered, (first or {}).get(name, grouping.m))
+        count = (ordered > threshold).sum(dim=0, dtype=torch.uint8)
+        for (owner, buffer), value in zip(_places(model, sites[name]), (threshold, count), strict=True):
+            owner.register_buffer(buffer, value, persistent=False)
+
+
+def detach_scores(model: nn.Module, sites: Sites, names: Iterable[str] | None = None) -> None:
+    """Remove what `attach_scores` registered, for these sites or for all."""
+    for name in [site.name for site in sites] if names is None else names:
+        for owner, buffer in _places(model, sites[name]):
+            owner._buffers.pop(buffer, None)
+            owner._non_persistent_buffers_set.discard(buffer)
+
+
+def _places(model: nn.Module, site: Site) -> list[tuple[nn.Module, str]]:
+    path, attr = site.owners[0]
+    return [(model.get_submodule(path), attr + suffix) for suffix in SUFFIXES]
+
+
+def scores_of(model: nn.Module, site: Site) -> tuple[Tensor, Tensor]:
+    """The attached ``(threshold, count)`` of a site, both ``(groups,)``."""
+    path, attr = site.owners[0]
+    owner = model.get_submodule(path)
+    return owner.get_buffer(attr + "_threshold"), owner.get_buffer(attr + "_count")
+
+
+@contextlib.contextmanager
+def scored(
+    model: nn.Module, sites: Sites, groupings: Mapping[str, Grouping], first: Mapping[str, int] | None = None
+) -> Iterator[None]:
+    """Score buffers for the time of a search; gone afterwards, whatever happens."""
+    attach_scores(model, sites, groupings, first)
+    try:
+        yield
+    finally:
+        detach_scores(model, sites, groupings)

@@ -1,1 +1,0 @@
-"""Models of timm, torchvision and the demo: built by name, recognised again, fed an input that fits."""
