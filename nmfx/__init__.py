@@ -30,9 +30,9 @@ if TYPE_CHECKING:
     from nmfx.scheme import Scheme as Scheme
     from nmfx.search.domino_loop import DominoSearch as DominoSearch
     from nmfx.search.finder import find_scheme as find_scheme
+    from nmfx.settings.training import Settings as Settings
     from nmfx.sparsity.pattern import Pattern as Pattern
     from nmfx.training.evaluation import evaluate as evaluate
-    from nmfx.training.settings import Settings as Settings
     from nmfx.training.trainer import finetune as finetune
 
 __version__ = "0.1.0"
@@ -61,7 +61,7 @@ _HOMES = {
     "recalibrate_bn": "nmfx.passes.statistics",
     "evaluate": "nmfx.training.evaluation",
     "finetune": "nmfx.training.trainer",
-    "Settings": "nmfx.training.settings",
+    "Settings": "nmfx.settings.training",
 }
 __all__ = [*_HOMES]
 

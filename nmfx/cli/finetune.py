@@ -13,8 +13,8 @@ from torch import nn
 from nmfx.cli import evaluate as evaluating
 from nmfx.cli import work
 from nmfx.cli.console import advancing, hint, output, warn, working
+from nmfx.cli.flags import read_flags
 from nmfx.cli.processes import asked_to_stop, processes
-from nmfx.data.augment import Augment
 from nmfx.data.config import PictureConfig
 from nmfx.data.loader import validation_loader
 from nmfx.data.source import Data
@@ -29,10 +29,10 @@ from nmfx.processes import rank, world
 from nmfx.recipe.tuned import TUNED, describe_epoch, save_epochs
 from nmfx.recipe.written import remove_state
 from nmfx.scheme import INFO, Scheme
+from nmfx.settings.training import Settings
 from nmfx.training.evaluation import Evaluation, evaluate
 from nmfx.training.masks import set_training
 from nmfx.training.record import Epoch, Finetuned, Progress
-from nmfx.training.settings import Settings
 from nmfx.training.state import fingerprint
 from nmfx.training.trainer import BEST, LAST, LOG, finetune
 
@@ -56,14 +56,14 @@ def _run(args: Namespace, device: str) -> None:
     folder = Path(args.out) if args.out or found is None else found.path / "finetune"
     if args.start and (folder / MODEL).resolve() == Path(args.start).resolve():
         raise NmfxError(f"{args.start} would be overwritten; give -o another folder")
-    settings = _settings(args)
+    settings = read_flags(args, Settings, batch_size=args.batch_size, workers=args.workers)
     if rank() == 0:
         check_writable(folder, (*TUNED.values(), LAST, BEST, LOG))  # before hours are spent
         if not (folder / LAST).exists():  # no run to go on with, so whatever is there is something else
             work.check_free([folder / name for name in (*TUNED.values(), BEST, LOG)], force=args.force)
-    model, info = _model(args, found)
+    model, info = _model(args, found, settings)
     about = {"weights before": fingerprint(model)}
-    teacher = _teacher(args, found)
+    teacher = _teacher(found, settings)
     data, config = evaluating.pictures(args, model, found.input_size if found else None)
     if args.force and rank() == 0:
         for line in [line for stale in (LAST, BEST, LOG, *TUNED.values()) for line in remove_state(folder / stale)]:
@@ -99,35 +99,7 @@ def _run(args: Namespace, device: str) -> None:
         )
 
 
-def _settings(args: Namespace) -> Settings:
-    return Settings(
-        epochs=args.epochs,
-        batch_size=args.batch_size,
-        lr=args.lr,
-        momentum=args.momentum,
-        weight_decay=args.weight_decay,
-        warmup_epochs=args.warmup_epochs,
-        opt=args.opt,
-        sched=args.sched,
-        smoothing=args.smoothing,
-        amp=args.amp,
-        channels_last=args.channels_last,
-        accumulate=args.accumulate,
-        compile=args.compile or "",
-        parallel="fsdp" if args.fsdp else "ddp",
-        ema=args.ema,
-        clip_grad=args.clip_grad,
-        distill=args.distill,
-        temperature=args.temperature,
-        seed=args.seed,
-        augment=Augment(on=not args.no_augment, mixup=args.mixup, cutmix=args.cutmix),
-        workers=args.workers,
-        save_seconds=args.save_seconds,
-        tensorboard=args.tensorboard,
-    )
-
-
-def _model(args: Namespace, found: work.Work | None) -> tuple[nn.Module, dict[str, str]]:
+def _model(args: Namespace, found: work.Work | None, settings: Settings) -> tuple[nn.Module, dict[str, str]]:
     """The converted model to train, and what its checkpoint says of its origin."""
     if args.start and args.weights:
         raise NmfxError("give --from or --weights, not both")
@@ -140,7 +112,7 @@ def _model(args: Namespace, found: work.Work | None) -> tuple[nn.Module, dict[st
             return model, info | ({"model": found.model} if found else {})
     else:
         assert found is not None
-        model = found.load() if args.weights is None else build_random(found.source, args.seed)
+        model = found.load() if args.weights is None else build_random(found.source, settings.seed)
         info = {"model": found.model, "weights": f"fine-tuned from {found.weights if args.weights is None else 'random'}"}
     if args.scheme == "dense":
         return model, info
@@ -155,8 +127,8 @@ def _model(args: Namespace, found: work.Work | None) -> tuple[nn.Module, dict[st
     return model, {key: value for key, value in scheme.info.items() if key in INFO} | info
 
 
-def _teacher(args: Namespace, found: work.Work | None) -> nn.Module | None:
-    if not args.distill:
+def _teacher(found: work.Work | None, settings: Settings) -> nn.Module | None:
+    if not settings.distill:
         return None
     if found is None or found.weights == "random":
         raise NmfxError("--distill learns from the dense weights of a work directory: name one that has them")

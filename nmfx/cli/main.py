@@ -13,6 +13,8 @@ from importlib import import_module
 
 from nmfx import __version__
 from nmfx.cli.arguments import Parser, add_strict, real, seed, shared, whole, workers
+from nmfx.cli.flags import add_flags
+from nmfx.settings.training import Settings
 
 EPILOG = """\
 a first tour, in an empty folder (real digits, two minutes; needs nmfx[demo]):
@@ -213,48 +215,9 @@ def _add_finetune(parser: argparse.ArgumentParser) -> None:
     )
     start.add_argument("--decay", type=real(), default=2e-4, help="sr-ste: lambda, the pull on dropped weights (default: 2e-4)")
     _add_pictures(parser.add_argument_group("pictures"), batch=256)
-    pictures = parser.add_argument_group("what is done to them")
-    pictures.add_argument("--no-augment", action="store_true", help="no crops, no mirroring, no jitter")
-    pictures.add_argument("--mixup", type=real(), default=0.0, metavar="ALPHA", help="mix pairs of pictures (default: 0)")
-    pictures.add_argument("--cutmix", type=real(), default=0.0, metavar="ALPHA", help="paste parts of others (default: 0)")
-    _add_training(parser.add_argument_group("training"))
-    parser.add_argument("--save-seconds", type=real(), default=180.0, help="time between saves within an epoch (default: 180)")
-    parser.add_argument("--tensorboard", action="store_true", help="also log for TensorBoard")
+    add_flags(parser.add_argument_group("training"), Settings, without=("batch_size", "workers"))
     add_strict(parser)
     _add_output(parser, "folder to write to (default: DIR/finetune)")
-
-
-def _add_training(parser: argparse._ArgumentGroup) -> None:
-    parser.add_argument("--epochs", type=whole(1, 1_000_000), default=120, help="default: 120")
-    parser.add_argument("--lr", type=real(), default=0.01, help="highest learning rate (default: 0.01)")
-    parser.add_argument("--momentum", type=real(0, 1, below=True), default=0.9, help="default: 0.9")
-    parser.add_argument("--weight-decay", type=real(), default=5e-5, help="not on norms and biases (default: 5e-5)")
-    parser.add_argument("--warmup-epochs", type=real(), default=None, help="default: a 24th of the epochs, 5 of 120")
-    parser.add_argument("--opt", default="momentum", help="an optimiser of timm (default: momentum, which is SGD)")
-    parser.add_argument("--sched", default="cosine", help="a schedule of timm (default: cosine)")
-    parser.add_argument("--smoothing", type=real(0, 1, below=True), default=0.0, help="label smoothing (default: 0)")
-    parser.add_argument("--amp", choices=("none", "bf16"), default="none", help="bf16: compute in bfloat16 where it is safe")
-    parser.add_argument("--channels-last", action="store_true", help="lay pictures and weights out with channels last")
-    parser.add_argument("--accumulate", type=whole(), default=1, metavar="K", help="cut each batch into K passes (default: 1)")
-    parser.add_argument("--fsdp", action="store_true", help="share weights and optimiser state out over torchrun's processes")
-    parser.add_argument("--compile", nargs="?", const="inductor", metavar="BACKEND", help="torch.compile (inductor)")
-    parser.add_argument(
-        "--ema",
-        type=real(0, 1, below=True),
-        default=0.0,
-        metavar="DECAY",
-        help="average the weights, as in 0.9998 (default: 0)",
-    )
-    parser.add_argument("--clip-grad", type=real(), default=0.0, metavar="NORM", help="largest norm of the gradient")
-    parser.add_argument(
-        "--distill", type=real(0, 1), default=0.0, metavar="SHARE", help="share of the dense model's answers in the loss"
-    )
-    parser.add_argument(
-        "--seed", type=seed, default=0, help="of the order of pictures, their augmentation, dropout (default: 0)"
-    )
-    parser.add_argument(
-        "--temperature", type=real(above=True), default=1.0, help="softens both answers for --distill (default: 1)"
-    )
 
 
 def _add_pictures(parser: argparse._ArgumentGroup, *, batch: int) -> None:

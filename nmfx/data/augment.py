@@ -18,37 +18,9 @@ from nmfx.data.config import PictureConfig
 from nmfx.data.pictures import ArrayPictures
 from nmfx.data.seeding import generator_of, seeded
 from nmfx.errors import DataError
+from nmfx.settings.training import Augment
 
 BORDER = 4  # a side at most this much longer than the picture's is reached by black borders, others by resizing
-
-
-@dataclass(frozen=True)
-class Augment:
-    """What training does to pictures, in timm's words; None is the usual choice for the data at hand.
-
-    Attributes:
-        on: False leaves all of it out but mixup.
-        hflip: share of mirrored pictures; usually 0.5, and 0 for digits.
-        color_jitter, auto_augment, scale, ratio, interpolation: for pictures read from files; usually 0.4, none, timm's.
-        padding: for sets in memory: crops out of so many black pixels on every side; usually 4, digits 1.
-        re_prob: share of pictures with an erased rectangle.
-        mixup, cutmix, mixup_prob, label_smoothing: timm's Mixup, when mixup or cutmix is above 0; labels become
-            ``(batch, classes)`` shares. Without mixing, smoothing is the loss function's business.
-    """
-
-    on: bool = True
-    hflip: float | None = None
-    color_jitter: float | None = None
-    auto_augment: str | None = None
-    scale: tuple[float, float] | None = None
-    ratio: tuple[float, float] | None = None
-    interpolation: str | None = None
-    padding: int | None = None
-    re_prob: float = 0.0
-    mixup: float = 0.0
-    cutmix: float = 0.0
-    mixup_prob: float = 1.0
-    label_smoothing: float = 0.0
 
 
 def train_transform(config: PictureConfig, augment: Augment) -> Callable[[Any], Tensor]:

@@ -13,12 +13,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, Sampler, default_collate
 
 from nmfx import processes
-from nmfx.data.augment import ArrayTransform, Augment, make_mixup, train_transform
+from nmfx.data.augment import ArrayTransform, make_mixup, train_transform
 from nmfx.data.config import PictureConfig
 from nmfx.data.pictures import ArrayPictures, FilePictures
 from nmfx.data.seeding import seed_of, seeded
 from nmfx.data.source import Data, Pictures
 from nmfx.errors import DataError
+from nmfx.settings.training import Augment
 
 Key = tuple[int, int]  # epoch and picture: what a worker is told to prepare
 Batch = tuple[Tensor, Tensor]

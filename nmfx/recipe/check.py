@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from nmfx.data.augment import Augment, train_transform
+from nmfx.data.augment import train_transform
 from nmfx.data.config import PictureConfig, picture_config
 from nmfx.data.pictures import ArrayPictures
 from nmfx.data.source import Data
@@ -24,6 +24,7 @@ from nmfx.recipe.pipeline import build, choose, describe
 from nmfx.recipe.schema import FOLDER, FinetuneSection, ModelSection, Recipe, SearchSection
 from nmfx.scheme import Scheme
 from nmfx.search.domino_loop import Loop
+from nmfx.settings.training import Augment
 from nmfx.training.loss import logits_of
 from nmfx.training.trainer import finetune
 

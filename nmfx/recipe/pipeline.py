@@ -33,7 +33,7 @@ from nmfx.passes.baking import bake, verify
 from nmfx.passes.transform import conversion_difference, transform
 from nmfx.processes import rank, world
 from nmfx.recipe.job import SCHEME, START, WEIGHTS, WORK, Dense, Job, example_of
-from nmfx.recipe.schema import INLINE, FinetuneSection, ModelSection, Recipe, SearchSection
+from nmfx.recipe.schema import FinetuneSection, ModelSection, Recipe, SearchSection
 from nmfx.recipe.stamp import Stamp, digest_of, digests, read_stamp, stamp, write_stamp
 from nmfx.recipe.tuned import TUNED, describe_epoch, save_epochs
 from nmfx.recipe.written import BOARD, Written, check_folders, is_state, remove_events, remove_state
@@ -42,9 +42,10 @@ from nmfx.search.domino_loop import DominoSearch
 from nmfx.search.finder import SearchResult, conclude, find_scheme
 from nmfx.search.run import run_domino
 from nmfx.search.tables import Tables
+from nmfx.settings.option import free_keys, values_of
+from nmfx.settings.training import Settings
 from nmfx.training.evaluation import Evaluation, evaluate
 from nmfx.training.record import Epoch, Progress
-from nmfx.training.settings import FREE
 from nmfx.training.state import fingerprint
 from nmfx.training.trainer import BEST, LAST, LOG, finetune
 
@@ -358,16 +359,6 @@ class Stage:
     together: bool = False  # every process takes part, not only the first
 
 
-def _flat(section: Any, *without: str) -> dict[str, Any]:
-    """The fields of a section by their keys in the recipe; those of inline classes beside its own."""
-    inline = {item.name: item.metadata[INLINE] for item in fields(section) if INLINE in item.metadata}
-    flat = {item.name: getattr(section, item.name) for item in fields(section) if item.name not in inline}
-    for name, hidden in inline.items():
-        inner = getattr(section, name)
-        flat |= {item.name: getattr(inner, item.name) for item in fields(inner) if item.name not in hidden}
-    return {name: value for name, value in flat.items() if name not in without}
-
-
 def _pictures(recipe: Recipe) -> dict[str, Any]:
     return recipe.data.identity if recipe.data else {}
 
@@ -375,17 +366,17 @@ def _pictures(recipe: Recipe) -> dict[str, Any]:
 def _build_settings(recipe: Recipe) -> dict[str, Any]:
     weights = recipe.model.weights
     file = {} if weights in ("auto", "pretrained", "none") else {"content of weights": digest_of(Path(weights))}
-    return _flat(recipe.model) | file
+    return values_of(recipe.model) | file
 
 
 def _search_settings(recipe: Recipe) -> dict[str, Any]:
     section = recipe.search
     file = {"content of scheme": digest_of(Path(section.scheme))} if section.scheme else {}
-    return {"look at data": section.data} | _flat(section, "data") | (_pictures(recipe) if section.data else {}) | file
+    return {"look at data": section.data} | values_of(section, ("data",)) | (_pictures(recipe) if section.data else {}) | file
 
 
 def _finetune_settings(recipe: Recipe) -> dict[str, Any]:
-    return _flat(recipe.finetune or FinetuneSection(), *FREE) | _pictures(recipe)
+    return values_of(recipe.finetune or FinetuneSection(), free_keys(Settings)) | _pictures(recipe)
 
 
 DRAFTS = tuple(f"finetune/{name}" for name in (LAST, BEST, LOG, *TUNED.values()))
@@ -393,8 +384,8 @@ STAGES = {
     "build": Stage(_build_settings, _build),
     "search": Stage(_search_settings, _search, (SEARCHING,), together=True),
     "finetune": Stage(_finetune_settings, _finetune, DRAFTS, together=True),
-    "export": Stage(lambda recipe: _flat(recipe.export), _export),
-    "evaluate": Stage(lambda recipe: _flat(recipe.evaluate) | _pictures(recipe), _evaluate, together=True),
+    "export": Stage(lambda recipe: values_of(recipe.export), _export),
+    "evaluate": Stage(lambda recipe: values_of(recipe.evaluate) | _pictures(recipe), _evaluate, together=True),
 }
 
 

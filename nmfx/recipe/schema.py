@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from nmfx import text
 from nmfx.errors import NmfxError
@@ -16,13 +16,12 @@ from nmfx.search.domino_loop import Loop
 from nmfx.search.finder import METHODS
 from nmfx.search.problem import Choices
 from nmfx.search.sensitivity import SENSITIVITIES
+from nmfx.settings.option import inline
+from nmfx.settings.training import Settings
 from nmfx.sparsity.pattern import Pattern
-from nmfx.training.settings import Settings
 
+ALONE = {"scheme": (), "pattern": ("keep_dense", "layout", "remainder")}  # keys that a search by neither can have beside them
 FOLDER = "folder"  # the name of the data that is just an image folder: the root
-
-
-INLINE = "inline"  # metadata of a field whose own keys stand in the section itself; its value: those that do not
 
 
 @dataclass(frozen=True)
@@ -104,8 +103,22 @@ class SearchSection:
     batch_size: int = 64
     most: int = 100_000
     seed: int = 0
-    choices: Choices = field(default=Choices(), metadata={INLINE: ("within",)})  # it comes with the weights
-    loop: Loop = field(default=Loop(), metadata={INLINE: ()})
+    choices: Choices = inline(Choices(), "within")  # it comes with the weights
+    loop: Loop = inline(Loop())
+
+    @staticmethod
+    def check_keys(tree: Mapping[str, Any], where: str) -> None:
+        """Refuse keys that cannot stand beside each other, or would say nothing."""
+        for lonely, allowed in ALONE.items():
+            if lonely in tree and (extra := next((key for key in tree if key not in (lonely, *allowed)), None)):
+                raise NmfxError(
+                    f"{where}: {extra!r} says nothing beside {lonely!r}; {lonely} takes {', '.join(allowed) or 'no other'}"
+                )
+        if "limits" in tree and (extra := next((key for key in ("target", "budget") if key in tree), None)):
+            raise NmfxError(f"{where}: {extra!r} and 'limits' say the same thing; give one")
+        loops = tree.get("data") == "true" and tree.get("method", "domino") == "domino"
+        if not loops and (extra := next((key for key in tree if key in Loop.__dataclass_fields__), None)):
+            raise NmfxError(f"{where}: {extra!r} is of the published loop: it needs method domino with data: true")
 
     def __post_init__(self) -> None:
         for key, word, known in (
@@ -142,7 +155,7 @@ class FinetuneSection:
     weights: Literal["model", "none"] = "model"
     training: Training = "sr-ste"
     decay: float = 2e-4
-    settings: Settings = field(default=Settings(), metadata={INLINE: ("workers",)})  # the data section has them
+    settings: Settings = inline(Settings(), "workers")  # the data section has them
 
     def __post_init__(self) -> None:
         if not 0 <= self.decay <= 1e6:
@@ -175,6 +188,7 @@ class Recipe:
     finetune: FinetuneSection | None = None
     export: ExportSection = ExportSection()
     evaluate: EvaluateSection = EvaluateSection()
+    is_whole: ClassVar[bool] = True  # a file, of sections
 
     def __post_init__(self) -> None:
         if self.data is None and (self.finetune or self.search.data):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nmfx.errors import NmfxError
-from nmfx.training.settings import Settings
+from nmfx.settings.training import Settings
 
 # torchvision's two networks with auxiliary heads, and what their papers give each head.
 AUXILIARY = {"GoogLeNetOutputs": 0.3, "InceptionOutputs": 0.4}

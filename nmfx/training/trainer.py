@@ -30,12 +30,12 @@ from nmfx.masking.modes import keep_modes
 from nmfx.masking.owner import deep_copy, masked_sites, renew
 from nmfx.masking.parallel import find_units, gathered, shard, wrap
 from nmfx.processes import rank, summed, world
+from nmfx.settings.training import Settings
 from nmfx.training import state
 from nmfx.training.evaluation import evaluate
 from nmfx.training.loss import distilled, logits_of, task_loss
 from nmfx.training.masks import describe, frozen_masks
 from nmfx.training.record import Board, Epoch, Finetuned, Progress, write_log
-from nmfx.training.settings import Settings
 from nmfx.training.state import (
     check_fits,
     check_identity,

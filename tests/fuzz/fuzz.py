@@ -46,8 +46,8 @@ from nmfx.runtime import timing
 from nmfx.scheme import Scheme
 from nmfx.search import run as search_run
 from nmfx.search.domino_loop import DominoSearch
+from nmfx.settings.training import Settings
 from nmfx.training import trainer
-from nmfx.training.settings import Settings
 
 SECONDS, BYTES = 10.0, 1 << 30
 Case = Callable[[random.Random], str]  # one damaged file, read: what came of it

@@ -9,7 +9,6 @@ import pytest
 import yaml
 from cases import cases
 
-from nmfx.data.augment import Augment
 from nmfx.errors import NmfxError
 from nmfx.models.census import find_sites
 from nmfx.models.site import Sites
@@ -21,8 +20,8 @@ from nmfx.recipe.schema import ModelSection, Recipe
 from nmfx.search.budget import parse_target
 from nmfx.search.finder import MIXED
 from nmfx.search.problem import pose
+from nmfx.settings.training import Augment, Settings
 from nmfx.sparsity.pattern import Pattern
-from nmfx.training.settings import Settings
 
 ROOT = Path(__file__).parents[2]
 HEAD = "model:\n  name: demo:digits\nsearch:\n  target: 0.5\n"

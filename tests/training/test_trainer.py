@@ -31,12 +31,12 @@ from nmfx.files.atomic import draft_in
 from nmfx.masking.owner import masked_sites
 from nmfx.passes.baking import bake, verify
 from nmfx.passes.transform import transform
+from nmfx.settings.training import Settings
 from nmfx.training import trainer
 from nmfx.training.evaluation import evaluate
 from nmfx.training.loss import distilled, task_loss
 from nmfx.training.masks import set_training
 from nmfx.training.record import Progress
-from nmfx.training.settings import Settings
 from nmfx.training.state import load_state, save_state
 from nmfx.training.trainer import BEST, LAST, LOG, finetune, load_best
 

@@ -1,0 +1,127 @@
+"""Flags of settings classes: made from their options, and read back through the parser that YAML keys go through."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, Field, fields
+from typing import Any, Literal, TypeVar, get_args, get_origin
+
+from nmfx.errors import NmfxError
+from nmfx.settings.option import Option, about, is_mapping, is_settings, kinds_of, parse, types_of
+
+T = TypeVar("T")
+Path = tuple[str, ...]  # the keys on the way to an option
+
+
+def add_flags(parser: Any, cls: type, *, without: tuple[str, ...] = (), **defaults: Any) -> None:
+    """Add the flags of a settings class to a parser or one of its groups.
+
+    Args:
+        without: keys that get no flag here.
+        defaults: what `--help` says is the default, by key, where this command has another one.
+    """
+    for item, kind, path in _flagged(cls):
+        if path[-1] in without:
+            continue
+        said, kinds = about(item), kinds_of(kind)
+        default = defaults.get(path[-1], None if item.default is MISSING else item.default)
+        options: dict[str, Any] = {"dest": ".".join(path), "default": argparse.SUPPRESS, "help": _help(item, said, default)}
+        if bool in kinds:
+            options |= {"action": "store_const", "const": "false" if item.default is True else "true"}
+        elif said.const and get_origin(kind) is Literal:
+            options |= {"action": "store_const", "const": said.const}
+        else:
+            options["metavar"] = said.metavar or _metavar(kinds)
+            options |= {"nargs": "?", "const": said.const} if said.const else {}
+            options |= {"action": "append"} if said.repeat else {}
+            options["type"] = _checked(item, kind, said)
+        parser.add_argument(name_of(item), **options)
+
+
+def read_flags(args: argparse.Namespace, cls: type[T], **given: Any) -> T:
+    """The settings that the flags of a command say; what was not typed has its default, or what is `given`.
+
+    Raises:
+        NmfxError: two options that do not go together.
+    """
+    known = {".".join(path): (item, kind) for item, kind, path in _flagged(cls)}
+    values = {name: _value(text, *known[name]) for name, text in vars(args).items() if name in known}
+    return _build(cls, values, (), given)
+
+
+def typed(args: argparse.Namespace, cls: type) -> list[str]:
+    """The keys whose flags were typed."""
+    return [path[-1] for _, _, path in _flagged(cls) if ".".join(path) in vars(args)]
+
+
+def name_of(item: Field[Any]) -> str:
+    """The flag of an option, as ``--batch-size``."""
+    return f"--{(about(item).flag or item.name).replace('_', '-')}"
+
+
+def _build(cls: type[T], values: Mapping[str, Any], path: Path, given: Mapping[str, Any]) -> T:
+    found = dict(given)
+    for item in fields(cls):  # type: ignore[arg-type]
+        kind, said = types_of(cls)[item.name], about(item)
+        here = path if said.inline else (*path, item.name)
+        if is_settings(kind) and item.name not in found:
+            found[item.name] = _build(kind, values, here, {})
+        elif ".".join(here) in values:
+            found[item.name] = values[".".join(here)]
+    return cls(**found)
+
+
+def _flagged(cls: type, path: Path = (), without: tuple[str, ...] = ()) -> Iterator[tuple[Field[Any], Any, Path]]:
+    for item in fields(cls):
+        kind, said = types_of(cls)[item.name], about(item)
+        if said.flag is None or item.name in without:
+            continue
+        if is_settings(kind):
+            yield from _flagged(kind, path if said.inline else (*path, item.name), said.without)
+        else:
+            yield item, kind, (*path, item.name)
+
+
+def _metavar(kinds: tuple[Any, ...]) -> str:
+    if any(get_origin(kind) is Literal for kind in kinds):
+        return "|".join(word for kind in kinds for word in get_args(kind))
+    if any(get_origin(kind) is tuple for kind in kinds):
+        return "N,N,..."
+    return {int: "N", float: "X", str: "TEXT"}.get(kinds[0], "TEXT")
+
+
+def _help(item: Field[Any], said: Option, default: Any) -> str:
+    shown = "" if default in (None, "", False, True, ()) or said.repeat else f" (default: {default})"
+    return f"{said.help}{shown}".replace("%", "%%")
+
+
+def _checked(item: Field[Any], kind: Any, said: Option) -> Any:
+    """Text that `_value` will take, or argparse's own error."""
+
+    def check(text: str) -> str:
+        try:
+            _value([text] if said.repeat else text, item, kind)
+        except NmfxError as error:
+            raise argparse.ArgumentTypeError(str(error).removeprefix(f"{name_of(item)}: ")) from None
+        return text
+
+    return check
+
+
+def _value(typed: Any, item: Field[Any], kind: Any) -> Any:
+    """What was typed as the value of an option; texts with commas are lists, NAME=VALUE are entries of a mapping."""
+    said, kinds = about(item), kinds_of(kind)
+    tree: Any = typed
+    if any(map(is_mapping, kinds)):
+        pairs = [text.rpartition("=") for text in typed]
+        for text, (name, equals, value) in zip(typed, pairs, strict=True):
+            if not value or (bool(name) != bool(equals)) or not (equals or float in kinds):
+                raise NmfxError(f"{name_of(item)} {text}: expected a name and a value, as in {said.metavar}")
+        tree = {name or "*": value for name, _, value in pairs}
+        if len(tree) < len(pairs):
+            raise NmfxError(f"{name_of(item)} {f' {name_of(item)} '.join(typed)}: one of a name")
+    elif any(get_origin(kind) is tuple for kind in kinds) and not said.repeat:
+        tree = typed.split(",")
+        tree = tree[0] if len(tree) == 1 and set(kinds) & {int, float} else tree
+    return parse(tree, kind, name_of(item), said)
