@@ -15,9 +15,9 @@ from nmfx.models.site import Sites
 from nmfx.passes.transform import transform
 from nmfx.runtime.building import load_kernel
 from nmfx.runtime.latency import NANO, Latency, measure_latency, measured_seconds
-from nmfx.search.budget import parse_target
 from nmfx.search.finder import SearchResult
 from nmfx.search.problem import pose
+from nmfx.settings.target import parse_target
 
 ROUNDS = 6  # searches, each with what the one before it measured
 NEAR = 0.05  # of the predicted time: near enough to stop

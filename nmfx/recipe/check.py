@@ -21,9 +21,9 @@ from nmfx.passes.baking import verify
 from nmfx.passes.transform import transform
 from nmfx.recipe.job import example_of
 from nmfx.recipe.pipeline import build, choose, describe
-from nmfx.recipe.schema import FOLDER, FinetuneSection, ModelSection, Recipe, SearchSection
+from nmfx.recipe.schema import FOLDER, FinetuneSection, ModelSection, Recipe
 from nmfx.scheme import Scheme
-from nmfx.search.domino_loop import Loop
+from nmfx.settings.search import Loop, SearchSettings
 from nmfx.settings.training import Augment
 from nmfx.training.loss import logits_of
 from nmfx.training.trainer import finetune
@@ -69,7 +69,7 @@ def _built(section: ModelSection) -> tuple[Built, list[str]]:
     return built, [f"build: random weights stand in: {why}"]
 
 
-def data_free(section: SearchSection) -> SearchSection:
+def data_free(section: SearchSettings) -> SearchSettings:
     """The same question to a method that needs no pictures."""
     if not section.data:
         return section

@@ -33,7 +33,7 @@ from nmfx.passes.baking import bake, verify
 from nmfx.passes.transform import conversion_difference, transform
 from nmfx.processes import rank, world
 from nmfx.recipe.job import SCHEME, START, WEIGHTS, WORK, Dense, Job, example_of
-from nmfx.recipe.schema import FinetuneSection, ModelSection, Recipe, SearchSection
+from nmfx.recipe.schema import FinetuneSection, ModelSection, Recipe
 from nmfx.recipe.stamp import Stamp, digest_of, digests, read_stamp, stamp, write_stamp
 from nmfx.recipe.tuned import TUNED, describe_epoch, save_epochs
 from nmfx.recipe.written import BOARD, Written, check_folders, is_state, remove_events, remove_state
@@ -43,6 +43,7 @@ from nmfx.search.finder import SearchResult, conclude, find_scheme
 from nmfx.search.run import run_domino
 from nmfx.search.tables import Tables
 from nmfx.settings.option import free_keys, values_of
+from nmfx.settings.search import SearchSettings
 from nmfx.settings.training import Settings
 from nmfx.training.evaluation import Evaluation, evaluate
 from nmfx.training.record import Epoch, Progress
@@ -125,7 +126,7 @@ def _build(job: Job, advance: Advance) -> Done:
 
 
 def choose(
-    section: SearchSection,
+    section: SearchSettings,
     model: nn.Module,
     sites: Sites,
     *,
@@ -166,7 +167,7 @@ def choose(
 
 
 def _loop(
-    section: SearchSection, model: nn.Module, sites: Sites, job: Job, advance: Advance | None, question: Mapping[str, Any]
+    section: SearchSettings, model: nn.Module, sites: Sites, job: Job, advance: Advance | None, question: Mapping[str, Any]
 ) -> SearchResult:
     data, config = job.pictures(model)
     share, start = section.batch_size // world(), time.perf_counter()

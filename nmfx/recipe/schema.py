@@ -7,20 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from nmfx import text
 from nmfx.errors import NmfxError
 from nmfx.models.arguments import is_picture, parse_kwargs
 from nmfx.passes.transform import Training
-from nmfx.search.budget import BudgetKind, parse_limit, parse_target
-from nmfx.search.domino_loop import Loop
-from nmfx.search.finder import METHODS
-from nmfx.search.problem import Choices
-from nmfx.search.sensitivity import SENSITIVITIES
 from nmfx.settings.option import inline
+from nmfx.settings.search import SearchSettings
 from nmfx.settings.training import Settings
-from nmfx.sparsity.pattern import Pattern
 
-ALONE = {"scheme": (), "pattern": ("keep_dense", "layout", "remainder")}  # keys that a search by neither can have beside them
 FOLDER = "folder"  # the name of the data that is just an image folder: the root
 
 
@@ -76,73 +69,6 @@ class DataSection:
 
 
 @dataclass(frozen=True)
-class SearchSection:
-    """Which patterns: by a `method` under a budget, or `pattern` on every site that can take it, or the `scheme` of a file.
-
-    Attributes:
-        target, budget, limits, sensitivity: see `nmfx.find_scheme`.
-        data: look at training pictures: domino runs the published loop, the others measure on a few of them.
-        pictures: how many the others look at.
-        seconds: time limit of spdy.
-        lr, batch_size, most, seed: of the published loop (see `run_domino`).
-        choices: what a site may be given.
-        loop: the numbers of the published loop.
-    """
-
-    method: str = "domino"
-    target: float | str = 0.875
-    budget: BudgetKind = "params"
-    limits: Mapping[str, float | str] | None = None
-    pattern: Pattern | None = None
-    scheme: str = ""
-    data: bool = False
-    sensitivity: str = "weight"
-    pictures: int = 256
-    seconds: float = 60.0
-    lr: float = 0.01
-    batch_size: int = 64
-    most: int = 100_000
-    seed: int = 0
-    choices: Choices = inline(Choices(), "within")  # it comes with the weights
-    loop: Loop = inline(Loop())
-
-    @staticmethod
-    def check_keys(tree: Mapping[str, Any], where: str) -> None:
-        """Refuse keys that cannot stand beside each other, or would say nothing."""
-        for lonely, allowed in ALONE.items():
-            if lonely in tree and (extra := next((key for key in tree if key not in (lonely, *allowed)), None)):
-                raise NmfxError(
-                    f"{where}: {extra!r} says nothing beside {lonely!r}; {lonely} takes {', '.join(allowed) or 'no other'}"
-                )
-        if "limits" in tree and (extra := next((key for key in ("target", "budget") if key in tree), None)):
-            raise NmfxError(f"{where}: {extra!r} and 'limits' say the same thing; give one")
-        loops = tree.get("data") == "true" and tree.get("method", "domino") == "domino"
-        if not loops and (extra := next((key for key in tree if key in Loop.__dataclass_fields__), None)):
-            raise NmfxError(f"{where}: {extra!r} is of the published loop: it needs method domino with data: true")
-
-    def __post_init__(self) -> None:
-        for key, word, known in (
-            ("method", self.method, tuple(METHODS)),
-            ("sensitivity", self.sensitivity, ("weight", *SENSITIVITIES)),
-        ):
-            if word not in known:
-                raise NmfxError(f"unknown {key} {word!r}{text.nearest(word, known)}; known: {', '.join(known)}")
-        parse_target(self.target)
-        for share in (self.limits or {}).values():
-            parse_limit(share)
-        if self.data and not (self.looping or self.method == "spdy" or self.sensitivity != "weight"):
-            raise NmfxError(f"data: true, but {self.method} with sensitivity weight looks at no pictures; leave data out")
-        if not self.data and (self.method == "spdy" or self.sensitivity != "weight"):
-            which = self.method if self.method == "spdy" else f"sensitivity {self.sensitivity}"
-            raise NmfxError(f"{which} looks at training pictures: say data: true")
-
-    @property
-    def looping(self) -> bool:
-        """Whether it is the published loop over training batches."""
-        return self.data and self.method == "domino"
-
-
-@dataclass(frozen=True)
 class FinetuneSection:
     """Training under the scheme.
 
@@ -183,7 +109,7 @@ class Recipe:
     """A whole run. Without `finetune` the masked network is exported as it is; without `data` nothing is evaluated."""
 
     model: ModelSection
-    search: SearchSection
+    search: SearchSettings
     data: DataSection | None = None
     finetune: FinetuneSection | None = None
     export: ExportSection = ExportSection()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
@@ -12,6 +11,7 @@ from typing import Literal, cast, get_args
 from nmfx import text
 from nmfx.errors import SearchError
 from nmfx.models.site import Site, Sites
+from nmfx.settings.target import parse_limit, parse_target
 from nmfx.sparsity.pattern import Pattern
 
 BudgetKind = Literal["params", "macs", "bytes", "latency"]
@@ -43,43 +43,6 @@ def amount(site: Site, kind: BudgetKind, latency: Prices | None = None) -> int:
     if kind == "latency":
         return (latency or {}).get(site.name, {}).get(Pattern.DENSE, 0)
     return {"params": site.weights, "macs": site.macs, "bytes": site.bytes}[kind]
-
-
-def parse_target(target: float | str) -> float | Fraction:
-    """A sparsity: ``0.875`` as it is, ``"8x"`` (eight times fewer) as 7/8.
-
-    Raises:
-        SearchError: it is neither, or not in 0 <= target < 1.
-    """
-    value: float | Fraction = -1.0
-    if isinstance(target, str):
-        if found := re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*[xX]\s*", target):
-            value = 1 - 1 / Fraction(found[1]) if Fraction(found[1]) >= 1 else -1.0
-        elif re.fullmatch(r"\s*\d*\.?\d+\s*", target):
-            value = float(target)
-    elif isinstance(target, int | float | Fraction) and not isinstance(target, bool):
-        value = target if isinstance(target, Fraction) else float(target)
-    if not 0 <= value < 1:
-        raise SearchError(f"target {target}: expected a sparsity in 0 <= target < 1, such as 0.875, or times fewer, such as 8x")
-    return value
-
-
-def parse_limit(share: float | str) -> float | Fraction:
-    """The target of a limit: ``0.125`` is the share that may be kept, ``"8x"`` is eight times fewer.
-
-    Raises:
-        SearchError: it is neither, or keeps nothing or more than everything.
-    """
-    written = str(share).strip()
-    try:
-        kept = 1 - Fraction(parse_target(written)) if written.lower().endswith("x") else Fraction(written)
-    except ValueError:
-        kept = Fraction(0)
-    if not 0 < kept <= 1:
-        raise SearchError(
-            f"limit {share}: expected the share to keep in 0 < share <= 1, such as 0.125, or times fewer, such as 8x"
-        )
-    return 1 - kept
 
 
 def make_budgets(

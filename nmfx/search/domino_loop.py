@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from hashlib import sha256
 from typing import Any
 
@@ -25,43 +24,9 @@ from nmfx.search.budget import BudgetKind
 from nmfx.search.domino import penalties
 from nmfx.search.events import Event, Outcome, trim
 from nmfx.search.problem import Problem, make_scheme, pose
-from nmfx.search.tables import QUANTILE
+from nmfx.settings.search import Loop
 from nmfx.sparsity.layout import Grouping
 from nmfx.sparsity.pattern import Pattern
-
-DOUBLINGS = (30_000, 40_000, 50_000, 60_000, 70_000, 80_000)
-
-
-@dataclass(frozen=True)
-class Loop:
-    """The numbers of the loop, published values by default; see `DominoSearch`."""
-
-    eta: bool = True
-    b1: float | None = None
-    b2: float | None = None
-    decay: float = 0.1
-    penalty_every: int = 5
-    vote_every: int = 100
-    quorum: float = QUANTILE
-    tolerance: float = 0.001
-    doublings: tuple[int, ...] = DOUBLINGS
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.eta, bool):
-            raise SearchError(f"eta={self.eta!r}: expected True or False")
-        for name in ("penalty_every", "vote_every"):
-            if not (isinstance(value := getattr(self, name), int) and value > 0):
-                raise SearchError(f"{name}={value!r}: expected a whole number of iterations, 1 or more")
-        for name, low, high in (("decay", 0.0, math.inf), ("quorum", 0.0, 1.0), ("tolerance", 0.0, 1.0)):
-            if not low <= getattr(self, name) <= high:
-                raise SearchError(f"{name}={getattr(self, name)!r}: expected a number in {low:g}..{high:g}")
-        if self.decay == math.inf:
-            raise SearchError("decay=inf: expected a finite number of 0 or more")
-        object.__setattr__(self, "doublings", tuple(self.doublings))
-
-    def decay_at(self, t: int) -> float:
-        """The decay of iteration t: doubled at each of the `doublings`."""
-        return self.decay * 2.0 ** sum(t >= doubling for doubling in self.doublings)
 
 
 class DominoSearch:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -17,98 +17,12 @@ from nmfx.models.site import Site, Sites
 from nmfx.models.source import identify_quickly
 from nmfx.scheme import Remainder, Scheme, fit, shapes_of
 from nmfx.search.budget import Budget, BudgetKind, Prices, amount, make_budgets
+from nmfx.settings.search import Choices
 from nmfx.sparsity.layout import Grouping, Layout, group
 from nmfx.sparsity.packing import packed_sizes
-from nmfx.sparsity.pattern import MAX_M, Pattern
+from nmfx.sparsity.pattern import Pattern
 
 Costs = tuple[tuple[int, ...], ...]
-
-
-@dataclass(frozen=True)
-class Choices:
-    """What a site may be given.
-
-    Attributes:
-        m: group size in 2..64, or several, of which a site takes any (the knapsack) or the largest that fits (the others).
-        candidates: the N's allowed besides M (dense); powers of two by default.
-        patterns: just these patterns, such as ``["2:4"]`` for hardware, instead of `m` and `candidates`.
-        keep_dense: globs of the names of sites, or of modules they are under, that stay dense.
-        min_density: the least density of every site, or a mapping from globs to densities (the first match counts).
-        layout, remainder: what becomes of rows that M does not divide (see `nmfx.scheme.fit`).
-        within: the scheme that the weights are under already: a site keeps its pattern there, or takes one of lower density.
-    """
-
-    m: int | Sequence[int] = 16
-    candidates: Iterable[int] | None = None
-    patterns: Iterable[str | Pattern] | None = None
-    keep_dense: Iterable[str] = ()
-    min_density: float | Mapping[str, float] = 0.0
-    layout: Layout = "strict"
-    remainder: Remainder = "dense"
-    within: Scheme | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("candidates", "patterns", "keep_dense"):  # iterators would be used up by the first look
-            if (value := getattr(self, name)) is not None:
-                object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
-
-    @property
-    def wanted(self) -> dict[int, tuple[int, ...]]:
-        """The N's below M, ascending, of each M, the largest first.
-
-        Raises:
-            SearchError: an M or N out of range.
-        """
-        if self.patterns is not None:
-            found: dict[int, set[int]] = {}
-            for pattern in map(Pattern, self.patterns):
-                if not pattern.is_dense:
-                    found.setdefault(pattern.m, set()).add(pattern.n)
-            return {m: tuple(sorted(found[m])) for m in sorted(found, reverse=True)}
-        if not isinstance(self.m, int | Sequence):
-            raise SearchError(f"m = {self.m!r}: expected a group size in 2..{MAX_M}, or several")
-        sizes = {self.m} if isinstance(self.m, int) else set(self.m)
-        for m in sizes:
-            if not (isinstance(m, int) and 1 < m <= MAX_M):
-                raise SearchError(f"m = {m}: expected a group size in 2..{MAX_M}")
-        return {m: parse_candidates(m, self.candidates)[:-1] for m in sorted(sizes, reverse=True)}
-
-    def least(self, site: Site) -> tuple[float, str]:
-        """The least density of a site, and the glob that says so."""
-        rules = self.min_density if isinstance(self.min_density, Mapping) else {"*": self.min_density}
-        glob = next((glob for glob in rules if text.matches(site.name, glob)), "")
-        return (rules[glob], glob) if glob else (0.0, "")
-
-    def check(self, sites: Sites) -> None:
-        """Check that every glob matches a site and every density is one.
-
-        Raises:
-            SearchError: naming the glob and the nearest site.
-        """
-        rules = self.min_density if isinstance(self.min_density, Mapping) else {}
-        for option, globs in (("keep-dense", self.keep_dense), ("min-density", rules)):
-            for glob in globs:
-                if not any(text.matches(site.name, glob) for site in sites):
-                    raise SearchError(f"{option}: no site matches {glob!r}{text.unmatched(glob, [s.name for s in sites])}")
-        for least in rules.values() if rules else [self.min_density]:
-            if not (isinstance(least, int | float) and 0 <= least <= 1):
-                raise SearchError(f"min-density {least}: expected a density in 0..1, such as 0.25")
-        if self.within is not None:
-            self.within.check(sites)
-
-    def start(self, site: Site) -> Pattern:
-        """The pattern that a site is under already; dense without `within`.
-
-        Raises:
-            SearchError: it has groups that this layout does not have.
-        """
-        if self.within is None or (pattern := self.within.get(site.name, Pattern.DENSE)).is_dense:
-            return Pattern.DENSE
-        with contextlib.suppress(SchemeError):
-            if group(site.name, site.rows, pattern, self.layout, short=self.remainder == "short") == self.within.grouping(site):
-                return pattern
-        how = "layout='flat' (--layout flat)" if self.within.layout == "flat" else "remainder='short' (--remainder short)"
-        raise SearchError(f"{site.name}: the scheme to start from cuts it into other groups of {pattern.m}; give {how}")
 
 
 @dataclass(frozen=True)
@@ -168,19 +82,6 @@ class Problem:
         return group(site.name, site.rows, pattern, self.layout, short=self.remainder == "short")
 
 
-def parse_candidates(m: int, candidates: Iterable[int] | None) -> tuple[int, ...]:
-    """The N's of a search, ascending, M (dense) among them; powers of two by default.
-
-    Raises:
-        SearchError: one is not in 1..M.
-    """
-    chosen = [1 << e for e in range(m.bit_length()) if 1 << e <= m] if candidates is None else list(candidates)
-    for n in chosen:
-        if not (isinstance(n, int) and 1 <= n <= m):
-            raise SearchError(f"candidate N = {n}: expected a whole number in 1..M = {m}")
-    return tuple(sorted({*chosen, m}))
-
-
 def pose(
     sites: Sites,
     *,
@@ -189,6 +90,7 @@ def pose(
     limits: Mapping[str, float | str] | None = None,
     latency: Prices | None = None,
     mixed: bool = False,
+    within: Scheme | None = None,
     **options: Any,
 ) -> Problem:
     """The problem of choosing patterns for `sites`; `options` are those of `Choices`.
@@ -196,22 +98,25 @@ def pose(
     Args:
         target, budget, limits: see `make_budgets`.
         latency: nanoseconds of each pattern of each site, for a budget of latency; sites it does not know cost nothing.
+        within: the scheme that the weights are under already: a site keeps its pattern there, or takes one of lower density.
         mixed: offer the patterns of every M to a site, not only those of the largest M that fits it.
 
     Raises:
         SearchError: the target is out of range or out of reach; the message says the largest that can be reached.
     """
     if unknown := next((name for name in options if name not in Choices.__dataclass_fields__), None):
-        known = tuple(Choices.__dataclass_fields__)
+        known = (*Choices.__dataclass_fields__, "within")
         raise SearchError(f"unknown option {unknown!r}{text.nearest(unknown, known)}; known: {', '.join(known)}")
     choices = Choices(**options)
     budgets, wanted = make_budgets(sites, target, budget, limits, latency), choices.wanted
     choices.check(sites)
+    if within is not None:
+        within.check(sites)
     if not any(wanted.values()):
         largest = max(wanted, default=1)
         raise SearchError(f"target {target} is out of reach: no candidate N is below M = {largest}, and M itself is dense")
     reasons: dict[str, str] = {}
-    offered = tuple(_options(site, choices, wanted, reasons, mixed=mixed) for site in sites)
+    offered = tuple(_options(site, choices, within, wanted, reasons, mixed=mixed) for site in sites)
     densities = sorted({Fraction(n, m) for m, numbers in wanted.items() for n in numbers} | {Fraction(1)})
     levels = tuple(tuple(_level(choice, density) for density in densities) for choice in offered)
     prices = tuple(
@@ -228,24 +133,45 @@ def pose(
                 f"target {float(one.target):g} of {one.kind} is out of reach: with {sparsest} everywhere it can be, "
                 f"the largest target is {reach:.6f}{_out_of_reach(problem)}"
             )
-    _check_start(problem, choices)
+    _check_start(problem, within)
     return problem
 
 
-def _check_start(problem: Problem, choices: Choices) -> None:
+def _start_pattern(site: Site, choices: Choices, within: Scheme | None) -> Pattern:
+    """The pattern that a site is under already; dense without `within`.
+
+    Raises:
+        SearchError: it has groups that this layout does not have.
+    """
+    if within is None or (pattern := within.get(site.name, Pattern.DENSE)).is_dense:
+        return Pattern.DENSE
+    with contextlib.suppress(SchemeError):
+        if group(site.name, site.rows, pattern, choices.layout, short=choices.remainder == "short") == within.grouping(site):
+            return pattern
+    how = "layout='flat' (--layout flat)" if within.layout == "flat" else "remainder='short' (--remainder short)"
+    raise SearchError(f"{site.name}: the scheme to start from cuts it into other groups of {pattern.m}; give {how}")
+
+
+def _check_start(problem: Problem, within: Scheme | None) -> None:
     """Raise if a sparse start is within every budget already."""
     start = [len(options) - 1 for options in problem.options]
-    if choices.within and problem.fits(start):
+    if within and problem.fits(start):
         now = [1 - problem.cost(start, b) / one.dense for b, one in enumerate(problem.budgets)]
         said = [f"{float(one.target):g} of {one.kind}, now {at:.4f}" for at, one in zip(now, problem.budgets, strict=True)]
         raise SearchError(f"target {'; '.join(said)}: the scheme to start from meets it already; give a higher target")
 
 
 def _options(
-    site: Site, choices: Choices, wanted: Mapping[int, Sequence[int]], reasons: dict[str, str], *, mixed: bool
+    site: Site,
+    choices: Choices,
+    within: Scheme | None,
+    wanted: Mapping[int, Sequence[int]],
+    reasons: dict[str, str],
+    *,
+    mixed: bool,
 ) -> tuple[Pattern, ...]:
     """The patterns of one site; why it has none, or others than those asked for, goes to `reasons`."""
-    start = choices.start(site)
+    start = _start_pattern(site, choices, within)
     if rule := next((glob for glob in choices.keep_dense if text.matches(site.name, glob)), None):
         reasons[site.name] = f"kept {'dense' if start.is_dense else f'at {start}'} by {rule!r}"
         return (start,)
@@ -255,7 +181,7 @@ def _options(
     if not exact:
         reasons[site.name] = next(reason for found in fitted.values() for _, reason in found if reason)
     taken = [p for m in (usable if mixed else usable[:1]) for p, _ in fitted[m] if not p.is_dense]
-    least, glob = choices.least(site)
+    least, glob = choices.least_density(site)
     allowed = [p for p in dict.fromkeys(taken) if p.density >= least]
     if taken and not allowed:
         reasons[site.name] = f"no pattern has a density of {least:g} (min-density{f' {glob!r}' if glob != '*' else ''})"

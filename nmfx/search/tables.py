@@ -15,9 +15,8 @@ from nmfx.passes.magnitudes import scores_of, sorted_magnitudes, weight_of
 from nmfx.search.evidence import Evidence, understood
 from nmfx.search.problem import Problem
 from nmfx.search.sensitivity import SENSITIVITIES, Table
+from nmfx.settings.search import QUANTILE
 from nmfx.sparsity.pattern import Pattern
-
-QUANTILE = 0.75  # share of a site's groups that must agree before it steps (domino.md, section 4)
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,9 @@ from nmfx.recipe.job import example_of
 from nmfx.recipe.loader import find_recipe, load_recipe, packaged_recipes
 from nmfx.recipe.pipeline import choose
 from nmfx.recipe.schema import ModelSection, Recipe
-from nmfx.search.budget import parse_target
 from nmfx.search.finder import MIXED
 from nmfx.search.problem import pose
+from nmfx.settings.target import parse_target
 from nmfx.settings.training import Augment, Settings
 from nmfx.sparsity.pattern import Pattern
 

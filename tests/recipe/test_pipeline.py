@@ -17,10 +17,9 @@ from nmfx.export.checkpoint import load_checkpoint
 from nmfx.recipe.check import check_recipe
 from nmfx.recipe.loader import load_recipe
 from nmfx.recipe.pipeline import Pipeline, build, exported, read_scores
-from nmfx.recipe.schema import ModelSection, Recipe, SearchSection
+from nmfx.recipe.schema import ModelSection, Recipe
 from nmfx.scheme import Scheme
-from nmfx.search.domino_loop import Loop
-from nmfx.search.problem import Choices
+from nmfx.settings.search import Choices, Loop, SearchSettings
 from nmfx.sparsity.pattern import Pattern
 from nmfx.training.evaluation import evaluate
 
@@ -92,14 +91,14 @@ def test_a_run_is_a_work_directory_and_scores_as_its_checkpoint(tmp_path: Path) 
 @pytest.mark.parametrize(
     "search",
     [
-        SearchSection(data=True, target=0.75, batch_size=32, loop=Loop(decay=5.0, vote_every=5)),
-        SearchSection(data=True, target=0.75, method="knapsack", sensitivity="activation", pictures=64),
-        SearchSection(pattern=Pattern("2:4"), choices=Choices(keep_dense=("classifier.*",))),
-        SearchSection(limits={"params": 0.25, "macs": "2x"}, choices=Choices(m=8), method="uniform"),
+        SearchSettings(data=True, target=0.75, batch_size=32, loop=Loop(decay=5.0, vote_every=5)),
+        SearchSettings(data=True, target=0.75, method="knapsack", sensitivity="activation", pictures=64),
+        SearchSettings(pattern=Pattern("2:4"), choices=Choices(keep_dense=("classifier.*",))),
+        SearchSettings(limits={"params": 0.25, "macs": "2x"}, choices=Choices(m=8), method="uniform"),
     ],
     ids=["loop", "knapsack", "pattern", "limits"],
 )
-def test_every_kind_of_search(search: SearchSection, tmp_path: Path) -> None:
+def test_every_kind_of_search(search: SearchSettings, tmp_path: Path) -> None:
     folder, recipe = tmp_path / "run", replace(quick(), search=search)
     pipeline = Pipeline(recipe, folder)
     pipeline.run("build")
@@ -109,7 +108,7 @@ def test_every_kind_of_search(search: SearchSection, tmp_path: Path) -> None:
     assert scheme
     assert search.pattern is None or "classifier.weight" not in scheme
     assert not (folder / "scheme.search.safetensors").exists()
-    again = replace(recipe, search=SearchSection(scheme=str(folder / "scheme.yaml")))
+    again = replace(recipe, search=SearchSettings(scheme=str(folder / "scheme.yaml")))
     copied = Pipeline(again, tmp_path / "copy")
     copied.run("build")
     copied.run("search")

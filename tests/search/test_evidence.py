@@ -18,13 +18,14 @@ from nmfx.demo.digits import load_demo
 from nmfx.errors import NmfxError, SearchError
 from nmfx.models.census import find_sites
 from nmfx.passes.magnitudes import weight_of
-from nmfx.search.budget import Budget, parse_limit, parse_target
+from nmfx.search.budget import Budget
 from nmfx.search.domino_loop import DominoSearch
 from nmfx.search.evidence import Evidence, Trial, loss_on
 from nmfx.search.finder import find_scheme
 from nmfx.search.lagrange import solve_all
 from nmfx.search.problem import pose
 from nmfx.search.sensitivity import SENSITIVITIES
+from nmfx.settings.target import parse_limit, parse_target
 from nmfx.sparsity.mask import make_mask
 from nmfx.sparsity.packing import pack
 from nmfx.sparsity.pattern import Pattern

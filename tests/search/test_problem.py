@@ -18,7 +18,8 @@ from nmfx.models.census import find_sites
 from nmfx.models.site import Sites
 from nmfx.scheme import Scheme
 from nmfx.search.budget import Budget
-from nmfx.search.problem import parse_candidates, pose
+from nmfx.search.problem import pose
+from nmfx.settings.search import parse_candidates
 from nmfx.sparsity.pattern import Pattern
 
 models = pytest.mark.parametrize("name", MODELS)
