@@ -23,9 +23,9 @@ def measure(name: str, what: str) -> None:
     import torch
 
     import nmfx
-    from nmfx.cli.work import example_of
     from nmfx.models.building import build_model
     from nmfx.passes.transform import conversion_difference
+    from nmfx.stages.work import example_of
 
     torch.randn(64, 64) @ torch.randn(64, 64)  # thread pools and allocator in place
     nmfx.find_sites(build_model("torchvision:resnet18", weights="none").model)  # imports of the model libraries

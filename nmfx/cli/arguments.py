@@ -1,15 +1,15 @@
-"""How arguments are read: numbers with their limits, errors of two lines, options that every command shares."""
+"""How arguments are read: errors of two lines, with the nearest name, and whole numbers with their limits."""
 
 from __future__ import annotations
 
 import argparse
 import difflib
-import math
 import re
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-MOST = 2**31 - 1  # of whole numbers that no smaller limit is known for
+from nmfx.errors import NmfxError
+from nmfx.settings.option import Option, parse
 
 
 class Parser(argparse.ArgumentParser):
@@ -35,59 +35,14 @@ class Parser(argparse.ArgumentParser):
         return found
 
 
-def whole(least: int = 1, most: int = MOST) -> Callable[[str], int]:
-    """A whole number within limits."""
+def whole(least: int, most: int) -> Callable[[str], int]:
+    """A whole number within limits, for an argument that is no option of settings."""
 
-    def parse(text: str) -> int:
+    def read(text: str) -> int:
         try:
-            number = int(text)
-        except ValueError:
-            number = least - 1
-        if not least <= number <= most:
-            limits = f"{least} or more" if most == MOST and number < least else f"{least} to {most}"
-            raise argparse.ArgumentTypeError(f"expected a whole number, {limits}, found {text!r}")
+            number: int = parse(text, int, "", Option(least=least, most=most))
+        except NmfxError as error:
+            raise argparse.ArgumentTypeError(str(error).removeprefix(": ")) from None
         return number
 
-    return parse
-
-
-def real(least: float = 0.0, most: float = math.inf, *, above: bool = False, below: bool = False) -> Callable[[str], float]:
-    """A finite number within limits; `above` and `below` leave the limit itself out."""
-
-    def parse(text: str) -> float:
-        try:
-            number = float(text)
-        except ValueError:
-            number = math.nan
-        low = number > least if above else number >= least
-        high = number < most if below else number <= most
-        if not (math.isfinite(number) and low and high):
-            lower = f"above {least:g}" if above else f"{least:g} or more"
-            upper = "" if most == math.inf else f" and {'below' if below else 'at most'} {most:g}"
-            raise argparse.ArgumentTypeError(f"expected a number, {lower}{upper}, found {text!r}")
-        return number
-
-    return parse
-
-
-seed = whole(0, 2**32 - 1)
-workers = whole(0, 256)
-
-
-def shared() -> Parser:
-    """What every command takes."""
-    parser = Parser(add_help=False)
-    suppressed = argparse.SUPPRESS  # what was said before the command stays
-    parser.add_argument(
-        "-v", "--verbose", action="store_true", default=suppressed, help="log what the library does, show tracebacks"
-    )
-    return parser
-
-
-def add_strict(parser: argparse.ArgumentParser) -> None:
-    """The option that makes random weights an error."""
-    parser.add_argument(
-        "--strict-weights",
-        action="store_true",
-        help="random weights are an error, not a warning (as with NMFX_STRICT_WEIGHTS=1 in the environment)",
-    )
+    return read

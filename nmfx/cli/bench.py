@@ -12,14 +12,13 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 
-from nmfx.cli import report, work
+from nmfx.cli.common import check_random, checked, model_settings, pictures_of, warn_random
 from nmfx.cli.console import advancing, output, warn, working
-from nmfx.cli.latency import check_kernel
+from nmfx.cli.search import check_kernel
 from nmfx.errors import NmfxError
 from nmfx.export.checkpoint import load_checkpoint
 from nmfx.export.plain import save_onnx
 from nmfx.export.start import is_compressed
-from nmfx.models.building import build_model
 from nmfx.models.census import find_sites
 from nmfx.models.example import Example
 from nmfx.passes.baking import bake
@@ -28,6 +27,9 @@ from nmfx.report.record import Speed
 from nmfx.runtime.bench import NMFX, Bench, Timing, bench
 from nmfx.scheme import Scheme
 from nmfx.search.finder import find_scheme
+from nmfx.stages import report
+from nmfx.stages.build import build_weights
+from nmfx.stages.work import around, asked, example_of, open_work, random_weights
 
 
 def run(args: Namespace) -> None:
@@ -55,36 +57,39 @@ def run(args: Namespace) -> None:
 
 def _models(args: Namespace) -> tuple[nn.Module, nn.Module, Tensor, str]:
     """The dense model, the converted one, an input, and what to call them."""
-    what, size = work.asked(args.what, "bench"), work.parse_size(args.input_size)
+    what, size = asked(args.what, "bench"), model_settings(args).size
     path = Path(what)
     if path.is_dir():
-        found = work.open_work(path).check(args)
-        found.warn()
-        dense = found.load()
-        example, sites = work.example_of(dense, size or found.input_size), found.sites(dense)
-        scheme = found.scheme(sites, args.scheme)
-        if (finished := found.finished(scheme)) is not None:
-            return dense, load_checkpoint(finished), work.pictures_of(example), str(finished)
-        return dense, transform(dense, scheme, sites=sites), work.pictures_of(example), f"{path}"
+        work = checked(args, open_work(path))
+        warn_random(work)
+        dense = work.load()
+        sites, pictures = work.sites(dense), pictures_of(example_of(dense, size or work.input_size))
+        scheme = work.scheme(sites, args.scheme)
+        finished, notes = work.finished(scheme)
+        for line in notes:
+            warn(line)
+        if finished is not None:
+            return dense, load_checkpoint(finished), pictures, str(finished)
+        return dense, transform(dense, scheme, sites=sites), pictures, f"{path}"
     if path.is_file():
         if not is_compressed(path):
             raise NmfxError(f"{path}: plain weights; bench takes a compressed checkpoint, a work directory or a model's name")
-        converted, inside = load_checkpoint(path), work.around(path)
+        converted, inside = load_checkpoint(path), around(path)
         size = size or (inside.input_size if inside else None)
-        return bake(converted), converted, work.pictures_of(work.example_of(converted, size)), str(path)
-    built = build_model(what, kwargs={"num_classes": args.classes} if args.classes else {})
-    if built.weights == "random":
-        work.check_random(args, work.random_weights(what, built.note))
-    dense, example = built.model, work.example_of(built.model, size)
+        return bake(converted), converted, pictures_of(example_of(converted, size)), str(path)
+    built = build_weights(model_settings(args, what))
+    said = random_weights(what, built.note) if built.weights == "random" else ""
+    check_random(args, said)
+    dense, example = built.model, example_of(built.model, size)
     sites = find_sites(dense, example)
     if args.scheme:
         scheme = Scheme.load(args.scheme, sites)
     else:
         with working(f"searching {what}"):
-            scheme = find_scheme(dense, sites=sites, target=args.target, m=args.m, method="knapsack").scheme
-    if built.weights == "random":
-        warn(f"{work.random_weights(what, built.note)}: times are right, outputs mean nothing")
-    return dense, transform(dense, scheme, sites=sites), work.pictures_of(example), what
+            scheme = find_scheme(dense, sites=sites, target=args.target, m=args.m).scheme
+    if said:
+        warn(f"{said}: times are right, outputs mean nothing")
+    return dense, transform(dense, scheme, sites=sites), pictures_of(example), what
 
 
 @contextlib.contextmanager

@@ -14,8 +14,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
-from nmfx.cli import report as reports_io
-from nmfx.cli import work
+from nmfx.cli.common import model_settings
 from nmfx.cli.console import heading, output, working
 from nmfx.errors import ModelError, NmfxError, SchemeError
 from nmfx.export.checkpoint import read_checkpoint
@@ -27,6 +26,8 @@ from nmfx.models.source import Source, find_source
 from nmfx.passes.magnitudes import sorted_magnitudes, weight_of
 from nmfx.report.record import Report
 from nmfx.scheme import Scheme
+from nmfx.stages import report as reports_io
+from nmfx.stages.work import WorkDirectory, around, example_of, open_work
 
 
 @dataclass(frozen=True)
@@ -67,12 +68,12 @@ def run(args: Namespace) -> None:
 
 def _network(paths: Sequence[Path], args: Namespace) -> Network:
     """The network of --model, of the first work directory that is or holds one of `paths`, or that the first scheme names."""
-    size, kwargs = work.parse_size(args.input_size), {"num_classes": args.classes} if args.classes else {}
+    size, kwargs = model_settings(args).size, {"num_classes": args.classes} if args.classes else {}
     if args.model is not None:
         directory = Path(args.model)
-        return _of_work(work.open_work(directory)) if directory.is_dir() else _of_name(args.model, kwargs, size)
+        return _of_work(open_work(directory)) if directory.is_dir() else _of_name(args.model, kwargs, size)
     for path in [] if kwargs or size else [*filter(Path.is_dir, paths), *filter(Path.is_file, paths)]:
-        if (found := work.open_work(path) if path.is_dir() else work.around(path)) is not None:
+        if (found := open_work(path) if path.is_dir() else around(path)) is not None:
             return _of_work(found)
     for path in paths:
         if (source := _source(path)) is not None:
@@ -80,7 +81,7 @@ def _network(paths: Sequence[Path], args: Namespace) -> Network:
     raise NmfxError(f"{paths[0]}: does not say which network it is for; give --model NAME, or a work directory")
 
 
-def _of_work(found: work.Work) -> Network:
+def _of_work(found: WorkDirectory) -> Network:
     if found.weights == "random":
         return Network(found.model, _named(found.sites(found.build_meta()), found.model))
     model = found.load()
@@ -90,7 +91,7 @@ def _of_work(found: work.Work) -> Network:
 def _of_name(name: str, kwargs: Mapping[str, Any], size: tuple[int, ...] | None) -> Network:
     source = replace(find_source(name), kwargs=dict(kwargs))
     model = build_meta(source)
-    sites = find_sites(model, work.example_of(model, size))
+    sites = find_sites(model, example_of(model, size))
     return Network(str(source), _named(sites, str(source)), guessed=True)
 
 
@@ -120,7 +121,7 @@ def _scheme(path: Path, network: Network) -> Scheme:
     sites = network.sites
     try:
         if path.is_dir():
-            found = work.open_work(path)
+            found = open_work(path)
             if not found.scheme_path.is_file():
                 raise NmfxError(f"{path}: has no scheme yet; make one with `nmfx search {path}`")
             return Scheme.load(found.scheme_path, sites)

@@ -4,150 +4,116 @@ from __future__ import annotations
 
 import contextlib
 from argparse import Namespace
-from dataclasses import replace
+from collections.abc import Mapping
 from pathlib import Path
 
 from torch import nn
 
-from nmfx.cli import tables, work
+from nmfx.cli import tables
+from nmfx.cli.common import after_search, check_random, model_settings, warn_random
 from nmfx.cli.console import heading, hint, output, working
+from nmfx.cli.flags import read_flags, typed
 from nmfx.errors import NmfxError, SearchError, TraceError
-from nmfx.export.start import build_start, is_compressed, take_start
-from nmfx.models.building import Built, build_model
-from nmfx.models.census import find_sites
 from nmfx.models.site import Sites
-from nmfx.models.source import find_source
 from nmfx.models.tracer import to_graph, trace
 from nmfx.passes.baking import verify
-from nmfx.passes.statistics import batch_norms
-from nmfx.passes.transform import conversion_difference, resolve_scheme, transform
-from nmfx.scheme import Remainder, Scheme, fit
+from nmfx.passes.transform import transform
+from nmfx.scheme import Scheme
 from nmfx.search.problem import pose
+from nmfx.settings.search import Choices, SearchSettings
+from nmfx.settings.stages import ModelSettings
 from nmfx.sparsity.pattern import Pattern
+from nmfx.stages.build import BuildRecord, build_weights, check_absent, create, examine
+from nmfx.stages.search import choose, with_origin
+from nmfx.stages.work import WorkDirectory, directory_for, random_weights
 from nmfx.text import nearest, sentence
 
-DIGITS = "digits"  # the pictures that the demo network was trained on
+KNOWN = ("auto", "pretrained", "none")
 
 
 def run(args: Namespace) -> None:
     """Convert, show, write."""
-    path = Path(args.out) if args.out else work.directory_for(args.model)
-    work.check_absent(path, force=args.force)
-    _check_use(args)
-    found = convert(args.model, path, args)
-    hint(*_following(found))
+    path = Path(args.out) if args.out else directory_for(args.model)
+    check_absent(path, force=args.force)
+    settings = model_settings(args, args.model)
+    _check_use(args, settings)
+    wanted = None
+    if args.scheme or args.pattern:
+        pattern = Pattern(args.pattern) if args.pattern else None
+        wanted = SearchSettings(scheme=args.scheme or "", pattern=pattern, choices=read_flags(args, Choices))
+    hint(*_following(convert(args, settings, path, wanted, graph=args.graph, force=args.force)))
 
 
-def convert(name: str, path: Path, args: Namespace) -> work.Work:
-    """Build `name` and write its work directory, showing what was found."""
-    out, size = output(), work.parse_size(args.input_size)
-    with working(f"building {name}"):
-        built = _build(name, args)
-    model = built.model
-    if built.weights == "random":
-        work.check_random(args, work.random_weights(str(built.source), built.note))
+def convert(
+    args: Namespace,
+    settings: ModelSettings,
+    path: Path,
+    wanted: SearchSettings | None = None,
+    *,
+    graph: bool = False,
+    force: bool = False,
+) -> WorkDirectory:
+    """Build a model and write its work directory, showing what was found.
+
+    Args:
+        wanted: a pattern for all sites, or the file of a scheme.
+    """
+    out = output()
+    with working(f"building {settings.name}"):
+        built = build_weights(settings)
+    check_random(args, random_weights(str(built.source), built.note) if built.weights == "random" else "")
     if built.weights == "file":
         out.print(built.note, soft_wrap=True)
-    example = work.example_of(model, size)
-    with working("finding the sites"):
-        sites = find_sites(model, example)
-    start = take_start(model, sites)
-    scheme, reasons = _scheme(args, sites)
-    scheme = replace(scheme, info={**scheme.info, "model": str(built.source), "weights": built.weights})
-    with working("verifying"):
-        difference = conversion_difference(model, sites, example)
-        graph_line = _graph_line(model)
-    out.print(heading(str(built.source), f" ({type(model).__name__}, {built.weights} weights), {example}"))
-    out.print(tables.site_table(sites, scheme, reasons))
-    _show_notes(sites, reasons)
-    out.print()
-    out.print(tables.totals_table(scheme.totals(sites)))
-    out.print(f"\nfx graph: {graph_line}")
-    exact = "exact" if difference == 0 else "NOT EXACT"
-    reads = f"all {len(sites)} sites read through all-ones masks"
-    out.print(f"verified: {reads}, dense against original: largest difference {difference:g} ({exact})")
-    if len(scheme):
-        transform(model, scheme, sites=sites, inplace=True)
-        checked = verify(model)
-        counts = tables.pattern_counts(scheme, sites)
+    with working("finding the sites, verifying"):
+        record = examine(built, settings.size)
+        chosen = choose(wanted, record.model, record.sites) if wanted else None
+    scheme = with_origin(chosen.scheme, str(built.source), built.weights) if chosen else None
+    _show(record, scheme or Scheme({}), chosen.reasons if chosen else {})
+    if scheme:
+        transform(record.model, scheme, sites=record.sites, inplace=True)
+        checked, counts = verify(record.model), tables.pattern_counts(scheme, record.sites)
         out.print(f"verified: {checked.groups:,} groups of {checked.sites} sites hold at most N ({counts})")
-    if args.graph:
-        out.print(str(to_graph(model).graph), soft_wrap=True)
-    result = work.create(path, built, size, scheme if len(scheme) else None, sites, start=start, force=args.force)
-    result.warn()
-    if start is not None:
-        out.print(f"compressed weights: {tables.start_line(start, sites)}")
+    if graph:
+        out.print(str(to_graph(record.model).graph), soft_wrap=True)
+    work = create(record, path, scheme or None, force=force)
+    warn_random(work)
+    if record.start is not None:
+        out.print(f"compressed weights: {tables.start_line(record.start, record.sites)}")
     out.print(f"wrote {path}/", soft_wrap=True)
-    return result
+    return work
 
 
-def _check_use(args: Namespace) -> None:
+def _check_use(args: Namespace, settings: ModelSettings) -> None:
     """Refuse what cannot be meant, before anything is built."""
-    if Path(args.weights).is_dir():
-        raise NmfxError(f"--weights {args.weights}: a folder; expected auto, pretrained, none or a file")
-    known = args.weights in ("auto", "pretrained", "none")
-    if not known and not Path(args.weights).exists() and not Path(args.weights).suffix:
-        near = nearest(args.weights, ("auto", "pretrained", "none"))
-        raise NmfxError(f"--weights {args.weights}: no such file{near}; expected auto, pretrained, none or a file")
-    if known and args.weights_entry:
-        raise NmfxError(f"--weights-entry {args.weights_entry} is of a file: give --weights FILE")
-    if args.scheme and (args.layout != "strict" or args.remainder != "dense"):
+    weights, path, known = settings.weights, Path(settings.weights), settings.weights in KNOWN
+    if path.is_dir():
+        raise NmfxError(f"--weights {weights}: a folder; expected auto, pretrained, none or a file")
+    if not known and not path.exists() and not path.suffix:
+        raise NmfxError(
+            f"--weights {weights}: no such file{nearest(weights, KNOWN)}; expected auto, pretrained, none or a file"
+        )
+    if known and settings.weights_entry:
+        raise NmfxError(f"--weights-entry {settings.weights_entry} is of a file: give --weights FILE")
+    if args.scheme and typed(args, Choices):
         raise NmfxError("--scheme says how groups are cut; leave --layout and --remainder out")
 
 
-def _following(found: work.Work) -> list[tuple[str, str]]:
-    """What can be done with a new work directory."""
-    if found.scheme_path.is_file():
-        return following(found, ())
-    if not found.start_path.is_file():
-        return [(found.command("search"), "a pattern for each site")]
-    model = found.build_meta()
-    sites = found.sites(model)
-    start = Scheme.load(found.start_path, sites)
-    kept = 1 - start.totals(sites).sparsity
-    for share in (0.5, 0.75, 0.9):
-        target, m = f"{1 - share * kept:.4f}", max(pattern.m for pattern in start.values())
-        with contextlib.suppress(SearchError):
-            pose(sites, target=target, m=m, mixed=True, within=start, layout=start.layout, remainder=_remainder(start))
-            policy = [
-                *(["--layout", "flat"] if start.layout == "flat" else []),
-                *(["--remainder", "short"] if start.short else []),
-            ]
-            return [(found.command("search", "--target", target, *policy), "sparser than it is")]
-    return [(found.command("search", "--m", "32", "--target", f"{1 - 0.9 * kept:.4f}"), "sparser than it is, if it can be")]
+def _show(record: BuildRecord, scheme: Scheme, reasons: Mapping[str, str]) -> None:
+    out, sites = output(), record.sites
+    kind = f"{type(record.model).__name__}, {record.built.weights} weights"
+    out.print(heading(str(record.built.source), f" ({kind}), {record.example}"))
+    out.print(tables.site_table(sites, scheme, reasons))
+    show_notes(sites, reasons)
+    out.print()
+    out.print(tables.totals_table(scheme.totals(sites)))
+    out.print(f"\nfx graph: {_graph_line(record.model)}")
+    exact = "exact" if record.difference == 0 else "NOT EXACT"
+    reads = f"all {len(sites)} sites read through all-ones masks"
+    out.print(f"verified: {reads}, dense against original: largest difference {record.difference:g} ({exact})")
 
 
-def _remainder(scheme: Scheme) -> Remainder:
-    return "short" if scheme.short else "dense"
-
-
-def following(found: work.Work, data: tuple[str, ...], scheme: str | None = None) -> list[tuple[str, str]]:
-    """What can be done with a scheme: what brings accuracy back comes before the export."""
-    data = data or ("--data", DIGITS if found.model == "demo:digits" else "DIR")
-    commands = [(found.command("finetune", *data, scheme=scheme), "train it under this scheme")]
-    if batch_norms(found.build_meta()):
-        commands.append((found.command("recalibrate", *data, scheme=scheme), "batch norms only, no training"))
-    return [*commands, (found.command("export", scheme=scheme), "as it is")]
-
-
-def _build(name: str, args: Namespace) -> Built:
-    kwargs = {"num_classes": args.classes} if args.classes else {}
-    if is_compressed(args.weights):
-        return build_start(Path(args.weights), replace(find_source(name), kwargs=kwargs))
-    return build_model(name, weights=args.weights, kwargs=kwargs, entry=args.weights_entry)
-
-
-def _scheme(args: Namespace, sites: Sites) -> tuple[Scheme, dict[str, str]]:
-    if args.scheme:
-        return resolve_scheme(Path(args.scheme), sites), {}
-    if args.pattern:
-        pattern = Pattern(args.pattern)
-        reasons = {s.name: r for s in sites if (r := fit(s, pattern, args.layout, args.remainder)[1])}
-        return Scheme.uniform(sites, pattern, layout=args.layout, remainder=args.remainder), reasons
-    return Scheme({}), {}
-
-
-def _show_notes(sites: Sites, reasons: dict[str, str]) -> None:
+def show_notes(sites: Sites, reasons: Mapping[str, str]) -> None:
+    """What is not read as a weight, and why sites have another pattern than asked for."""
     out = output()
     if reasons:
         out.print(tables.reasons_list(reasons, "\n* another pattern than asked for"))
@@ -163,3 +129,23 @@ def _graph_line(model: nn.Module) -> str:
     except TraceError as error:
         return f"does not trace at the root ({sentence(error.__cause__ or error, 80)}); converted all the same"
     return f"traces at the root, {len(nodes)} nodes"
+
+
+def _following(work: WorkDirectory) -> list[tuple[str, str]]:
+    """What can be done with a new work directory."""
+    if work.scheme_path.is_file():
+        return after_search(work, ())
+    if not work.start_path.is_file():
+        return [(work.command("search"), "a pattern for each site")]
+    sites = work.sites(work.build_meta())
+    start = Scheme.load(work.start_path, sites)
+    kept, m = 1 - start.totals(sites).sparsity, max(pattern.m for pattern in start.values())
+    remainder = "short" if start.short else "dense"
+    policy = ["--layout", "flat"] if start.layout == "flat" else []
+    policy += ["--remainder", "short"] if start.short else []
+    for share in (0.5, 0.75, 0.9):
+        target = f"{1 - share * kept:.4f}"
+        with contextlib.suppress(SearchError):
+            pose(sites, target=target, m=m, mixed=True, within=start, layout=start.layout, remainder=remainder)
+            return [(work.command("search", "--target", target, *policy), "sparser than it is")]
+    return [(work.command("search", "--m", "32", "--target", f"{1 - 0.9 * kept:.4f}"), "sparser than it is, if it can be")]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import MISSING, Field, fields
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
@@ -14,19 +15,23 @@ T = TypeVar("T")
 Path = tuple[str, ...]  # the keys on the way to an option
 
 
-def add_flags(parser: Any, cls: type, *, without: tuple[str, ...] = (), **defaults: Any) -> None:
+def add_flags(
+    parser: Any, cls: type, *, only: Container[str] = (), without: Container[str] = (), required: bool = True
+) -> None:
     """Add the flags of a settings class to a parser or one of its groups.
 
     Args:
-        without: keys that get no flag here.
-        defaults: what `--help` says is the default, by key, where this command has another one.
+        only: the keys that get a flag here, if not all.
+        without: keys that get none.
+        required: flags without a default have to be typed.
     """
     for item, kind, path in _flagged(cls):
-        if path[-1] in without:
+        if any(key in without for key in path) or (only and not any(key in only for key in path)):
             continue
         said, kinds = about(item), kinds_of(kind)
-        default = defaults.get(path[-1], None if item.default is MISSING else item.default)
-        options: dict[str, Any] = {"dest": ".".join(path), "default": argparse.SUPPRESS, "help": _help(item, said, default)}
+        default = None if item.default is MISSING else item.default
+        options: dict[str, Any] = {"dest": _dest(cls, path), "default": argparse.SUPPRESS, "help": _help(said, default)}
+        options |= {"required": True} if required and item.default is MISSING else {}
         if bool in kinds:
             options |= {"action": "store_const", "const": "false" if item.default is True else "true"}
         elif said.const and get_origin(kind) is Literal:
@@ -45,14 +50,22 @@ def read_flags(args: argparse.Namespace, cls: type[T], **given: Any) -> T:
     Raises:
         NmfxError: two options that do not go together.
     """
-    known = {".".join(path): (item, kind) for item, kind, path in _flagged(cls)}
-    values = {name: _value(text, *known[name]) for name, text in vars(args).items() if name in known}
-    return _build(cls, values, (), given)
+    found = {path: (vars(args).get(_dest(cls, path)), item, kind) for item, kind, path in _flagged(cls)}
+    try:
+        return _build(cls, {path: _value(*one) for path, one in found.items() if one[0] is not None}, (), given)
+    except NmfxError as error:  # of a key: say the flag
+        flags = {item.name: name_of(item) for _, item, _ in found.values()}
+        first, rest = re.match(r"(\w*)(.*)", str(error), re.DOTALL).groups()  # type: ignore[union-attr]
+        raise type(error)(f"{flags[first]}{rest}" if first in flags and rest.startswith(" '") else str(error)) from None
 
 
 def typed(args: argparse.Namespace, cls: type) -> list[str]:
     """The keys whose flags were typed."""
-    return [path[-1] for _, _, path in _flagged(cls) if ".".join(path) in vars(args)]
+    return [path[-1] for _, _, path in _flagged(cls) if _dest(cls, path) in vars(args)]
+
+
+def _dest(cls: type, path: Path) -> str:
+    return ".".join((cls.__name__, *path))
 
 
 def name_of(item: Field[Any]) -> str:
@@ -60,15 +73,15 @@ def name_of(item: Field[Any]) -> str:
     return f"--{(about(item).flag or item.name).replace('_', '-')}"
 
 
-def _build(cls: type[T], values: Mapping[str, Any], path: Path, given: Mapping[str, Any]) -> T:
+def _build(cls: type[T], values: Mapping[Path, Any], path: Path, given: Mapping[str, Any]) -> T:
     found = dict(given)
     for item in fields(cls):  # type: ignore[arg-type]
         kind, said = types_of(cls)[item.name], about(item)
         here = path if said.inline else (*path, item.name)
         if is_settings(kind) and item.name not in found:
             found[item.name] = _build(kind, values, here, {})
-        elif ".".join(here) in values:
-            found[item.name] = values[".".join(here)]
+        elif (*path, item.name) in values:
+            found[item.name] = values[(*path, item.name)]
     return cls(**found)
 
 
@@ -91,9 +104,12 @@ def _metavar(kinds: tuple[Any, ...]) -> str:
     return {int: "N", float: "X", str: "TEXT"}.get(kinds[0], "TEXT")
 
 
-def _help(item: Field[Any], said: Option, default: Any) -> str:
-    shown = "" if default in (None, "", False, True, ()) or said.repeat else f" (default: {default})"
-    return f"{said.help}{shown}".replace("%", "%%")
+def _help(said: Option, default: Any) -> str:
+    """What `--help` says of an option, with its default."""
+    said_help = f"without {said.help}" if said.flag and said.flag.startswith("no-") else said.help
+    word = f"{default:g}" if isinstance(default, float) else str(default)
+    hidden = default is None or isinstance(default, bool | tuple) or word == "" or said.repeat or bool(said.const)
+    return (said_help + ("; repeatable" if said.repeat else "") + ("" if hidden else f" (default: {word})")).replace("%", "%%")
 
 
 def _checked(item: Field[Any], kind: Any, said: Option) -> Any:
@@ -103,7 +119,7 @@ def _checked(item: Field[Any], kind: Any, said: Option) -> Any:
         try:
             _value([text] if said.repeat else text, item, kind)
         except NmfxError as error:
-            raise argparse.ArgumentTypeError(str(error).removeprefix(f"{name_of(item)}: ")) from None
+            raise argparse.ArgumentTypeError(str(error).removeprefix(name_of(item)).lstrip(".: ")) from None
         return text
 
     return check
@@ -118,10 +134,14 @@ def _value(typed: Any, item: Field[Any], kind: Any) -> Any:
         for text, (name, equals, value) in zip(typed, pairs, strict=True):
             if not value or (bool(name) != bool(equals)) or not (equals or float in kinds):
                 raise NmfxError(f"{name_of(item)} {text}: expected a name and a value, as in {said.metavar}")
+        pairs.sort(key=lambda pair: not pair[0])  # the first match counts: what is said of all sites comes last
         tree = {name or "*": value for name, _, value in pairs}
         if len(tree) < len(pairs):
-            raise NmfxError(f"{name_of(item)} {f' {name_of(item)} '.join(typed)}: one of a name")
+            raise NmfxError(f"{name_of(item)} {f' {name_of(item)} '.join(typed)}: one of a kind")
     elif any(get_origin(kind) is tuple for kind in kinds) and not said.repeat:
         tree = typed.split(",")
         tree = tree[0] if len(tree) == 1 and set(kinds) & {int, float} else tree
+    numbers = any(get_args(one)[:1] == (int,) for one in kinds if get_origin(one) is tuple)
+    if numbers and not all(re.fullmatch(r"-?\d+", part) for part in typed.split(",")):
+        raise NmfxError(f"{name_of(item)}: expected whole numbers with commas, as in 1,2,4,8, found {typed!r}")
     return parse(tree, kind, name_of(item), said)

@@ -6,19 +6,22 @@ from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 
-from nmfx.cli import convert, tables, work
+from nmfx.cli import tables
+from nmfx.cli.common import model_settings, warn_random
 from nmfx.cli.console import heading, output, working
+from nmfx.cli.convert import show_notes
 from nmfx.errors import SchemeError
 from nmfx.export.checkpoint import read_checkpoint
 from nmfx.files.parsing import read_text
 from nmfx.models.census import find_sites
 from nmfx.models.source import find_source
 from nmfx.scheme import Scheme, published_entries
+from nmfx.stages.work import asked, example_of, open_work
 
 
 def run(args: Namespace) -> None:
     """Look at what `args.what` names, and show it."""
-    what = work.asked(args.what, "inspect")
+    what = asked(args.what, "inspect")
     path = Path(what)
     if path.is_dir():
         _show_work(path)
@@ -27,11 +30,11 @@ def run(args: Namespace) -> None:
     elif path.is_file():
         _show_scheme(path)
     else:
-        _show_model(what, work.parse_size(args.input_size), args.classes)
+        _show_model(what, model_settings(args).size, args.classes)
 
 
 def _show_work(path: Path) -> None:
-    found, out = work.open_work(path), output()
+    found, out = open_work(path), output()
     out.print(heading("work directory", f" {path}: {found.model}, {found.weights} weights"))
     with working("finding the sites"):
         model = found.build_meta()
@@ -47,7 +50,7 @@ def _show_work(path: Path) -> None:
         out.print()
         out.print(tables.totals_table(scheme.totals(sites)))
         _show_info(scheme)
-    found.warn()
+    warn_random(found)
 
 
 def _show_checkpoint(path: Path) -> None:
@@ -96,9 +99,9 @@ def _show_model(name: str, size: tuple[int, ...] | None, classes: int | None) ->
     source, out = replace(find_source(name), kwargs={"num_classes": classes} if classes else {}), output()
     with working(f"building {source} without memory"):
         model = source.build_meta()
-        sites = find_sites(model, work.example_of(model, size))
+        sites = find_sites(model, example_of(model, size))
     out.print(heading(str(source), f" ({type(model).__name__}), {len(sites)} sites"))
     out.print(tables.site_table(sites, Scheme({}), {}))
-    convert._show_notes(sites, {})
+    show_notes(sites, {})
     out.print()
     out.print(tables.totals_table(Scheme({}).totals(sites)))

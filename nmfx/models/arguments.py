@@ -6,8 +6,7 @@ may give them from Python; a checkpoint, a work directory or a recipe may not.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from msgspec import Meta
@@ -61,11 +60,6 @@ ARGUMENTS: dict[str, Any] = {
     **dict.fromkeys(("zero_init_residual", "memory_efficient"), bool),
     "replace_stride_with_dilation": tuple[bool, bool, bool],
 }
-
-
-def is_picture(size: Iterable[int]) -> bool:
-    """Whether a file may ask for an input of this size: one of a batch, of at most 256 MiB."""
-    return math.prod(size) <= 1 << 26
 
 
 def parse_kwargs(tree: Any, origin: str, error: type[NmfxError] = ModelError) -> dict[str, Any]:

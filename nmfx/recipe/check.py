@@ -12,19 +12,19 @@ from nmfx.data.augment import train_transform
 from nmfx.data.config import PictureConfig, picture_config
 from nmfx.data.pictures import ArrayPictures
 from nmfx.data.source import Data
-from nmfx.export.start import take_start
 from nmfx.masking.owner import deep_copy
-from nmfx.models.building import Built
-from nmfx.models.census import find_sites
 from nmfx.models.site import Sites
 from nmfx.passes.baking import verify
 from nmfx.passes.transform import transform
-from nmfx.recipe.job import example_of
-from nmfx.recipe.pipeline import build, choose, describe
-from nmfx.recipe.schema import FOLDER, FinetuneSection, ModelSection, Recipe
+from nmfx.recipe.schema import Recipe
 from nmfx.scheme import Scheme
 from nmfx.settings.search import Loop, SearchSettings
+from nmfx.settings.stages import FOLDER, FinetuneSettings, ModelSettings
 from nmfx.settings.training import Augment
+from nmfx.stages.build import BuildRecord, build
+from nmfx.stages.data import fit_pictures
+from nmfx.stages.pipeline import describe
+from nmfx.stages.search import choose
 from nmfx.training.loss import logits_of
 from nmfx.training.trainer import finetune
 
@@ -40,17 +40,16 @@ def check_recipe(recipe: Recipe, *, device: str = "cpu") -> list[str]:
     Raises:
         NmfxError: whatever the run itself would fail with, before it had read a picture.
     """
-    built, lines = _built(recipe.model)
-    model = built.model
-    sites = find_sites(model, example_of(model, recipe.model))
-    start = take_start(model, sites)
+    record, lines = _build(recipe.model)
+    model, sites = record.model, record.sites
     lines.append(
-        f"build: {built.source} ({built.weights} weights): {len(sites)} sites, {sites.weights:,} weights, {sites.macs:,} MACs"
+        f"build: {record.built.source} ({record.built.weights} weights): {len(sites)} sites, {sites.weights:,} weights, "
+        f"{sites.macs:,} MACs"
     )
     section = data_free(recipe.search)
     if section != recipe.search:
         lines.append(f"search: {section.method} without data stands in for the search on pictures")
-    scheme, _ = choose(section, model, sites, start=start)
+    scheme = choose(section, model, sites, start=record.start).scheme
     lines.append(f"search: {describe(scheme.totals(sites))}")
     if recipe.finetune is not None:
         lines.append(f"finetune: {_update(recipe, recipe.finetune, model.to(device), scheme, sites)}")
@@ -58,15 +57,15 @@ def check_recipe(recipe: Recipe, *, device: str = "cpu") -> list[str]:
     return lines
 
 
-def _built(section: ModelSection) -> tuple[Built, list[str]]:
+def _build(section: ModelSettings) -> tuple[BuildRecord, list[str]]:
     """The model; with random weights where the recipe's cannot be had here."""
     given = section.weights in ("auto", "pretrained", "none") or Path(section.weights).exists()
     weights = {"pretrained": "auto"}.get(section.weights, section.weights) if given else "none"
-    built = build(replace(section, weights=weights))
-    if built.weights != "random" or section.weights == "none":
-        return built, []
-    why = built.note if given else f"{section.weights} is not there"
-    return built, [f"build: random weights stand in: {why}"]
+    record = build(replace(section, weights=weights))
+    if record.built.weights != "random" or section.weights == "none":
+        return record, []
+    why = record.built.note if given else f"{section.weights} is not there"
+    return record, [f"build: random weights stand in: {why}"]
 
 
 def data_free(section: SearchSettings) -> SearchSettings:
@@ -74,12 +73,12 @@ def data_free(section: SearchSettings) -> SearchSettings:
     if not section.data:
         return section
     method = "knapsack" if section.method == "spdy" else section.method
-    return replace(section, data=False, method=method, sensitivity="weight", loop=Loop())
+    return replace(section, data=False, method=method, sensitivity="", loop=Loop())
 
 
-def _update(recipe: Recipe, section: FinetuneSection, model: nn.Module, scheme: Scheme, sites: Sites) -> str:
+def _update(recipe: Recipe, section: FinetuneSettings, model: nn.Module, scheme: Scheme, sites: Sites) -> str:
     """One update by the recipe's optimiser, loss and masks."""
-    size = picture_config(model, _random_data((3, 224, 224), 0), input_size=recipe.model.size).input_size
+    size = fit_pictures(_random_data((3, 224, 224), 0), model, recipe.model.size).input_size
     model.eval()
     with torch.no_grad():
         x = torch.rand(1, *size, generator=torch.Generator().manual_seed(0)).to(next(model.parameters()).device)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from nmfx.models.site import Site, Sites
 
 QUANTILE = 0.75  # share of a site's groups that must agree before it steps (domino.md, section 4)
+DEFAULT_TARGET, DEFAULT_M = 0.875, 16  # the sparsity where it can be reached, and the group size
 DOUBLINGS = (30_000, 40_000, 50_000, 60_000, 70_000, 80_000)
 METHODS = ("knapsack", "domino", "spdy", "erk", "uniform")  # those of `nmfx.search.finder`
 SENSITIVITIES = ("weight", "activation", "gradient", "measured")  # those of `nmfx.search.sensitivity`, and `weight`
@@ -30,8 +31,8 @@ class Choices:
         SearchError: an M or N out of range.
     """
 
-    m: int | tuple[int, ...] = option(
-        16,
+    m: int | tuple[int, ...] | None = option(
+        None,
         "group size M, or several: knapsack and spdy mix them, the others take the largest that fits a site; 16, or that of a "
         "compressed start",
         metavar="M,M,...",
@@ -69,9 +70,10 @@ class Choices:
                 if not pattern.is_dense:
                     found.setdefault(pattern.m, set()).add(pattern.n)
             return {m: tuple(sorted(found[m])) for m in sorted(found, reverse=True)}
-        if not isinstance(self.m, int | tuple | list):
-            raise SearchError(f"m = {self.m!r}: expected a group size in 2..{MAX_M}, or several")
-        sizes = {self.m} if isinstance(self.m, int) else set(self.m)
+        m = DEFAULT_M if self.m is None else self.m
+        if not isinstance(m, int | tuple | list):
+            raise SearchError(f"m = {m!r}: expected a group size in 2..{MAX_M}, or several")
+        sizes = {m} if isinstance(m, int) else set(m)
         for m in sizes:
             if not (isinstance(m, int) and 1 < m <= MAX_M):
                 raise SearchError(f"m = {m}: expected a group size in 2..{MAX_M}")
@@ -129,7 +131,9 @@ class SearchSettings:
     """Which patterns: by a `method` under a budget, or `pattern` on every site that can take it, or the `scheme` of a file."""
 
     method: str = option("knapsack", ", ".join(METHODS))
-    target: float | str = option(0.875, "sparsity to reach, as 0.875, or times fewer, as 8x")
+    target: float | str | None = option(
+        None, "sparsity to reach, as 0.875, or times fewer, as 8x; 0.875, or what is in reach"
+    )
     budget: Literal["params", "macs", "bytes", "latency"] = option(
         "params", "what the target counts; bytes: of the packed weights; latency: see --target-latency"
     )
@@ -177,11 +181,12 @@ class SearchSettings:
             if word not in known:
                 raise NmfxError(f"unknown {key} {word!r}{text.nearest(word, known)}; known: {', '.join(filter(None, known))}")
         check_options(self, "search settings")
-        parse_target(self.target)
+        if self.target is not None:
+            parse_target(self.target)
         for share in (self.limits or {}).values():
             parse_limit(share)
         if self.data and not (self.looping or self.method == "spdy" or self.measured != "weight"):
-            raise NmfxError(f"data: true, but {self.method} with sensitivity {self.measured} looks at no pictures: leave it out")
+            raise NmfxError(f"data: true, but {self.method} with sensitivity {self.measured} looks at none: leave it out")
         if not self.data and (self.method == "spdy" or self.measured != "weight"):
             which = self.method if self.method == "spdy" else f"sensitivity {self.measured}"
             raise NmfxError(f"{which} looks at training pictures: say data: true")

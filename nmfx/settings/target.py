@@ -23,7 +23,7 @@ def parse_target(target: float | str) -> float | Fraction:
     elif isinstance(target, int | float | Fraction) and not isinstance(target, bool):
         value = target if isinstance(target, Fraction) else float(target)
     if not 0 <= value < 1:
-        raise SearchError(f"target {target}: expected a sparsity in 0 <= target < 1, such as 0.875, or times fewer, such as 8x")
+        raise SearchError(f"target {_shown(target)}: expected a sparsity in 0 <= target < 1, such as 0.875, or times fewer, such as 8x")
     return value
 
 
@@ -40,6 +40,10 @@ def parse_limit(share: float | str) -> float | Fraction:
         kept = Fraction(0)
     if not 0 < kept <= 1:
         raise SearchError(
-            f"limit {share}: expected the share to keep in 0 < share <= 1, such as 0.125, or times fewer, such as 8x"
+            f"limit {_shown(share)}: expected the share to keep in 0 < share <= 1, such as 0.125, or times fewer, such as 8x"
         )
     return 1 - kept
+
+
+def _shown(number: object) -> str:
+    return f"{number:g}" if isinstance(number, float) else str(number)

@@ -20,7 +20,6 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from nmfx.cli import export, work
 from nmfx.cli.main import main
 from nmfx.demo.digits import load_demo
 from nmfx.errors import CheckpointError
@@ -31,6 +30,8 @@ from nmfx.models.source import Source
 from nmfx.passes.baking import bake, verify
 from nmfx.passes.transform import scheme_of, transform
 from nmfx.scheme import Scheme
+from nmfx.stages import build, export
+from nmfx.stages.work import open_work
 
 ROOT = Path(__file__).parents[2]
 DIGITS = Path("digits.nmfx")
@@ -585,14 +586,14 @@ def test_an_interrupt_leaves_nothing(nmfx: Run, capsys: pytest.CaptureFixture[st
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(work, "save_scheme", interrupt)
+        patch.setattr(build, "save_scheme", interrupt)
         assert main(["convert", "demo:digits", "--pattern", "2:4"]) == 130
         assert listing() == {}
         assert "interrupted; nothing half-written" in capsys.readouterr().err
     nmfx("convert", "demo:digits", "--pattern", "2:4")
     before = listing()
     with monkeypatch.context() as patch:
-        patch.setattr(work, "save_scheme", interrupt)
+        patch.setattr(build, "save_scheme", interrupt)
         assert main(["convert", "demo:digits", "--pattern", "1:4", "--force"]) == 130
     assert listing() == before
 
@@ -631,7 +632,7 @@ def test_a_pretrained_network_goes_through_the_chain(name: str, nmfx: Run, monke
     state = make().state_dict()
     nmfx("convert", f"torchvision:{name}", "--input-size", "3x64x64")
     expected = build_model(f"torchvision:{name}", weights="pretrained").model
-    found = work.open_work(Path(f"{name}.nmfx")).load()
+    found = open_work(Path(f"{name}.nmfx")).load()
     x = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         assert same(tree_leaves(found(x)), tree_leaves(expected(x)))

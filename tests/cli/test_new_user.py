@@ -17,7 +17,8 @@ import pytest
 import torch
 
 from nmfx.cli import bench
-from nmfx.cli.main import COMMANDS, EPILOG, main
+from nmfx.cli.commands import COMMANDS, EPILOG
+from nmfx.cli.main import main
 from nmfx.demo.digits import load_demo
 from nmfx.export.checkpoint import load_checkpoint, read_checkpoint
 from nmfx.models.building import build_model

@@ -17,7 +17,6 @@ import pytest
 from children import forked
 
 from nmfx import files
-from nmfx.cli.work import find_work
 from nmfx.errors import NmfxError
 from nmfx.files.atomic import (
     DRAFT,
@@ -30,6 +29,7 @@ from nmfx.files.atomic import (
     replace_folder,
     write_atomic,
 )
+from nmfx.stages.work import find_work
 
 
 def text(content: str) -> Callable[[Path], object]:

@@ -31,7 +31,6 @@ import yaml
 from mutations import mutate_bytes, mutate_tree, to_json, to_yaml
 from torch import Tensor, nn
 
-from nmfx.cli.work import open_work
 from nmfx.data.source import open_data
 from nmfx.demo.digits import load_demo
 from nmfx.errors import NmfxError
@@ -41,12 +40,13 @@ from nmfx.models.census import find_sites
 from nmfx.passes.baking import verify
 from nmfx.passes.transform import transform
 from nmfx.recipe.loader import find_recipe, load_recipe
-from nmfx.recipe.stamp import Stamp, read_stamp, write_stamp
 from nmfx.runtime import timing
 from nmfx.scheme import Scheme
 from nmfx.search import run as search_run
 from nmfx.search.domino_loop import DominoSearch
 from nmfx.settings.training import Settings
+from nmfx.stages.stamp import Stamp, read_stamp, write_stamp
+from nmfx.stages.work import open_work
 from nmfx.training import trainer
 
 SECONDS, BYTES = 10.0, 1 << 30

@@ -16,16 +16,16 @@ import yaml
 from mutations import HOSTILE
 from torch import nn
 
-from nmfx.cli.work import create, open_work
 from nmfx.errors import CheckpointError, ModelError, NmfxError
 from nmfx.export.checkpoint import load_checkpoint, read_checkpoint, save_checkpoint
 from nmfx.files.sealed import read_sealed, write_sealed
 from nmfx.models import building
 from nmfx.models.arguments import ARGUMENTS, parse_kwargs
 from nmfx.models.building import Built, build_model, build_stored
-from nmfx.models.census import find_sites
 from nmfx.models.source import Source
 from nmfx.recipe.loader import load_recipe
+from nmfx.stages.build import create, examine
+from nmfx.stages.work import open_work
 
 NEVER = (
     *("checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "pretrained", "features_only", "weights"),
@@ -183,9 +183,9 @@ def test_other_arguments_are_saved_without_a_source(tmp_path: Path) -> None:
 def test_a_work_directory_is_not_written_that_could_not_be_read(tmp_path: Path) -> None:
     kwargs = {"embed_dim": 32, "num_heads": 2}
     built = build_model("timm:test_vit", weights="none", kwargs=kwargs)
-    sites = find_sites(built.model)
+    record = examine(Built(built.model, built.source, "random"), None)
     with pytest.raises(NmfxError, match="'embed_dim' may not come from a file"):
-        create(tmp_path / "vit.nmfx", Built(built.model, built.source, "random"), None, None, sites, force=False)
+        create(record, tmp_path / "vit.nmfx", force=False)
     assert list(tmp_path.iterdir()) == []
 
 

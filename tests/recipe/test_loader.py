@@ -13,15 +13,15 @@ from nmfx.errors import NmfxError
 from nmfx.models.census import find_sites
 from nmfx.models.site import Sites
 from nmfx.models.source import Source, find_source
-from nmfx.recipe.job import example_of
 from nmfx.recipe.loader import find_recipe, load_recipe, packaged_recipes
-from nmfx.recipe.pipeline import choose
-from nmfx.recipe.schema import ModelSection, Recipe
+from nmfx.recipe.schema import Recipe
 from nmfx.search.finder import MIXED
 from nmfx.search.problem import pose
 from nmfx.settings.target import parse_target
 from nmfx.settings.training import Augment, Settings
 from nmfx.sparsity.pattern import Pattern
+from nmfx.stages.search import choose
+from nmfx.stages.work import example_of
 
 ROOT = Path(__file__).parents[2]
 HEAD = "model:\n  name: demo:digits\nsearch:\n  target: 0.5\n"
@@ -42,7 +42,7 @@ def write(tmp_path: Path):
 @cache
 def sites_of(name: str, kwargs: tuple[tuple[str, object], ...]) -> Sites:
     model = Source(*str(find_source(name)).split(":"), dict(kwargs)).build_meta()
-    return find_sites(model, example_of(model, ModelSection(name)))
+    return find_sites(model, example_of(model, None))
 
 
 @cases(packaged_recipes())
@@ -51,9 +51,9 @@ def test_a_packaged_recipe_poses_a_problem(name: str) -> None:
     sites = sites_of(recipe.model.name, tuple(sorted(recipe.model.kwargs.items())))
     search = recipe.search
     if search.pattern is not None:
-        scheme, result = choose(search, None, sites)  # type: ignore[arg-type]
-        totals = scheme.totals(sites)
-        assert result is None
+        chosen = choose(search, None, sites)  # type: ignore[arg-type]
+        totals = chosen.scheme.totals(sites)
+        assert chosen.result is None
         fewer = next((times for end, times in UNIFORM.items() if name.endswith(f"uniform-{end}")), 1)
         assert totals.kept == totals.weights // fewer
         assert totals.kept_macs == totals.macs // fewer
@@ -180,15 +180,15 @@ def test_the_place_of_the_data_is_not_the_recipes_business(write) -> None:
         (HEAD + DATA + "finetune:\n  workers: 3\n", "mine.yaml: finetune: unknown key 'workers'"),
         (HEAD + DATA + "finetune:\n  augment: {mixpu: 1}\n", "finetune.augment: unknown key 'mixpu' (did you mean 'mixup'?)"),
         (HEAD + "  keep_dens: [a]\n", "mine.yaml: search: unknown key 'keep_dens' (did you mean 'keep_dense'?)"),
-        (HEAD + DATA + "finetune:\n  epochs: ten\n", "mine.yaml: finetune.epochs: expected a whole number, found 'ten'"),
-        (HEAD + DATA + "finetune:\n  epochs: 1_0\n", "mine.yaml: finetune.epochs: expected a whole number, found '1_0'"),
-        (HEAD + DATA + "finetune:\n  lr: nan\n", "mine.yaml: finetune.lr: expected a number, found 'nan'"),
-        (HEAD + DATA + "finetune:\n  lr: [1]\n", "mine.yaml: finetune.lr: expected a number, found a list"),
+        (HEAD + DATA + "finetune:\n  epochs: ten\n", "mine.yaml: finetune.epochs: expected a whole number, 1 to 1000000, found 'ten'"),
+        (HEAD + DATA + "finetune:\n  epochs: 1_0\n", "mine.yaml: finetune.epochs: expected a whole number, 1 to 1000000, found '1_0'"),
+        (HEAD + DATA + "finetune:\n  lr: nan\n", "mine.yaml: finetune.lr: expected a number, above 0, found 'nan'"),
+        (HEAD + DATA + "finetune:\n  lr: [1]\n", "mine.yaml: finetune.lr: expected a number, above 0, found a list"),
         (HEAD + DATA + "finetune:\n  channels_last: yes\n", "finetune.channels_last: expected true or false, found 'yes'"),
         (HEAD + DATA + "finetune:\n  amp: fp16\n", "amp: expected one of none, bf16, found 'fp16' (did you mean 'bf16'?)"),
         (HEAD + DATA + "finetune:\n  training: srste\n", "did you mean 'sr-ste'?"),
-        (HEAD + DATA + "finetune:\n  epochs: 0\n", "mine.yaml: finetune: fine-tuning settings: expected epochs of 1 or more"),
-        (HEAD + DATA + "finetune:\n  decay: -1\n", "mine.yaml: finetune: decay -1.0: expected a finite factor"),
+        (HEAD + DATA + "finetune:\n  epochs: 0\n", "mine.yaml: finetune.epochs: expected a whole number, 1 to 1000000, found '0'"),
+        (HEAD + DATA + "finetune:\n  decay: -1\n", "mine.yaml: finetune.decay: expected a number, 0 or more and at most 1e+06, found '-1'"),
         (HEAD + DATA + "finetune:\n  augment: {scale: [1]}\n", "finetune.augment.scale: expected a list of 2, found a list"),
         (HEAD + "  keep_dense: fc\n", "mine.yaml: search.keep_dense: expected a list, as [a, b], found 'fc'"),
         (HEAD + "  m: 4.5\n", "mine.yaml: search.m: expected"),
@@ -202,12 +202,12 @@ def test_the_place_of_the_data_is_not_the_recipes_business(write) -> None:
         (HEAD + "  data: true\n", "search with data: true needs a data section"),
         (HEAD + DATA + "  method: spdy\n", "mine.yaml: data: unknown key 'method'"),
         (HEAD + "  method: spdy\n", "mine.yaml: search: spdy looks at training pictures: say data: true"),
-        (HEAD + "  method: erk\n  data: true\n", "erk with sensitivity weight looks at no pictures"),
+        (HEAD + "  method: erk\n  data: true\n", "erk with sensitivity weight looks at none"),
         (HEAD + "finetune:\n", "mine.yaml: finetune needs a data section"),
         (HEAD + "export: true\n", "mine.yaml: export: expected keys with values, found 'true'"),
         ("model:\n  name: a\n", "mine.yaml: key 'search' is missing"),
         ("search:\nmodel:\n  weights: none\n", "mine.yaml: model: key 'name' is missing"),
-        (HEAD.replace("demo:digits", "demo:digits\n  input_size: 28"), "mine.yaml: model: input_size '28': expected channels"),
+        (HEAD.replace("demo:digits", "demo:digits\n  input_size: 0x8"), "mine.yaml: model: input_size '0x8': expected the input without its batch"),
         ("- a\n", "mine.yaml: expected a YAML mapping, found list"),
         (HEAD + "search:\n", "key 'search' appears twice"),
         ("base: [a]\n", "mine.yaml: base: expected the name of a recipe beside it or of nmfx, found a list"),

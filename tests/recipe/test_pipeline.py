@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from nmfx.cli.work import open_work
 from nmfx.data.config import picture_config
 from nmfx.data.loader import validation_loader
 from nmfx.data.source import open_data
@@ -16,11 +15,16 @@ from nmfx.errors import ModelError, NmfxError
 from nmfx.export.checkpoint import load_checkpoint
 from nmfx.recipe.check import check_recipe
 from nmfx.recipe.loader import load_recipe
-from nmfx.recipe.pipeline import Pipeline, build, exported, read_scores
-from nmfx.recipe.schema import ModelSection, Recipe
+from nmfx.recipe.schema import Recipe
 from nmfx.scheme import Scheme
 from nmfx.settings.search import Choices, Loop, SearchSettings
+from nmfx.settings.stages import ModelSettings
 from nmfx.sparsity.pattern import Pattern
+from nmfx.stages.build import build_weights
+from nmfx.stages.data import open_pictures
+from nmfx.stages.evaluate import read_scores
+from nmfx.stages.pipeline import Pipeline
+from nmfx.stages.work import open_work
 from nmfx.training.evaluation import evaluate
 
 ALL = ["build", "search", "finetune", "export", "evaluate"]
@@ -80,8 +84,8 @@ def test_a_run_is_a_work_directory_and_scores_as_its_checkpoint(tmp_path: Path) 
     work = open_work(folder)
     assert (work.model, work.weights, dict(work.kwargs)) == ("demo:digits", "pretrained", {})
     assert len(Scheme.load(work.scheme_path, work.sites(work.load()))) == 4
-    model, data = load_checkpoint(exported(Pipeline(recipe, folder).job)), open_data("digits")
-    assert exported(Pipeline(recipe, folder).job) == folder / "export" / "digits.safetensors"
+    model, data = load_checkpoint(work.exported_path), open_data("digits")
+    assert work.exported_path == folder / "export" / "digits.safetensors"
     batches = validation_loader(data, picture_config(model, data), batch_size=256)
     scores = read_scores(folder)
     assert evaluate(model, batches) == replace(scores["exported"], agreement=None)
@@ -91,7 +95,7 @@ def test_a_run_is_a_work_directory_and_scores_as_its_checkpoint(tmp_path: Path) 
 @pytest.mark.parametrize(
     "search",
     [
-        SearchSettings(data=True, target=0.75, batch_size=32, loop=Loop(decay=5.0, vote_every=5)),
+        SearchSettings(method="domino", data=True, target=0.75, batch_size=32, loop=Loop(decay=5.0, vote_every=5)),
         SearchSettings(data=True, target=0.75, method="knapsack", sensitivity="activation", pictures=64),
         SearchSettings(pattern=Pattern("2:4"), choices=Choices(keep_dense=("classifier.*",))),
         SearchSettings(limits={"params": 0.25, "macs": "2x"}, choices=Choices(m=8), method="uniform"),
@@ -116,7 +120,7 @@ def test_every_kind_of_search(search: SearchSettings, tmp_path: Path) -> None:
 
 
 def test_random_weights_kwargs_and_fixed_masks(tmp_path: Path) -> None:
-    model = ModelSection("demo:resnet20", "none", {"num_classes": 10, "in_chans": 1}, "1x8x8")
+    model = ModelSettings("demo:resnet20", "none", {"num_classes": 10, "in_chans": 1}, "1x8x8")
     recipe = quick(batch_size=128)
     assert recipe.finetune is not None
     recipe = replace(recipe, model=model, finetune=replace(recipe.finetune, training="fixed", weights="none"))
@@ -141,7 +145,7 @@ def test_check_goes_up_to_the_data(tmp_path: Path) -> None:
     with pytest.raises(NmfxError, match="timm does not accept opt 'momentun'"):
         check_recipe(recipe)
     with pytest.raises(NmfxError, match="may not come from a file"):
-        check_recipe(replace(recipe, model=ModelSection("demo:digits", "none", {"classes": 7})))
+        check_recipe(replace(recipe, model=ModelSettings("demo:digits", "none", {"classes": 7})))
 
 
 def test_what_cannot_be_run(tmp_path: Path) -> None:
@@ -150,9 +154,9 @@ def test_what_cannot_be_run(tmp_path: Path) -> None:
     with pytest.raises(NmfxError, match="mine exists, and no recipe was run there"):
         Pipeline(quick(), tmp_path / "mine")
     with pytest.raises(ModelError, match="comes without trained weights"):
-        build(ModelSection("demo:resnet56", "pretrained"))
-    built = build(ModelSection("demo:resnet56"))
+        build_weights(ModelSettings("demo:resnet56", "pretrained"))
+    built = build_weights(ModelSettings("demo:resnet56"))
     assert (built.weights, "comes without trained weights" in built.note) == ("random", True)
     folder = load_recipe("resnet50-0.80")
     with pytest.raises(NmfxError, match="say which, with --data-root DIR"):
-        _ = Pipeline(folder, tmp_path / "run").job.data
+        open_pictures(folder.data)

@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 from nmfx.errors import NmfxError
 from nmfx.files.states import write_state
 from nmfx.recipe.loader import load_recipe
-from nmfx.recipe.pipeline import FOLDERS, STAGES, Pipeline
-from nmfx.recipe.stamp import Stamp, digests, write_stamp
-from nmfx.recipe.written import LOG_HEAD, Written, is_state, remove_events, remove_state
+from nmfx.stages.pipeline import FOLDERS, STAGES, Pipeline
+from nmfx.stages.stamp import Stamp, digests, write_stamp
+from nmfx.stages.written import LOG_HEAD, Written, is_state, remove_events, remove_state
 from nmfx.training.record import Epoch, write_log
 
 NAMES = ("a", "b", "export/c")

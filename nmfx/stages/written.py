@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from nmfx.errors import NmfxError
 from nmfx.files import parsing
 from nmfx.files.atomic import DRAFT, write_text
-from nmfx.recipe.stamp import FOLDER, digest_of, read_stamp
+from nmfx.stages.stamp import FOLDER, digest_of, read_stamp
 
 LIST = f"{FOLDER}/written.json"
 BOARD = "finetune/tensorboard"

@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 
 from nmfx import __version__
-from nmfx.cli import work
 from nmfx.models.source import versions
 from nmfx.report.canvas import check_path, save_figure, style
 from nmfx.report.figures import draw_comparison, draw_search, draw_speed
@@ -17,6 +16,7 @@ from nmfx.report.record import Limit, Report, Speed
 from nmfx.scheme import Scheme
 from nmfx.search.budget import UNITS
 from nmfx.search.finder import SearchResult
+from nmfx.stages.work import check_free
 
 
 def check(figure: str | None, html: str | None, *, force: bool) -> None:
@@ -30,7 +30,7 @@ def check(figure: str | None, html: str | None, *, force: bool) -> None:
     if html:
         check_page(Path(html))
     if figure or html:
-        work.check_free([Path(path) for path in (figure, html) if path], force=force)
+        check_free([Path(path) for path in (figure, html) if path], force=force)
         with style():
             pass
 

@@ -1,0 +1,99 @@
+"""What several commands do alike: pictures and weights as they are asked for, and what to do next."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from argparse import Namespace
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from nmfx.cli.console import advancing, warn
+from nmfx.cli.flags import read_flags, typed
+from nmfx.cli.processes import asked_to_stop
+from nmfx.errors import NmfxError
+from nmfx.models.example import Example
+from nmfx.passes.statistics import batch_norms
+from nmfx.settings.stages import DataSettings, ModelSettings
+from nmfx.stages.data import Progress
+from nmfx.stages.work import WorkDirectory
+
+DIGITS = "digits"  # the pictures that the demo network was trained on
+
+
+def model_settings(args: Namespace, name: str = "", **given: Any) -> ModelSettings:
+    """The network that arguments name, with its weights, classes and input size."""
+    classes = getattr(args, "classes", None)
+    kwargs = {"num_classes": classes} if classes else {}
+    return read_flags(args, ModelSettings, name=name, kwargs=kwargs, **given)
+
+
+def data_settings(args: Namespace) -> DataSettings | None:
+    """The pictures of --data, if it was given."""
+    return read_flags(args, DataSettings) if "name" in typed(args, DataSettings) else None
+
+
+def needed_data(args: Namespace) -> DataSettings:
+    """The pictures of --data, which the command needs."""
+    return read_flags(args, DataSettings)
+
+
+def data_options(data: DataSettings | None) -> tuple[str, ...]:
+    """The options that say which pictures, for a command that looks at the same ones."""
+    if data is None:
+        return ()
+    return ("--data", data.name, *(("--data-root", data.root) if data.root else ()))
+
+
+def check_random(args: Namespace, said: str) -> None:
+    """Raise where random weights, of which there is something `said`, are an error."""
+    strict = getattr(args, "strict_weights", False) or os.environ.get("NMFX_STRICT_WEIGHTS", "0") not in ("", "0")
+    if said and strict:
+        raise NmfxError(f"{said}, and --strict-weights forbids them; give --weights FILE to nmfx convert")
+
+
+def checked(args: Namespace, work: WorkDirectory) -> WorkDirectory:
+    """A work directory; raises for random weights where they are an error."""
+    check_random(args, work.random)
+    return work
+
+
+def warn_random(work: WorkDirectory) -> None:
+    """Repeat what every stage must repeat."""
+    if work.random:
+        warn(f"{work.random}: anything found reflects shapes only", red=True)
+
+
+def after_search(work: WorkDirectory, data: tuple[str, ...], scheme: str | None = None) -> list[tuple[str, str]]:
+    """What can be done with a scheme: what brings accuracy back comes before the export."""
+    data = data or ("--data", DIGITS if work.model == "demo:digits" else "DIR")
+    commands = [(work.command("finetune", *data, scheme=scheme), "train it under this scheme")]
+    if batch_norms(work.build_meta()):
+        commands.append((work.command("recalibrate", *data, scheme=scheme), "batch norms only, no training"))
+    return [*commands, (work.command("export", scheme=scheme), "as it is")]
+
+
+@contextlib.contextmanager
+def resumable(text: str) -> Iterator[Progress]:
+    """A progress bar for what can be resumed: Ctrl-C waits for the next step, so that nothing is lost."""
+    with advancing(text) as advance, asked_to_stop() as stop:
+
+        def progress(share: float, line: str = "", *, lasting: bool = False) -> None:
+            if not lasting:
+                stop()
+            advance(share, line, lasting=lasting)
+
+        yield progress
+
+
+def pictures_of(example: Example) -> torch.Tensor:
+    """The one input of a model that is to be timed.
+
+    Raises:
+        NmfxError: it takes others.
+    """
+    if len(example.args) != 1 or not isinstance(example.args[0], torch.Tensor) or example.kwargs:
+        raise NmfxError("speed is measured for models of one input, a batch of pictures")
+    return example.args[0]

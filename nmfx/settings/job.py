@@ -1,0 +1,22 @@
+"""All that a whole run can be told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nmfx.settings.search import SearchSettings
+from nmfx.settings.stages import DataSettings, EvaluateSettings, ExportSettings, FinetuneSettings, ModelSettings
+
+
+@dataclass(frozen=True)
+class Job:
+    """The settings of a whole run. Without `finetune` the masked network is exported as it is; without `data` nothing is
+    evaluated.
+    """
+
+    model: ModelSettings
+    search: SearchSettings
+    data: DataSettings | None = None
+    finetune: FinetuneSettings | None = None
+    export: ExportSettings = ExportSettings()
+    evaluate: EvaluateSettings = EvaluateSettings()

@@ -1,0 +1,130 @@
+"""What each stage of a job can be told: the network, pictures, training under the scheme, what is exported and evaluated."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from nmfx.errors import NmfxError
+from nmfx.settings.option import check_options, inline, option
+from nmfx.settings.training import Settings
+
+FOLDER = "folder"  # the name of the data that is just an image folder: the root
+LARGEST_PICTURE = 1 << 26  # numbers in one input that a file may ask for: 256 MiB
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """The network. From a compressed checkpoint the search goes on to a sparser scheme, and gives no site a denser pattern."""
+
+    name: str = option(help="of torchvision, timm or the demos; prefixes torchvision: and timm: say which", flag=None)
+    weights: str = option(
+        "auto",
+        "auto: pretrained, or random where they cannot be had; none: random; FILE: safetensors or .pth, or a compressed "
+        "checkpoint of nmfx, to search a sparser scheme from",
+        metavar="auto|pretrained|none|FILE",
+    )
+    kwargs: Mapping[str, Any] = option((), "what its builder takes, such as num_classes and in_chans", flag=None)
+    input_size: str = option("", "input without the batch, as in 3x224x224; the model's own when empty", metavar="CxHxW")
+    weights_entry: str = option(
+        "",
+        "which weights of a training checkpoint, as state_dict or state_dict_ema; averaged ones first",
+        metavar="NAME",
+    )
+
+    def __post_init__(self) -> None:
+        parse_size(self.input_size, "input_size")
+        object.__setattr__(self, "kwargs", dict(self.kwargs))
+
+    @property
+    def size(self) -> tuple[int, ...] | None:
+        """``input_size`` as numbers."""
+        return parse_size(self.input_size, "input_size")
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """The pictures; `name` is that of `nmfx.open_data`, or ``folder``: the image folder that `root` is."""
+
+    name: str = option(
+        help="an image folder, digits, fashion-mnist, or a timm data set such as torch/cifar100",
+        flag="data",
+        metavar="DIR|NAME",
+    )
+    root: str = option("", "where a named data set is kept", flag="data-root", metavar="DIR")
+    train_split: str = option("train", "the split to train on", flag=None)
+    val_split: str = option("validation", "the split to evaluate on", flag=None)
+    held_back: float = option(0.1, "share held back for validation, of data without such a split", flag=None, least=0, most=1)
+    download: bool = option(False, "fetch a data set of timm or torchvision that is not there", flag=None)
+    workers: int = option(0, "processes that read pictures", least=0, most=256, free=True)
+
+    def __post_init__(self) -> None:
+        check_options(self, "data")
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What decides which pictures there are: a data set with a name may move, a folder is named by its place."""
+        place = {"data": self.root or FOLDER} if self.name == FOLDER else {"data": self.name}
+        return place | {name: getattr(self, name) for name in ("train_split", "val_split", "held_back")}
+
+
+@dataclass(frozen=True)
+class RecalibrateSettings:
+    """How batch norms are matched to the dense network's."""
+
+    pictures: int | None = option(None, "training pictures to look at; 512, or all", least=1)
+    batch_size: int = option(64, "pictures a batch, of all processes together", least=1)
+    seed: int = option(0, "which pictures", least=0, most=2**32 - 1)
+
+
+@dataclass(frozen=True)
+class FinetuneSettings:
+    """Training under the scheme."""
+
+    weights: Literal["model", "none"] = option("model", "none: start from random weights")
+    training: Literal["sr-ste", "ste", "fixed"] = option(
+        "sr-ste", "masks follow the weights with a pull on dropped ones or without, or stay as they are (ASP)"
+    )
+    decay: float = option(2e-4, "sr-ste: lambda, the pull on dropped weights", least=0, most=1e6)
+    settings: Settings = inline(Settings(), "workers")  # the data settings have them
+
+    def __post_init__(self) -> None:
+        check_options(self, "fine-tuning settings")
+
+
+@dataclass(frozen=True)
+class ExportSettings:
+    """What is written beside the scheme and the compressed checkpoint, of the best or the last epoch of fine-tuning."""
+
+    epoch: Literal["best", "last"] = option("best", "of fine-tuning: that of the highest top-1, or the last")
+    baked: bool = option(False, "also a plain state dict with real zeros")
+    onnx: bool = option(False, "also an ONNX file with real zeros (needs nmfx[onnx])")
+
+
+@dataclass(frozen=True)
+class EvaluateSettings:
+    """How checkpoints are evaluated."""
+
+    batch_size: int = option(256, "pictures a batch, of all processes together", least=1)
+
+
+def parse_size(size: str, what: str) -> tuple[int, ...] | None:
+    """``3x224x224`` as numbers; one number means a square colour picture, nothing None.
+
+    Raises:
+        NmfxError: anything else, or a picture of more than 256 MiB.
+    """
+    if not size:
+        return None
+    parts = size.lower().replace(",", "x").split("x")
+    if all(re.fullmatch(r"0*[1-9][0-9]{0,5}", part) for part in parts) and len(parts) <= 5:
+        numbers = tuple(map(int, parts))
+        numbers = (3, *numbers, *numbers) if len(numbers) == 1 else numbers
+        count = 1
+        for number in numbers:
+            count *= number
+        if count <= LARGEST_PICTURE:
+            return numbers
+    raise NmfxError(f"{what} {size[:40]!r}: expected the input without its batch, as in 3x224x224")

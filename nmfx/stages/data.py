@@ -1,0 +1,54 @@
+"""The pictures of a job, fit for its model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from nmfx.data.config import PictureConfig, check_classes, picture_config
+from nmfx.data.sample import calibration
+from nmfx.data.source import Data, open_data
+from nmfx.errors import NmfxError
+from nmfx.settings.stages import FOLDER, DataSettings
+
+Progress = Callable[..., None]  # the share done, and a line of text; lasting=True: a line to keep
+
+
+def silent(share: float, line: str = "", *, lasting: bool = False) -> None:
+    """A `Progress` that shows nothing."""
+
+
+def open_pictures(settings: DataSettings | None) -> Data:
+    """The pictures that settings name.
+
+    Raises:
+        NmfxError: there are none, or they are an image folder and nobody has said which.
+    """
+    if settings is None:
+        raise NmfxError("this needs pictures: say which with --data, or in the recipe's data section")
+    if settings.name == FOLDER and not settings.root:
+        raise NmfxError("the recipe wants an image folder: say which, with --data-root DIR (DIR/train and DIR/val)")
+    name, root = (settings.root, None) if settings.name == FOLDER else (settings.name, settings.root or None)
+    splits = {"train_split": settings.train_split, "val_split": settings.val_split}
+    return open_data(name, root=root, held_back=settings.held_back, download=settings.download, **splits)  # type: ignore
+
+
+def fit_pictures(data: Data, model: nn.Module, input_size: tuple[int, ...] | None) -> PictureConfig:
+    """How pictures are brought to a model, of `input_size` or as it says.
+
+    Raises:
+        NmfxError: the model answers for another number of classes.
+    """
+    check_classes(data, model)
+    size = input_size if input_size is not None and len(input_size) == 3 else None
+    return picture_config(model, data, input_size=size)
+
+
+def sample(
+    settings: DataSettings, model: nn.Module, input_size: tuple[int, ...] | None, *, count: int, batch_size: int, seed: int
+) -> list[tuple[Tensor, Tensor]]:
+    """`count` training pictures with their labels, in batches."""
+    data = open_pictures(settings)
+    config = fit_pictures(data, model, input_size)
+    return calibration(data, config, count=count, batch_size=batch_size, seed=seed, workers=settings.workers)

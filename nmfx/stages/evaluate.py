@@ -1,0 +1,119 @@
+"""The evaluate stage: top-1, top-5 and loss of models on the validation pictures, beside each other."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from torch import nn
+
+from nmfx.data.loader import validation_loader
+from nmfx.data.source import Data
+from nmfx.errors import CheckpointError, NmfxError
+from nmfx.export.checkpoint import load_checkpoint, read_checkpoint
+from nmfx.files.atomic import write_text
+from nmfx.files.parsing import read_json
+from nmfx.passes.transform import transform
+from nmfx.processes import world
+from nmfx.scheme import Scheme
+from nmfx.settings.stages import DataSettings, EvaluateSettings
+from nmfx.stages.data import Progress, fit_pictures, open_pictures, silent
+from nmfx.stages.work import SCORES, WorkDirectory
+from nmfx.text import sentence
+from nmfx.training.evaluation import Evaluation, evaluate
+
+FIRST = ("dense", "start")  # labels of the model that the others are compared with
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model to evaluate, what to call it, and its input size where that is not its own."""
+
+    label: str
+    model: nn.Module
+    size: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class EvaluateRecord:
+    """Scores by label, and the data they are on."""
+
+    scores: dict[str, Evaluation]
+    data: Data
+
+
+def score(
+    candidates: Iterable[Candidate],
+    settings: EvaluateSettings,
+    pictures: DataSettings,
+    *,
+    reference: nn.Module | None = None,
+    device: str = "cpu",
+    progress: Progress = silent,
+) -> EvaluateRecord:
+    """Evaluate models one after another.
+
+    Args:
+        reference: a model whose answers those of the others are compared with; by default the first if it is a dense one.
+
+    Raises:
+        NmfxError: pictures that a model cannot take.
+    """
+    data, scores = open_pictures(pictures), dict[str, Evaluation]()
+    size = max(1, settings.batch_size // world())
+    reference = reference.to(device) if reference is not None else None
+    for one in candidates:
+        config = fit_pictures(data, one.model, one.size)
+        progress(0.0, f"evaluating {one.label} on {data.name}")
+        batches = validation_loader(data, config, batch_size=size, workers=pictures.workers)
+        try:
+            scores[one.label] = evaluate(one.model.to(device), batches, reference=reference)
+        except RuntimeError as error:
+            shape = "x".join(map(str, config.input_size))
+            raise NmfxError(
+                f"{one.label}: the forward pass fails on pictures of {shape}: {sentence(error)}; give --input-size as the "
+                f"model expects it"
+            ) from error
+        if reference is None and one.label in FIRST:
+            reference = one.model
+    return EvaluateRecord(scores, data)
+
+
+def candidates_of(work: WorkDirectory, size: tuple[int, ...] | None = None) -> Iterator[Candidate]:
+    """The models of a work directory: dense (or its sparse start), masked, recalibrated and fine-tuned."""
+    size, dense, scheme = size or work.input_size, work.load(), None
+    yield Candidate("start" if work.start_path.is_file() else "dense", dense, size)
+    if work.scheme_path.is_file():
+        sites = work.sites(dense)
+        scheme = Scheme.load(work.scheme_path, sites)
+        yield Candidate("masked, untrained", transform(dense, scheme, sites=sites), size)
+    for label, file in (("recalibrated", work.recalibrated_path), ("fine-tuned", work.tuned_path)):
+        if file.is_file():
+            other = scheme is not None and read_checkpoint(file)[0].scheme.patterns != scheme.patterns
+            yield Candidate(f"{label}{', another scheme' if other else ''}", load_checkpoint(file), size)
+
+
+def exported(work: WorkDirectory) -> Iterator[Candidate]:
+    """The model that a recipe started from, if its weights are any, and the one that it exported."""
+    if not work.random:
+        yield Candidate("start" if work.start_path.is_file() else "dense", work.load(), work.input_size)
+    yield Candidate("exported", load_checkpoint(work.exported_path, work.load()), work.input_size)
+
+
+def write_scores(record: EvaluateRecord, folder: Path) -> None:
+    """Write scores into a work directory."""
+    write_text(folder / SCORES, json.dumps({name: asdict(one) for name, one in record.scores.items()}, indent=1))
+
+
+def read_scores(folder: Path) -> dict[str, Evaluation]:
+    """The scores that a work directory holds, by label.
+
+    Raises:
+        CheckpointError: there are none.
+    """
+    try:
+        return read_json(folder / SCORES, dict[str, Evaluation], "scores")
+    except NmfxError as error:
+        raise CheckpointError(f"{folder / SCORES}: no scores there ({error}); run the recipe to its end") from error

@@ -1,0 +1,96 @@
+"""The export stage: scheme files, the compressed checkpoint, and on demand baked weights and ONNX."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import nn
+
+from nmfx.export.checkpoint import load_checkpoint, read_checkpoint, save_checkpoint
+from nmfx.export.plain import save_baked, save_onnx
+from nmfx.files.atomic import all_or_nothing
+from nmfx.models.example import Example
+from nmfx.models.site import Sites
+from nmfx.passes.baking import Verified, bake, verify
+from nmfx.passes.transform import transform
+from nmfx.scheme import Scheme
+from nmfx.settings.stages import ExportSettings
+from nmfx.stages.work import SCHEME, WorkDirectory, save_scheme
+
+FORMATS: dict[str, tuple[str, Callable[[nn.Module, Path, Example], None]]] = {  # of a baked model: an ending, and a writer
+    "baked": (".baked.safetensors", lambda model, path, example: save_baked(model, path)),
+    "onnx": (".onnx", save_onnx),
+}
+
+
+@dataclass(frozen=True)
+class ExportRecord:
+    """What the export stage wrote.
+
+    Attributes:
+        files: by kind (``scheme``, ``published``, ``checkpoint`` and the formats), the names in the folder.
+        weights: where the weights come from.
+        dense_bytes: of the dense weights.
+        verified: the check of the masks; None without any.
+    """
+
+    files: dict[str, str]
+    weights: str
+    scheme: Scheme
+    sites: Sites = field(repr=False)
+    dense_bytes: int
+    verified: Verified | None
+    notes: list[str]
+
+
+def file_names(work: WorkDirectory, settings: ExportSettings) -> dict[str, str]:
+    """What the stage writes, by kind."""
+    name = work.source.name
+    formats = {kind: f"{name}{ending}" for kind, (ending, _) in FORMATS.items() if getattr(settings, kind)}
+    return {"scheme": SCHEME, "checkpoint": f"{name}.safetensors"} | formats
+
+
+def export(
+    work: WorkDirectory,
+    settings: ExportSettings,
+    folder: Path,
+    *,
+    scheme: str | None = None,
+    finished: bool = True,
+    make_way: Callable[[list[str]], list[str]] = lambda names: [],
+) -> ExportRecord:
+    """Write a work directory's model under its scheme: with the fine-tuned weights if they are under it, else the recalibrated
+    ones, else those it was made with. All files come at once, or none.
+
+    Args:
+        scheme: the file of another scheme.
+        finished: take the fine-tuned or recalibrated weights, if there are any; False: those that it was made with.
+        make_way: told the names of the files before they move to `folder`; its lines become notes.
+
+    Raises:
+        NmfxError: no scheme, no last epoch where that is asked for, a format that cannot say it.
+    """
+    model = work.load()
+    sites, example = work.sites(model), work.example(model)
+    chosen = work.scheme(sites, scheme)
+    dense = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+    path, notes = work.finished(chosen, settings.epoch) if finished else (None, [])
+    if path is not None:
+        load_checkpoint(path, model)
+        weights = read_checkpoint(path)[0].info.get("weights", "fine-tuned")
+    else:
+        transform(model, chosen, sites=sites, inplace=True)
+        weights = work.weights
+    verified, files = verify(model) if len(chosen) else None, file_names(work, settings)
+    with all_or_nothing(folder) as draft:
+        written, said = save_scheme(chosen, draft / files["scheme"], sites)
+        files |= {"published": written[1].name} if len(written) > 1 else {}
+        save_checkpoint(model, draft / files["checkpoint"], info={**chosen.info, "weights": weights})
+        plain = bake(model, inplace=True)
+        for kind, (_, save) in FORMATS.items():
+            if kind in files:
+                save(plain, draft / files[kind], example)
+        notes += [*said, *make_way(list(files.values()))]
+    return ExportRecord(files, weights, chosen, sites, dense, verified, notes)

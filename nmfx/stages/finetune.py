@@ -1,0 +1,154 @@
+"""The finetune stage: a work directory's model, or a compressed checkpoint, trained under its scheme."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from nmfx.data.loader import validation_loader
+from nmfx.data.source import Data
+from nmfx.errors import NmfxError
+from nmfx.export.checkpoint import load_checkpoint
+from nmfx.files.atomic import check_writable
+from nmfx.models.building import build_random
+from nmfx.models.census import find_sites
+from nmfx.passes.transform import transform
+from nmfx.processes import rank, world
+from nmfx.scheme import INFO, Scheme
+from nmfx.settings.stages import DataSettings, FinetuneSettings
+from nmfx.stages.data import Progress, fit_pictures, open_pictures, silent
+from nmfx.stages.epochs import TUNED, describe_epoch, save_epochs
+from nmfx.stages.work import WorkDirectory, example_of
+from nmfx.training.evaluation import Evaluation, evaluate
+from nmfx.training.masks import set_training
+from nmfx.training.record import Epoch, Finetuned
+from nmfx.training.record import Progress as Now
+from nmfx.training.state import fingerprint
+from nmfx.training.trainer import BEST, LAST, LOG
+from nmfx.training.trainer import finetune as train
+
+FILES = (*TUNED.values(), LAST, BEST, LOG)  # what the stage writes into its folder
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What training starts from: a work directory's dense weights under its scheme, unless told otherwise.
+
+    Attributes:
+        checkpoint: a compressed checkpoint instead.
+        scheme: another scheme file; ``dense`` trains without one.
+    """
+
+    work: WorkDirectory | None
+    checkpoint: Path | None = None
+    scheme: str = ""
+
+    @property
+    def size(self) -> tuple[int, ...] | None:
+        """The input size that the work directory was made with."""
+        return self.work.input_size if self.work else None
+
+
+@dataclass(frozen=True)
+class FinetuneRecord:
+    """What the finetune stage did: the model holds the best epoch, as its checkpoint does, which scores `best`."""
+
+    model: nn.Module = field(repr=False)
+    result: Finetuned
+    best: Evaluation
+    folder: Path
+
+
+def finetune(
+    origin: Origin,
+    settings: FinetuneSettings,
+    pictures: DataSettings,
+    folder: Path,
+    *,
+    device: str = "cpu",
+    progress: Progress = silent,
+) -> FinetuneRecord:
+    """Train, or go on with a run that was stopped in `folder`, and write the best and the last epoch; every process calls it.
+
+    Raises:
+        NmfxError: nothing to start from, a folder that cannot be written, pictures that do not fit, a run of other settings.
+    """
+    training = replace(settings.settings, workers=pictures.workers)
+    if rank() == 0:
+        check_writable(folder, FILES)  # before hours are spent
+    model, info = _model(origin, settings)
+    teacher = _teacher(origin) if training.distill else None
+    about = {"weights before": fingerprint(model)}
+    data = open_pictures(pictures)
+    config = fit_pictures(data, model, origin.size)
+
+    def during(now: Now) -> None:
+        top1 = "" if now.top1 is None else f", top-1 {now.top1:.2%}"
+        line = f"epoch {now.epoch + 1}/{now.epochs}: loss {now.loss:.4f}{top1}, {now.images_per_second:,.0f} images/s"
+        progress(now.share, line)
+
+    def after(done: Epoch) -> None:
+        progress((done.epoch + 1) / training.epochs, describe_epoch(done, training.epochs), lasting=True)
+
+    result = train(
+        model.to(device), data, settings=training, folder=folder, config=config, teacher=teacher, about=about,
+        progress=during, after_epoch=after,
+    )  # fmt: skip
+    save_epochs(model, result, folder, info)
+    if world() > 1:
+        dist.barrier()  # it has been written
+    batches = validation_loader(data, config, batch_size=training.pictures_a_pass(world()), workers=training.workers)
+    return FinetuneRecord(model, result, _check(folder / TUNED["best"], model, batches, device), folder)
+
+
+def _model(origin: Origin, settings: FinetuneSettings) -> tuple[nn.Module, dict[str, str]]:
+    """The converted model to train, and what its checkpoint says of its origin."""
+    work, random = origin.work, settings.weights == "none"
+    if origin.checkpoint is not None:
+        model = load_checkpoint(origin.checkpoint)
+        info = {"weights": f"fine-tuned from {origin.checkpoint.name}"}
+        if not origin.scheme:
+            set_training(model, settings.training, settings.decay)
+            return model, info | ({"model": work.model} if work else {})
+    else:
+        if work is None:
+            raise NmfxError("nothing to train: give a work directory or a compressed checkpoint")
+        model = build_random(work.source, settings.settings.seed) if random else work.load()
+        info = {"model": work.model, "weights": f"fine-tuned from {'random' if random else work.weights}"}
+    if origin.scheme == "dense":
+        return model, info
+    path = Path(origin.scheme) if origin.scheme else work.scheme_path if work else Path()
+    if not path.is_file():
+        where = f"; run `nmfx search {shlex.quote(str(work.path))}`" if work and not origin.scheme else ""
+        raise NmfxError(f"{path}: no scheme there{where}, or give --scheme FILE (--scheme dense trains without one)")
+    sites = work.sites(model) if work else find_sites(model, example_of(model, None))
+    scheme = Scheme.load(path, sites)
+    transform(model, scheme, sites=sites, training=settings.training, decay=settings.decay, inplace=True)
+    return model, {key: value for key, value in scheme.info.items() if key in INFO} | info
+
+
+def _teacher(origin: Origin) -> nn.Module:
+    if origin.work is None or origin.work.random:
+        raise NmfxError("distill learns from the dense weights of a work directory: name one that has them")
+    return origin.work.load()
+
+
+def _check(path: Path, model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], device: str) -> Evaluation:
+    """What is on disk scores as what was trained, digit for digit: that score."""
+    trained, found = evaluate(model, batches), evaluate(load_checkpoint(path).to(device), batches)
+    if found != trained:
+        raise NmfxError(f"{path}: evaluates as {found}, the trained model as {trained}; do not use it")
+    return found
+
+
+def training_pictures(data: Data, most: int) -> int:
+    """How many pictures there are to train on, at most `most`."""
+    try:
+        return min(most, len(data.train))  # type: ignore[arg-type]
+    except TypeError:
+        return most

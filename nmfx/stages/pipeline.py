@@ -1,0 +1,216 @@
+"""The stages in their order, in a folder: which have to run, and what is kept of those before.
+
+The folder is a work directory: what ``nmfx evaluate``, ``inspect``, ``export`` and ``compare`` take. Every stage reads what
+those before it wrote, and leaves a stamp in ``stages/``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from nmfx.errors import NmfxError
+from nmfx.processes import rank, world
+from nmfx.scheme import Totals
+from nmfx.settings.job import Job
+from nmfx.settings.option import free_keys, values_of
+from nmfx.settings.stages import FinetuneSettings
+from nmfx.settings.training import Settings
+from nmfx.stages.build import build, write_files
+from nmfx.stages.data import Progress, silent
+from nmfx.stages.epochs import TUNED
+from nmfx.stages.evaluate import exported, score, write_scores
+from nmfx.stages.export import export
+from nmfx.stages.finetune import FILES, Origin, finetune
+from nmfx.stages.search import search
+from nmfx.stages.stamp import Stamp, digest_of, digests, read_stamp, stamp, write_stamp
+from nmfx.stages.work import EXPORT, SCHEME, SCORES, START, TUNING, WEIGHTS, WORK, open_work, save_scheme
+from nmfx.stages.written import BOARD, Written, check_folders, is_state, remove_events, remove_state
+
+FOLDERS = ("stages", EXPORT, TUNING, BOARD)
+SEARCHING = "scheme.search.safetensors"
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a stage did: the files it wrote, by their path in the folder, and what there is to say."""
+
+    outputs: tuple[str, ...]
+    lines: tuple[str, ...] = ()
+
+
+def _build(job: Job, folder: Path, device: str, progress: Progress) -> Done:
+    record = build(job.model)
+    sites, kept = record.sites, Written(folder).clear(WORK, WEIGHTS, START)
+    lines = [
+        f"{record.source} ({type(record.model).__name__}, {record.built.weights} weights): {len(sites)} sites, "
+        f"{sites.weights:,} weights, {sites.macs:,} MACs",
+        f"{len(sites.skipped)} parameters are no sites: {', '.join(s.name for s in sites.skipped)}" if sites.skipped else "",
+        f"read through all-ones masks, the largest difference is {record.difference:g}",
+        record.built.note,
+        *kept,
+        f"compressed weights: {describe(record.start.totals(sites))}; no site gets denser" if record.start else "",
+    ]
+    return Done(tuple(write_files(record, folder)), tuple(line for line in lines if line))
+
+
+def _search(job: Job, folder: Path, device: str, progress: Progress) -> Done:
+    work = open_work(folder)
+    record = search(work, job.search, job.data, device=device, checkpoint=folder / SEARCHING, progress=progress)
+    written, lines, result = list[str](), [describe(record.scheme.totals(record.sites))], record.result
+    if record.target:
+        lines.append(f"target {record.target}: 0.875 is out of reach")
+    if rank() == 0:
+        lines += Written(folder).clear(SCHEME, "scheme.txt")
+        written = [path.name for path in save_scheme(record.scheme, folder / SCHEME, record.sites)[0]]
+        if is_state(folder / SEARCHING):
+            (folder / SEARCHING).unlink()
+    if result is not None:
+        lines.append(f"{result.method}: {len(result.events)} steps in {result.seconds:.2f} s, {result.left:,} left")
+        lines += [f"{name}: dense, or with another M ({why})" for name, why in result.dense_reasons.items()]
+    return Done(tuple(written), tuple(lines))
+
+
+def describe(totals: Totals) -> str:
+    """What a scheme keeps, in a line."""
+    return (
+        f"kept: {totals.kept:,} of {totals.weights:,} weights (sparsity {totals.sparsity:.4f}), {totals.kept_macs:,} of "
+        f"{totals.macs:,} MACs ({totals.mac_sparsity:.4f})"
+    )
+
+
+def _finetune(job: Job, folder: Path, device: str, progress: Progress) -> Done:
+    assert job.finetune is not None  # or the stage is left out
+    assert job.data is not None
+    names = tuple(f"{TUNING}/{name}" for name in TUNED.values())
+    kept = Written(folder).clear(*names) if rank() == 0 else []
+    record = finetune(Origin(open_work(folder)), job.finetune, job.data, folder / TUNING, device=device, progress=progress)
+    result = record.result
+    said = f"{len(result.epochs)} epochs; best top-1 {result.best.top1:.2%} after epoch {result.best.epoch + 1}"
+    return Done(names, (said, *kept))
+
+
+def _export(job: Job, folder: Path, device: str, progress: Progress) -> Done:
+    def make_way(names: list[str]) -> list[str]:
+        paths, left = [f"{EXPORT}/{name}" for name in names], Written(folder)
+        earlier = [f"{EXPORT}/{file.name}" for file in (folder / EXPORT).iterdir()]
+        stale = [path for path in earlier if path not in paths and left.ours(path)]  # of a run with other settings
+        return left.clear(*paths, *stale)
+
+    record = export(
+        open_work(folder), job.export, folder / EXPORT, finished=job.finetune is not None, make_way=make_way
+    )
+    paths = tuple(f"{EXPORT}/{name}" for name in record.files.values())
+    lines, checked = list[str](), record.verified
+    if checked is not None:
+        lines.append(f"{checked.groups:,} groups of {checked.sites} sites hold at most N")
+    lines += [*record.notes, *(f"wrote {folder / path} ({(folder / path).stat().st_size:,} bytes)" for path in paths)]
+    return Done(paths, tuple(lines))
+
+
+def _evaluate(job: Job, folder: Path, device: str, progress: Progress) -> Done:
+    assert job.data is not None  # or the stage is left out
+    record = score(exported(open_work(folder)), job.evaluate, job.data, device=device, progress=progress)
+    kept: list[str] = []
+    if rank() == 0:
+        kept = Written(folder).clear(SCORES)
+        write_scores(record, folder)
+    return Done((SCORES,), tuple(kept))
+
+
+def _pictures(job: Job) -> dict[str, Any]:
+    return job.data.identity if job.data else {}
+
+
+def _build_settings(job: Job) -> dict[str, Any]:
+    weights = job.model.weights
+    file = {} if weights in ("auto", "pretrained", "none") else {"content of weights": digest_of(Path(weights))}
+    return values_of(job.model) | file
+
+
+def _search_settings(job: Job) -> dict[str, Any]:
+    section = job.search
+    file = {"content of scheme": digest_of(Path(section.scheme))} if section.scheme else {}
+    return {"look at data": section.data} | values_of(section, ("data",)) | (_pictures(job) if section.data else {}) | file
+
+
+def _finetune_settings(job: Job) -> dict[str, Any]:
+    return values_of(job.finetune or FinetuneSettings(), free_keys(Settings)) | _pictures(job)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What decides a stage's output, what runs it, and the files of a run that was stopped."""
+
+    settings: Callable[[Job], dict[str, Any]]
+    run: Callable[[Job, Path, str, Progress], Done]
+    drafts: tuple[str, ...] = ()
+    together: bool = False  # every process takes part, not only the first
+
+
+STAGES = {
+    "build": Stage(_build_settings, _build),
+    "search": Stage(_search_settings, _search, (SEARCHING,), together=True),
+    "finetune": Stage(_finetune_settings, _finetune, tuple(f"{TUNING}/{name}" for name in FILES), together=True),
+    "export": Stage(lambda job: values_of(job.export), _export),
+    "evaluate": Stage(lambda job: values_of(job.evaluate) | _pictures(job), _evaluate, together=True),
+}
+
+
+class Pipeline:
+    """The stages of a job in a folder; ask `reason` why one has to run, and `run` it, in the order of `stages`."""
+
+    def __init__(self, job: Job, folder: Path, *, device: str = "cpu") -> None:
+        """Raises NmfxError when the folder is not one of ours, or leads elsewhere by a link inside it."""
+        self.job, self.folder, self.device = job, folder, device
+        check_folders(folder, FOLDERS)
+        here = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+        if here and not (folder / "stages").is_dir():
+            raise NmfxError(f"{folder} exists, and no recipe was run there; give -o another folder")
+
+    @property
+    def stages(self) -> list[str]:
+        """The stages that the job has."""
+        absent = {"finetune": self.job.finetune is None, "evaluate": self.job.data is None}
+        return [name for name in STAGES if not absent.get(name)]
+
+    def _wanted(self, stage: str) -> Stamp:
+        before = self.stages[: self.stages.index(stage)]
+        last = read_stamp(self.folder, before[-1]) if before else None
+        return stamp(STAGES[stage].settings(self.job), last.fingerprint if last else "")
+
+    def reason(self, stage: str) -> str:
+        """Why a stage has to run, once those before it have; empty when its output is there and still valid."""
+        there, wanted = read_stamp(self.folder, stage), self._wanted(stage)
+        said = "there is no output yet" if there is None else there.reason(wanted, self.folder)
+        _together()  # nobody writes before all have looked
+        return said
+
+    def run(self, stage: str, progress: Progress = silent, *, anew: bool = False) -> tuple[str, ...]:
+        """Run a stage; what it has to say. One that was stopped goes on, unless it is another one now, or `anew`."""
+        folder, one, wanted = self.folder, STAGES[stage], self._wanted(stage)
+        there, kept = read_stamp(folder, stage), list[str]()
+        _together()
+        if rank() == 0:
+            if anew or there is None or not there.starts_as(wanted):
+                kept = [line for name in one.drafts for line in remove_state(folder / name)]
+                remove_events(folder / BOARD) if stage == "finetune" else None
+            write_stamp(folder, stage, wanted)
+        _together()
+        done = one.run(self.job, folder, self.device, progress) if one.together or rank() == 0 else Done(())
+        if rank() == 0:
+            outputs = digests(folder, done.outputs)
+            Written(folder).record(outputs)
+            write_stamp(folder, stage, replace(wanted, outputs=outputs))
+        _together()
+        return (*kept, *done.lines)
+
+
+def _together() -> None:
+    """Wait for the other processes."""
+    if world() > 1:
+        dist.barrier()

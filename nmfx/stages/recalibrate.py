@@ -1,0 +1,63 @@
+"""The recalibrate stage: the masked model's batch norms matched to the dense model's, without training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from nmfx.data.sample import calibration
+from nmfx.errors import NmfxError
+from nmfx.export.checkpoint import save_checkpoint
+from nmfx.passes.statistics import batch_norms, recalibrate_bn
+from nmfx.passes.transform import transform
+from nmfx.processes import rank
+from nmfx.settings.stages import DataSettings, RecalibrateSettings
+from nmfx.stages.data import Progress, fit_pictures, open_pictures, silent
+from nmfx.stages.finetune import training_pictures
+from nmfx.stages.work import WorkDirectory
+
+PICTURES = 512  # looked at, unless told otherwise: more change little
+
+
+@dataclass(frozen=True)
+class RecalibrateRecord:
+    """What the recalibrate stage did: how many norms it matched, on how many training pictures of which data."""
+
+    norms: int
+    pictures: int
+    data: str
+    path: Path
+
+
+def recalibrate(
+    work: WorkDirectory,
+    settings: RecalibrateSettings,
+    pictures: DataSettings,
+    path: Path,
+    *,
+    scheme: str | None = None,
+    device: str = "cpu",
+    force: bool = True,
+    progress: Progress = silent,
+) -> RecalibrateRecord:
+    """Match the batch norms of a work directory's model under `scheme`, or its own, and write it to `path`.
+
+    Raises:
+        NmfxError: no scheme, no batch norms, pictures that do not fit.
+    """
+    dense = work.load()
+    sites = work.sites(dense)
+    chosen = work.scheme(sites, scheme)
+    model = transform(dense, chosen, sites=sites)
+    if not (norms := batch_norms(model)):
+        raise NmfxError(f"{work.model} has no batch norms to recalibrate; nmfx finetune restores its accuracy")
+    data = open_pictures(pictures)
+    config = fit_pictures(data, model, work.input_size)
+    count = settings.pictures or training_pictures(data, PICTURES)
+    size = min(settings.batch_size, max(1, count // 2))
+    progress(0.0, f"matching {len(norms)} batch norms on {count} pictures of {data.name}")
+    batches = calibration(data, config, count=count, batch_size=size, seed=settings.seed, workers=pictures.workers)
+    recalibrate_bn(model.to(device), batches, dense=dense.to(device))
+    if rank() == 0:
+        save_checkpoint(model.cpu(), path, info={**chosen.info, "weights": f"recalibrated, {work.weights}"}, force=force)
+    return RecalibrateRecord(len(norms), count, data.name, path)

@@ -1,0 +1,200 @@
+"""The search stage: a pattern for every site, by a method under a budget, one pattern for all, or the scheme of a file."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from nmfx.data.loader import train_loader
+from nmfx.errors import SearchError
+from nmfx.models.site import Sites
+from nmfx.passes.transform import resolve_scheme
+from nmfx.processes import world
+from nmfx.scheme import Scheme, fit, shapes_of
+from nmfx.search.domino_loop import DominoSearch
+from nmfx.search.finder import MIXED, SearchResult, conclude, find_scheme
+from nmfx.search.problem import pose
+from nmfx.search.run import run_domino
+from nmfx.search.tables import Tables
+from nmfx.settings.option import values_of
+from nmfx.settings.search import DEFAULT_M, DEFAULT_TARGET, SearchSettings
+from nmfx.settings.stages import DataSettings
+from nmfx.stages.data import Progress, fit_pictures, open_pictures, sample, silent
+from nmfx.stages.work import WorkDirectory
+
+
+@dataclass(frozen=True)
+class SearchRecord:
+    """What the search stage chose.
+
+    Attributes:
+        scheme: with the model and where its weights came from in its info.
+        result: of the search, if there was one.
+        reasons: why sites have another pattern than the one that all were to have.
+        target: what was searched for where nothing was asked and 0.875 was out of reach.
+    """
+
+    scheme: Scheme
+    sites: Sites = field(repr=False)
+    result: SearchResult | None = None
+    reasons: dict[str, str] = field(default_factory=dict)
+    target: str = ""
+
+
+def search(
+    work: WorkDirectory,
+    settings: SearchSettings,
+    data: DataSettings | None = None,
+    *,
+    device: str = "cpu",
+    checkpoint: Path | None = None,
+    progress: Progress = silent,
+) -> SearchRecord:
+    """Choose a pattern for every site of a work directory's model.
+
+    Args:
+        data: the pictures, for settings that look at them.
+        checkpoint: what the published loop writes every few minutes, and goes on with.
+
+    Raises:
+        SearchError: a target out of reach, or that cannot be had this way.
+    """
+    model = work.load()
+    sites = work.sites(model)
+    start = work.start(sites)
+    record = choose(
+        settings, model, sites, start=start, data=data, size=work.input_size, device=device, checkpoint=checkpoint,
+        progress=progress,
+    )  # fmt: skip
+    return replace(record, scheme=with_origin(record.scheme, work.model, work.weights))
+
+
+def with_origin(scheme: Scheme, model: str, weights: str) -> Scheme:
+    """A scheme that says which model it is for, and where its weights came from."""
+    return replace(scheme, info={**scheme.info, "model": model, "weights": weights})
+
+
+def choose(
+    settings: SearchSettings,
+    model: nn.Module,
+    sites: Sites,
+    *,
+    start: Scheme | None = None,
+    data: DataSettings | None = None,
+    size: tuple[int, ...] | None = None,
+    device: str = "cpu",
+    checkpoint: Path | None = None,
+    progress: Progress = silent,
+) -> SearchRecord:
+    """The same for a model at hand.
+
+    Args:
+        start: the scheme that the weights are under already, which bounds a search.
+        size: of the input without its batch, where it is not the model's own.
+    """
+    if settings.scheme:
+        return SearchRecord(resolve_scheme(Path(settings.scheme), sites), sites)
+    if settings.pattern is not None:
+        return _uniform(settings, sites)
+    question = ask(settings, start)
+    target = "" if settings.target or settings.limits or start else default_target(sites, settings.method, question)
+    if target:
+        question["target"] = target
+    if settings.looping:
+        assert data is not None
+        result = _loop(settings, model, sites, data, size, device, checkpoint, progress, question)
+    else:
+        result = finder(settings, model, sites, data, size, device)(**question)
+    return SearchRecord(result.scheme, sites, result, target="" if target == str(DEFAULT_TARGET) else target)
+
+
+def ask(settings: SearchSettings, start: Scheme | None) -> dict[str, Any]:
+    """What is asked of a search, whatever the method; one that starts from a sparse network keeps its M unless told."""
+    choices = values_of(settings.choices)
+    if choices["m"] is None:
+        choices["m"] = max((pattern.m for pattern in (start or {}).values()), default=DEFAULT_M)
+    asked = {"target": settings.target or DEFAULT_TARGET, "budget": settings.budget, "limits": settings.limits}
+    return {**asked, **choices, "within": start}
+
+
+def finder(
+    settings: SearchSettings,
+    model: nn.Module,
+    sites: Sites,
+    data: DataSettings | None,
+    size: tuple[int, ...] | None,
+    device: str,
+) -> Callable[..., SearchResult]:
+    """find_scheme with its method and the pictures it looks at."""
+    batches = None
+    if settings.data and data is not None:
+        batch = min(settings.batch_size, max(1, settings.pictures // 8))
+        batches = sample(data, model, size, count=settings.pictures, batch_size=batch, seed=settings.seed)
+    options = {"seconds": settings.seconds, "seed": settings.seed} if settings.method == "spdy" else {}
+    return partial(
+        find_scheme, model.to(device), sites=sites, method=settings.method, sensitivity=settings.measured, data=batches,
+        options=options,
+    )  # fmt: skip
+
+
+def default_target(sites: Sites, method: str, question: dict[str, Any]) -> str:
+    """0.875; where that is out of reach, what the densest pattern of each site comes to."""
+    free = {key: value for key, value in question.items() if key not in ("target", "limits")}
+    try:
+        problem = pose(sites, target=0.0, mixed=method in MIXED, **free)
+    except SearchError:
+        return str(DEFAULT_TARGET)  # and the search says what is wrong
+    dense, costs = problem.budget.dense, problem.costs
+    kept = sum(row[-2] if len(row) > 1 else row[-1] for row in costs)
+    if sum(map(min, costs)) <= dense * (1 - Fraction(str(DEFAULT_TARGET))) or kept == dense:
+        return str(DEFAULT_TARGET)
+    return f"{math.floor(10**6 * (1 - Fraction(kept, dense))) / 10**6:.6f}"
+
+
+def _uniform(settings: SearchSettings, sites: Sites) -> SearchRecord:
+    """One pattern on every site that can take it."""
+    pattern, choices = settings.pattern, settings.choices
+    assert pattern is not None
+    if pattern.is_dense:
+        return SearchRecord(Scheme({}, shapes=shapes_of(sites)), sites)
+    policy: dict[str, Any] = {"layout": choices.layout, "remainder": choices.remainder}
+    scheme = Scheme.uniform(sites, pattern, keep_dense=choices.keep_dense, **policy)
+    reasons = {s.name: r for s in sites if (r := fit(s, pattern, choices.layout, choices.remainder)[1])}
+    return SearchRecord(replace(scheme, info={"m": str(pattern.m)}), sites, reasons=reasons)
+
+
+def _loop(
+    settings: SearchSettings,
+    model: nn.Module,
+    sites: Sites,
+    data: DataSettings,
+    size: tuple[int, ...] | None,
+    device: str,
+    checkpoint: Path | None,
+    progress: Progress,
+    question: dict[str, Any],
+) -> SearchResult:
+    """The published loop over training batches."""
+    pictures, start = open_pictures(data), time.perf_counter()
+    config, share = fit_pictures(pictures, model, size), settings.batch_size // world()
+    loader = train_loader(pictures, config, batch_size=share, workers=data.workers, seed=settings.seed)
+
+    def show(search: DominoSearch) -> None:
+        aim = float(search.problem.budget.target) or 1.0
+        last = ", ".join(f"{e.site} {e.after}" for e in search.events[-2:]) or "no site has tipped yet"
+        progress(min(1.0, search.sparsity / aim), f"t = {search.t}, sparsity {search.sparsity:.4f}: {last}")
+
+    search = run_domino(
+        model, loader, sites=sites, checkpoint=checkpoint, progress=show, lr=settings.lr, seed=settings.seed,
+        most=settings.most, device=device, **values_of(settings.loop), **question,
+    )  # fmt: skip
+    took = time.perf_counter() - start
+    return conclude(Tables(search.problem, model), search.outcome, method=search.method, seconds=took)
