@@ -82,7 +82,8 @@ def _settings(args: Namespace) -> tuple[SearchSettings, DataSettings | None]:
     if data and method == "knapsack" and sensitivity == "weight":
         raise SearchError("the knapsack looks at pictures with --sensitivity activation, gradient or measured only")
     if not data and (method == "spdy" or sensitivity in SENSITIVITIES[1:]):
-        raise SearchError(f"{'method' if method == 'spdy' else 'sensitivity'} {sensitivity or method} looks at pictures: give --data")
+        which = "method spdy" if method == "spdy" else f"sensitivity {sensitivity}"
+        raise SearchError(f"{which} looks at pictures: give --data")
     if not (method == "domino" and data):
         for key in (*Loop.__dataclass_fields__, "lr", "most"):
             if key in said:

@@ -23,7 +23,9 @@ def parse_target(target: float | str) -> float | Fraction:
     elif isinstance(target, int | float | Fraction) and not isinstance(target, bool):
         value = target if isinstance(target, Fraction) else float(target)
     if not 0 <= value < 1:
-        raise SearchError(f"target {_shown(target)}: expected a sparsity in 0 <= target < 1, such as 0.875, or times fewer, such as 8x")
+        raise SearchError(
+            f"target {_shown(target)}: expected a sparsity in 0 <= target < 1, such as 0.875, or times fewer, such as 8x"
+        )
     return value
 
 
