@@ -16,6 +16,7 @@ from nmfx.errors import NmfxError
 from nmfx.sparsity.layout import Grouping
 from nmfx.sparsity.mask import make_mask, update_mask
 from nmfx.sparsity.pattern import Pattern
+from nmfx.sparsity.rules import RULES
 from nmfx.sparsity.ste import MaskedCompute, MaskedRead
 
 STATES = "_masked_sites"  # in an owner's __dict__: attribute -> MaskState
@@ -34,7 +35,7 @@ class MaskSpec:
     name: str
     pattern: Pattern
     grouping: Grouping
-    decay: float | None = 2e-4
+    decay: float | None = RULES["sr-ste"].decay
     frozen: bool = False
     derived: bool = False
 

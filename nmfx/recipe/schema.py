@@ -10,13 +10,13 @@ from typing import Any, Literal
 from nmfx import text
 from nmfx.errors import NmfxError
 from nmfx.models.arguments import is_picture, parse_kwargs
-from nmfx.passes.transform import Training
 from nmfx.search.budget import BudgetKind, parse_limit, parse_target
 from nmfx.search.domino_loop import Loop
 from nmfx.search.finder import METHODS
 from nmfx.search.problem import Choices
 from nmfx.search.sensitivity import SENSITIVITIES
 from nmfx.sparsity.pattern import Pattern
+from nmfx.sparsity.rules import Training
 from nmfx.training.settings import Settings
 
 FOLDER = "folder"  # the name of the data that is just an image folder: the root

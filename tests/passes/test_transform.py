@@ -136,7 +136,7 @@ def test_what_is_no_scheme_is_refused(scheme: Any, message: str, inplace: bool) 
 
 
 def test_an_unknown_way_to_train_is_refused() -> None:
-    with pytest.raises(SchemeError, match="expected 'sr-ste', 'ste' or 'fixed'"):
+    with pytest.raises(NmfxError, match="unknown training 'srste' .did you mean 'sr-ste'.*; known: sr-ste, ste, fixed"):
         transform(Net(), "2:4", example_input=X, training="srste")  # type: ignore[arg-type]
 
 

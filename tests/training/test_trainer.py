@@ -476,7 +476,7 @@ def test_a_decay_that_is_none(decay: float) -> None:
         demo(decay=decay)
     with pytest.raises(NmfxError, match="finite factor of 0 or more"):
         set_training(demo(), "sr-ste", decay)
-    with pytest.raises(NmfxError, match="expected sr-ste, ste or fixed"):
+    with pytest.raises(NmfxError, match="unknown training 'asp'; known: sr-ste, ste, fixed"):
         set_training(demo(), "asp")  # type: ignore[arg-type]
 
 
