@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from nmfx.errors import NmfxError as NmfxError
     from nmfx.export.checkpoint import load_checkpoint as load_checkpoint
     from nmfx.export.checkpoint import save_checkpoint as save_checkpoint
-    from nmfx.masking.owner import freeze as freeze
+    from nmfx.masking.sites import freeze as freeze
     from nmfx.masking.updates import pull as pull
     from nmfx.models.census import find_sites as find_sites
     from nmfx.models.site import Site as Site
@@ -43,7 +43,7 @@ _HOMES = {
     "load_checkpoint": "nmfx.export.checkpoint",
     "save_checkpoint": "nmfx.export.checkpoint",
     "find_sites": "nmfx.models.census",
-    "freeze": "nmfx.masking.owner",
+    "freeze": "nmfx.masking.sites",
     "Site": "nmfx.models.site",
     "Sites": "nmfx.models.site",
     "to_graph": "nmfx.models.tracer",

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from nmfx.errors import NmfxError
 from nmfx.masking.modes import keep_modes
-from nmfx.masking.owner import masked_sites
+from nmfx.masking.sites import masked_sites
 from nmfx.masking.weight import mask_name
 from nmfx.processes import rank, world
 

@@ -6,7 +6,7 @@ import math
 import sys
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -164,6 +164,14 @@ class MaskState:
 
     def __reduce__(self) -> Any:
         return MaskState, (self.spec,)
+
+    def respec(self, *, keep_mask: bool, **changes: Any) -> None:
+        """Change fields of the spec, and forget what was cached under the one before (see `nmfx.masking.sites.respec`)."""
+        self.spec = replace(self.spec, **changes)
+        if not keep_mask:
+            self.cache = None
+        elif self.cache is not None:
+            self.cache.live = None  # it would give gradients of the kind before
 
     def read(self, owner: nn.Module, attr: str, weight: Any) -> Any:
         """The masked value of `weight`; recomputed only when the parameter has changed since the last read.

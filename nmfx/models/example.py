@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from nmfx.masking.owner import plain_class
+
 
 @dataclass(frozen=True)
 class Example:
@@ -75,7 +77,7 @@ def example_for(model: nn.Module) -> Example:
     Reads ``input_size`` (an attribute of the model, without the batch), timm's ``pretrained_cfg`` and ``patch_embed``,
     torchvision's ``image_size`` and the families of torchvision that take videos, pairs of pictures or lists of them.
     """
-    defined = getattr(type(model), "_plain_class", type(model)).__module__
+    defined = plain_class(model).__module__
     if size := getattr(model, "input_size", None):
         return Example((torch.empty(1, *size),))
     if config := getattr(model, "pretrained_cfg", None):

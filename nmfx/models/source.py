@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from nmfx.demo.digits import load_demo
 from nmfx.demo.resnet import CifarResNet, resnet20, resnet56
 from nmfx.errors import ModelError
+from nmfx.masking.owner import plain_class
 
 # Arguments that torchvision's builders change by themselves when they are given weights.
 IMPLIED: tuple[dict[str, Any], ...] = (
@@ -201,7 +202,7 @@ def _signature(model: nn.Module) -> dict[str, Any]:
     for path, module in model.named_modules():
         switches = {k: v for k, v in vars(module).items() if isinstance(v, bool) and not k.startswith("_")}
         switches = {k: v for k, v in switches.items() if k != "training" and "checkpoint" not in k}
-        modules[path] = (getattr(type(module), "_plain_class", type(module)), module.extra_repr(), switches)
+        modules[path] = (plain_class(module), module.extra_repr(), switches)
     return {"shapes": shapes, "modules": modules}
 
 
@@ -224,7 +225,7 @@ def _candidates(model: nn.Module) -> Iterator[Source]:
         first = next((p for n, p in model.named_parameters() if p.dim() == 4 and n.endswith("weight")), None)
         if first is not None:
             yield Source("timm", architecture, {**known, "in_chans": first.shape[1]})
-    defined = getattr(type(model), "_plain_class", type(model)).__module__
+    defined = plain_class(model).__module__
     if defined.startswith("torchvision.models"):
         import torchvision
 

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from nmfx.errors import SchemeError, TraceError, VerificationError
-from nmfx.masking.owner import check_fused, check_masks, deep_copy, derived_or_own, masked_sites, renew, unmask
+from nmfx.masking.copies import deep_copy
+from nmfx.masking.owner import derived_or_own, unmask
+from nmfx.masking.sites import check_fused, check_masks, masked_sites, renew
 from nmfx.models.census import find_sites
 from nmfx.models.example import Example, example_for
 from nmfx.passes.receiving import received

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from nmfx.errors import SchemeError
+from nmfx.masking.copies import deep_copy
 from nmfx.masking.modes import keep_modes
-from nmfx.masking.owner import GIVEN, deep_copy, is_masked, mask_attribute, masked_sites, unmask
+from nmfx.masking.owner import is_masked, mask_attribute, unmask
+from nmfx.masking.sites import masked_sites, note_masked
 from nmfx.masking.weight import MaskSpec
 from nmfx.models.census import find_sites
 from nmfx.models.example import Example
@@ -77,7 +79,7 @@ def transform(
         for module in result.modules():
             unmask(module, keep_masked=False)
         raise
-    result.__dict__[GIVEN] = tuple(name for name in resolved)
+    note_masked(result, resolved)
     return to_graph(result, example_input) if as_graph else result
 
 

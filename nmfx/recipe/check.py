@@ -13,7 +13,7 @@ from nmfx.data.config import PictureConfig, picture_config
 from nmfx.data.pictures import ArrayPictures
 from nmfx.data.source import Data
 from nmfx.export.start import take_start
-from nmfx.masking.owner import deep_copy
+from nmfx.masking.copies import deep_copy
 from nmfx.models.building import Built
 from nmfx.models.census import find_sites
 from nmfx.models.site import Sites

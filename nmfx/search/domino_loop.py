@@ -13,7 +13,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from nmfx.errors import SearchError
-from nmfx.masking.owner import mask_attribute, masked_sites, unmask
+from nmfx.masking.owner import mask_attribute, unmask
+from nmfx.masking.sites import masked_sites, respec
 from nmfx.masking.weight import STATES, MaskSpec, mask_name
 from nmfx.models.census import find_sites
 from nmfx.models.site import Sites
@@ -277,10 +278,8 @@ class DominoSearch:
     def _mask(self, i: int) -> None:
         """Let the masks of a site keep its working N."""
         grouping, name = self._groupings[i], self._name(i)
-        for masked in masked_sites(self.model):
-            if masked.spec.name == name and masked.spec.pattern.n != self._working[i]:
-                masked.state.spec = replace(masked.spec, pattern=Pattern(self._working[i], grouping.m))
-                masked.state.cache = None
+        pattern = Pattern(self._working[i], grouping.m)
+        respec([s for s in masked_sites(self.model) if s.spec.name == name and s.spec.pattern != pattern], pattern=pattern)
 
     @property
     def outcome(self) -> Outcome:

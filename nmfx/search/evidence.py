@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from nmfx.errors import SearchError
-from nmfx.masking.owner import throw_away_copy
+from nmfx.masking.copies import throw_away_copy
 from nmfx.passes.magnitudes import weight_of
 from nmfx.passes.statistics import recalibrate_bn
 from nmfx.search.problem import Problem

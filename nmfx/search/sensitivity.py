@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from nmfx.errors import SearchError
-from nmfx.masking.owner import throw_away_copy
+from nmfx.masking.copies import throw_away_copy
 from nmfx.models.following import Census, storage_of
 from nmfx.models.products import Operand
 from nmfx.passes.magnitudes import weight_of

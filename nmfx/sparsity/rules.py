@@ -17,8 +17,8 @@ class Rule:
     """One way to train a masked weight.
 
     Attributes:
-        decay: what a dropped weight gets beside the gradient of the loss: SR-STE's default factor of the pull to zero, which the
-            user may choose; 0, nothing more; None, no gradient at all: only kept weights train.
+        decay: what a dropped weight gets beside the gradient of the loss: SR-STE's pull to zero, by this factor or the one that
+            the user gives; 0, nothing more; None, no gradient at all: only kept weights train.
         frozen: the masks of today stay; otherwise they follow the weights.
     """
 

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from torch import Tensor, nn
 
-from nmfx.masking.owner import masked_sites
-from nmfx.masking.weight import MaskSpec, MaskState
+from nmfx.masking.sites import masked_sites, respec
 from nmfx.sparsity.rules import Training, describe_rule, resolve_rule
 
 
@@ -18,25 +15,15 @@ def set_training(model: nn.Module, training: Training, decay: float | None = Non
         NmfxError: no such training rule, or a decay out of range.
     """
     rule = resolve_rule(training, decay)
-    for state in _states(model):
-        _replace(state, replace(state.spec, decay=rule.decay, frozen=rule.frozen))
+    respec(masked_sites(model), keep_masks=True, decay=rule.decay, frozen=rule.frozen)
 
 
 def describe(model: nn.Module) -> dict[str, str]:
     """The pattern of every site, and how its mask trains."""
-    return {f"pattern of {site.spec.name}": f"{site.spec.pattern} {describe_rule(site.spec.decay, site.spec.frozen)}" for site in masked_sites(model)}
+    specs = [site.spec for site in masked_sites(model)]
+    return {f"pattern of {spec.name}": f"{spec.pattern} {describe_rule(spec.decay, spec.frozen)}" for spec in specs}
 
 
 def frozen_masks(model: nn.Module) -> dict[str, Tensor]:
     """The masks that do not follow from the weights, by the names of their sites."""
     return {f"{site.path}.{site.attr}".lstrip("."): site.mask for site in masked_sites(model) if site.spec.frozen}
-
-
-def _states(model: nn.Module) -> list[MaskState]:
-    return list(dict.fromkeys(site.state for site in masked_sites(model)))  # one for all owners of a tied weight
-
-
-def _replace(state: MaskState, spec: MaskSpec) -> None:
-    state.spec = spec
-    if state.cache is not None:
-        state.cache.live = None  # it would give gradients of the kind before

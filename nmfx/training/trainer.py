@@ -26,9 +26,10 @@ from nmfx.errors import CheckpointError, DataError, NmfxError
 from nmfx.files.atomic import check_writable, remove_dead_drafts
 from nmfx.files.sealed import Tensors
 from nmfx.files.states import prefixed, under
+from nmfx.masking.copies import deep_copy
 from nmfx.masking.modes import keep_modes
-from nmfx.masking.owner import deep_copy, masked_sites, renew
 from nmfx.masking.parallel import find_units, gathered, shard, wrap
+from nmfx.masking.sites import masked_sites, renew
 from nmfx.processes import rank, summed, world
 from nmfx.training import state
 from nmfx.training.evaluation import evaluate

@@ -21,7 +21,7 @@ from torch import Tensor
 from nmfx.cli.main import main
 from nmfx.export.checkpoint import load_checkpoint, read_checkpoint
 from nmfx.export.plain import save_baked
-from nmfx.masking.owner import masked_sites
+from nmfx.masking.sites import masked_sites
 from nmfx.passes.baking import bake
 from nmfx.training import trainer
 from nmfx.training.loss import task_loss

@@ -29,7 +29,8 @@ from nmfx.demo.digits import load_demo
 from nmfx.errors import CheckpointError, NmfxError
 from nmfx.export.checkpoint import load_checkpoint, read_checkpoint, save_checkpoint
 from nmfx.files.sealed import read_sealed, write_sealed
-from nmfx.masking.owner import is_masked, masked_sites
+from nmfx.masking.owner import is_masked
+from nmfx.masking.sites import masked_sites
 from nmfx.models.census import find_sites
 from nmfx.models.site import Sites
 from nmfx.models.source import Source, find_source

@@ -36,7 +36,7 @@ from nmfx.data.source import open_data
 from nmfx.demo.digits import load_demo
 from nmfx.errors import NmfxError
 from nmfx.export.checkpoint import load_checkpoint, read_checkpoint, save_checkpoint
-from nmfx.masking.owner import masked_sites
+from nmfx.masking.sites import masked_sites
 from nmfx.models.census import find_sites
 from nmfx.passes.baking import verify
 from nmfx.passes.transform import transform

@@ -13,7 +13,7 @@ from awkward import MODELS, build, models, run, same, snapshot
 from torch import Tensor, nn
 
 from nmfx.errors import SchemeError, VerificationError
-from nmfx.masking.owner import masked_sites
+from nmfx.masking.sites import masked_sites
 from nmfx.models.census import find_sites
 from nmfx.passes.baking import Verified, bake, verify
 from nmfx.passes.transform import scheme_of, transform

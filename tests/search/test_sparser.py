@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from nmfx.demo.digits import load_demo, load_digits_data
 from nmfx.errors import SchemeError, SearchError
-from nmfx.masking.owner import masked_sites
+from nmfx.masking.sites import masked_sites
 from nmfx.models.census import find_sites
 from nmfx.models.site import Sites
 from nmfx.passes.baking import bake

@@ -10,7 +10,7 @@ from torch import nn
 
 import nmfx
 from nmfx.errors import NmfxError
-from nmfx.masking.owner import masked_sites
+from nmfx.masking.sites import masked_sites
 from nmfx.sparsity.rules import RULES, Rule, Training, describe_rule, resolve_rule
 
 X = torch.randn(4, 8)

@@ -28,7 +28,7 @@ from nmfx.errors import CheckpointError, DataError, NmfxError
 from nmfx.export.checkpoint import load_checkpoint, save_checkpoint
 from nmfx.files import sealed
 from nmfx.files.atomic import draft_in
-from nmfx.masking.owner import masked_sites
+from nmfx.masking.sites import masked_sites
 from nmfx.passes.baking import bake, verify
 from nmfx.passes.transform import transform
 from nmfx.training import trainer
