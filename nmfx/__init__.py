@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from nmfx.models.tracer import to_graph as to_graph
     from nmfx.models.tracer import to_graphs as to_graphs
     from nmfx.passes.baking import bake as bake
-    from nmfx.passes.baking import verify as verify
     from nmfx.passes.statistics import recalibrate_bn as recalibrate_bn
     from nmfx.passes.transform import scheme_of as scheme_of
     from nmfx.passes.transform import transform as transform
+    from nmfx.passes.verification import verify as verify
     from nmfx.runtime.compiled import compile as compile
     from nmfx.scheme import Scheme as Scheme
     from nmfx.search.domino_loop import DominoSearch as DominoSearch
@@ -50,7 +50,7 @@ _HOMES = {
     "to_graphs": "nmfx.models.tracer",
     "pull": "nmfx.masking.updates",
     "bake": "nmfx.passes.baking",
-    "verify": "nmfx.passes.baking",
+    "verify": "nmfx.passes.verification",
     "scheme_of": "nmfx.passes.transform",
     "transform": "nmfx.passes.transform",
     "compile": "nmfx.runtime.compiled",

@@ -25,8 +25,9 @@ from nmfx.models.building import load_weights
 from nmfx.models.census import find_sites
 from nmfx.models.example import Example
 from nmfx.models.site import Sites
-from nmfx.passes.baking import bake, verify
+from nmfx.passes.baking import bake
 from nmfx.passes.transform import conversion_difference, scheme_of, transform
+from nmfx.passes.verification import verify
 from nmfx.scheme import Scheme
 
 

@@ -18,9 +18,9 @@ from nmfx.models.census import find_sites
 from nmfx.models.site import Sites
 from nmfx.models.source import find_source
 from nmfx.models.tracer import to_graph, trace
-from nmfx.passes.baking import verify
 from nmfx.passes.statistics import batch_norms
 from nmfx.passes.transform import conversion_difference, resolve_scheme, transform
+from nmfx.passes.verification import verify
 from nmfx.scheme import Remainder, Scheme, fit
 from nmfx.search.problem import pose
 from nmfx.sparsity.pattern import Pattern

@@ -15,8 +15,9 @@ from nmfx.export.checkpoint import load_checkpoint, read_checkpoint, save_checkp
 from nmfx.export.plain import save_baked, save_onnx
 from nmfx.files.atomic import all_or_nothing
 from nmfx.models.site import Sites
-from nmfx.passes.baking import bake, verify
+from nmfx.passes.baking import bake
 from nmfx.passes.transform import transform
+from nmfx.passes.verification import verify
 from nmfx.scheme import Scheme
 
 

@@ -23,8 +23,8 @@ from nmfx.export.checkpoint import load_checkpoint
 from nmfx.files.atomic import check_writable
 from nmfx.models.building import build_random
 from nmfx.models.census import find_sites
-from nmfx.passes.baking import verify
 from nmfx.passes.transform import scheme_of, transform
+from nmfx.passes.verification import verify
 from nmfx.processes import rank, world
 from nmfx.recipe.tuned import TUNED, describe_epoch, save_epochs
 from nmfx.recipe.written import remove_state

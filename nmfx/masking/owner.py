@@ -18,7 +18,7 @@ from nmfx.masking.derived import Substitute, derive, fold, is_derivable
 from nmfx.masking.updates import follow
 from nmfx.masking.weight import STATES, MaskSpec, MaskState, mask_name, write_mask
 
-FOLDED = "_derivation_folded"  # in the __dict__ of a module whose weight was made by its class before, and is plain now
+FOLDED = "_derivation_folded"  # in the __dict__ of a baked module: the class that derived its weight before
 MASKED = "_sites_masked"  # in the __dict__ of a model: names of the sites that were masked in it as a whole
 
 
@@ -83,7 +83,7 @@ def is_masked(module: nn.Module) -> bool:
 
 
 def masks_derived(module: nn.Module) -> bool:
-    """Whether it masks what its forward pass makes of its weight."""
+    """Whether a module masks what its forward pass makes of its weight, rather than the weight itself."""
     return getattr(type(module), "_masks_derived", False)
 
 
@@ -158,7 +158,7 @@ def unmask(module: nn.Module, *, keep_masked: bool) -> None:
 
 @torch.no_grad()
 def read_masked(owner: nn.Module, attr: str) -> Tensor:
-    """The masked value as products read it."""
+    """The masked value of an attribute as products read it, without gradients."""
     if not masks_derived(owner):
         return cast(Tensor, getattr(owner, attr))
     state: MaskState = owner.__dict__[STATES][attr]
@@ -167,7 +167,11 @@ def read_masked(owner: nn.Module, attr: str) -> Tensor:
 
 @torch.no_grad()
 def derived_or_own(owner: nn.Module, attr: str, *, derived: bool) -> Tensor:
-    """What a product reads of an attribute, masked or plain."""
+    """The value that a product reads of an attribute, masked or plain.
+
+    Args:
+        derived: the module makes it of the attribute in its forward pass (see `nmfx.masking.derived`).
+    """
     if derived and not masks_derived(owner):
         return derive(owner, plain_class(owner))
     return read_masked(owner, attr)

@@ -15,7 +15,14 @@ from nmfx.masking.weight import STATES, MaskSpec, MaskState, mask_name
 
 @dataclass(frozen=True)
 class MaskedSite:
-    """A masked attribute where it stands in a model."""
+    """One masked attribute in a model.
+
+    Attributes:
+        owner: the module that holds the weight.
+        path: name of the owner in the model.
+        attr: name of the weight in the owner.
+        state: its spec and cached value; owners of a tied weight share one.
+    """
 
     owner: nn.Module
     path: str
@@ -29,7 +36,7 @@ class MaskedSite:
 
     @property
     def parameter(self) -> nn.Parameter:
-        """The dense weight."""
+        """The dense weight, behind the mask."""
         return cast(nn.Parameter, self.owner._parameters[self.attr])
 
     @property
@@ -54,7 +61,7 @@ def masked_sites(model: nn.Module) -> Iterator[MaskedSite]:
 
 
 def renew(model: nn.Module) -> None:
-    """Doubt every cached value: the next read computes it anew, as weights may have been written where nobody could see it."""
+    """Have the next read of every masked value compare it with its weight, which may have been written to without a trace."""
     for site in masked_sites(model):
         if site.state.cache is not None:
             site.state.cache.dirty = True

@@ -217,8 +217,12 @@ class MaskState:
         """Recompute the mask (unless frozen) and the masked value.
 
         Args:
+            owner, attr, weight: the module, the name of the attribute, and its parameter.
             reuse: write into the tensors that are already there; otherwise into new ones.
             update: find the mask anew; otherwise the one that is there is taken.
+
+        Returns:
+            The new cache, which is also kept.
         """
         old, mask = self.cache if reuse else None, cast(Tensor, owner._buffers[mask_name(attr)])
         mask = mask.to(weight.device)
@@ -255,7 +259,7 @@ class MaskState:
         return cache
 
     def _renewal(self, owner: nn.Module, attr: str) -> Callable[[], None]:
-        """What a write through the value calls: bring the value's memory up to date."""
+        """A function that brings the masked value up to date; a write through the value calls it."""
         place, me = weakref.ref(owner), weakref.ref(self)  # no cycle: masked values go when their module goes
 
         def renew() -> None:
@@ -280,7 +284,7 @@ class MaskState:
         return cast(Tensor, MaskedCompute.apply(value, mask.to(value.device), self.spec.decay is None))
 
     def _compute(self, owner: nn.Module, attr: str, weight: Tensor) -> Tensor:
-        """The same value as plain operations, for compilers and function transforms, which must see the computation."""
+        """The masked value as plain operations, for compilers and function transforms, which must see the computation."""
         mask = cast(Tensor, owner._buffers[mask_name(attr)])
         if not self.spec.frozen:
             mask = make_mask(weight, self.spec.pattern.n, self.spec.grouping)

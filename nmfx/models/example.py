@@ -39,7 +39,7 @@ class Example:
         return max(1, tensor.shape[0]) if tensor is not None else 1
 
     def to(self, device: str | torch.device, dtype: torch.dtype | None = None) -> Example:
-        """The same on a device, floating-point tensors in `dtype`."""
+        """This example on a device, its floating-point tensors in `dtype`."""
 
         def move(leaf: Any) -> Any:
             if not isinstance(leaf, Tensor):
@@ -49,7 +49,7 @@ class Example:
         return Example(*tree_map(move, (self.args, self.kwargs)))
 
     def filled(self, fill: Callable[[Tensor], Tensor]) -> Example:
-        """The same with each tensor replaced by ``fill(tensor)``."""
+        """This example with each tensor replaced by ``fill(tensor)``."""
         return Example(*tree_map(lambda leaf: fill(leaf) if isinstance(leaf, Tensor) else leaf, (self.args, self.kwargs)))
 
     def doubled(self) -> Example:

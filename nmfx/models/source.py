@@ -134,7 +134,7 @@ def list_models() -> list[str]:
 def find_source(name: str) -> Source:
     """The source of a model name; torchvision is asked before timm when the name has no prefix.
 
-    Also understood: ``timm/NAME`` and ``hf-hub:timm/NAME.TAG``, as the hub has them, and ``torchvision.models.NAME``.
+    Other spellings: ``timm/NAME`` and ``hf-hub:timm/NAME.TAG``, as the hub has them, and ``torchvision.models.NAME``.
 
     Raises:
         ModelError: no library has it; the message lists the nearest names.
@@ -164,8 +164,8 @@ def _spelt(name: str) -> str:
     return re.sub(r"^(torchvision|timm)(/|\.models\.)", r"\1:", name)
 
 
-def nearest_models(name: str, known: Iterable[str], most: int = 4) -> list[str]:
-    """Known names like `name`, nearest first: the same but for case and punctuation, those that begin so, look-alikes."""
+def nearest_models(name: str, known: Iterable[str], limit: int = 4) -> list[str]:
+    """At most `limit` known names like `name`: equal but for case and punctuation, then beginning so, then look-alikes."""
     library, colon, plain = name.rpartition(":")
     pool = {entry: _letters(entry.partition(":")[2]) for entry in known if not colon or entry.startswith(f"{library}:")}
     wanted = _letters(plain.partition(".")[0])
@@ -173,13 +173,13 @@ def nearest_models(name: str, known: Iterable[str], most: int = 4) -> list[str]:
     begin = sorted(
         (entry for entry, letters in pool.items() if wanted and letters.startswith(wanted)), key=lambda e: len(pool[e])
     )
-    near = set(difflib.get_close_matches(wanted, set(pool.values()), n=most, cutoff=0.6))
+    near = set(difflib.get_close_matches(wanted, set(pool.values()), n=limit, cutoff=0.6))
     alike = sorted(
         (entry for entry, letters in pool.items() if letters in near),
         key=lambda e: -difflib.SequenceMatcher(None, wanted, pool[e]).ratio(),
     )
     found = list(dict.fromkeys([*same, *begin, *alike]))
-    return found[:most] if found or not colon else nearest_models(plain, known, most)
+    return found[:limit] if found or not colon else nearest_models(plain, known, limit)
 
 
 def _letters(name: str) -> str:

@@ -49,7 +49,7 @@ class SiteTracer(fx.Tracer):
         return isinstance(m, self.leaves) or MASKS_IN_FORWARD in m.__dict__ or super().is_leaf_module(m, module_qualified_name)
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """As fx does it, remembering the innermost module, so that a failure can be laid to its class."""
+        """Trace a call of a module, remembering the innermost one, so that `_trace` knows the class that failed."""
         self.stack.append(m)
         result = super().call_module(m, forward, args, kwargs)
         self.stack.pop()

@@ -55,8 +55,9 @@ def transform(
         as_graph: return the fx view of the converted model instead (see `to_graph`).
         inplace: convert `model` itself, without a copy.
 
-    Sites with a dense pattern are not touched at all. A model that is converted already is converted anew from its dense
-    weights.
+    Returns:
+        The converted model in the mode of `model`. Sites with a dense pattern are not touched at all. A model that is converted
+        already is converted anew from its dense weights.
 
     Raises:
         NmfxError: no such training rule, or a decay out of range.

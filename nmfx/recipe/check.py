@@ -17,8 +17,8 @@ from nmfx.masking.copies import deep_copy
 from nmfx.models.building import Built
 from nmfx.models.census import find_sites
 from nmfx.models.site import Sites
-from nmfx.passes.baking import verify
 from nmfx.passes.transform import transform
+from nmfx.passes.verification import verify
 from nmfx.recipe.job import example_of
 from nmfx.recipe.pipeline import build, choose, describe
 from nmfx.recipe.schema import FOLDER, FinetuneSection, ModelSection, Recipe, SearchSection

@@ -29,8 +29,9 @@ from nmfx.models.building import Built, build_random, load_weights, unavailable
 from nmfx.models.census import find_sites
 from nmfx.models.site import Sites
 from nmfx.models.source import SOURCE, find_source
-from nmfx.passes.baking import bake, verify
+from nmfx.passes.baking import bake
 from nmfx.passes.transform import conversion_difference, transform
+from nmfx.passes.verification import verify
 from nmfx.processes import rank, world
 from nmfx.recipe.job import SCHEME, START, WEIGHTS, WORK, Dense, Job, example_of
 from nmfx.recipe.schema import INLINE, FinetuneSection, ModelSection, Recipe, SearchSection

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from nmfx.errors import SearchError
 from nmfx.masking.copies import throw_away_copy
-from nmfx.passes.magnitudes import weight_of
+from nmfx.models.site import weight_of
 from nmfx.passes.statistics import recalibrate_bn
 from nmfx.search.problem import Problem
 from nmfx.sparsity.mask import make_mask

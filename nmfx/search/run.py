@@ -20,7 +20,7 @@ from nmfx.files.states import check_tensors, prefixed, read_state, under, write_
 from nmfx.masking.copies import deep_copy
 from nmfx.masking.parallel import wrap
 from nmfx.masking.sites import masked_sites
-from nmfx.passes.magnitudes import SUFFIXES
+from nmfx.passes.thresholds import SUFFIXES
 from nmfx.processes import rank, world
 from nmfx.search.domino_loop import DominoSearch
 from nmfx.sparsity.pattern import Pattern

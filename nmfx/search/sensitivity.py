@@ -17,7 +17,7 @@ from nmfx.errors import SearchError
 from nmfx.masking.copies import throw_away_copy
 from nmfx.models.following import Census, storage_of
 from nmfx.models.products import Operand
-from nmfx.passes.magnitudes import weight_of
+from nmfx.models.site import weight_of
 from nmfx.search.evidence import Evidence, Trial
 from nmfx.search.problem import Problem
 from nmfx.sparsity.mask import make_mask

@@ -34,8 +34,9 @@ from nmfx.masking.sites import masked_sites
 from nmfx.models.census import find_sites
 from nmfx.models.site import Sites
 from nmfx.models.source import Source, find_source
-from nmfx.passes.baking import bake, verify
+from nmfx.passes.baking import bake
 from nmfx.passes.transform import scheme_of, transform
+from nmfx.passes.verification import verify
 from nmfx.scheme import Scheme
 
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

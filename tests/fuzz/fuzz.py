@@ -38,8 +38,8 @@ from nmfx.errors import NmfxError
 from nmfx.export.checkpoint import load_checkpoint, read_checkpoint, save_checkpoint
 from nmfx.masking.sites import masked_sites
 from nmfx.models.census import find_sites
-from nmfx.passes.baking import verify
 from nmfx.passes.transform import transform
+from nmfx.passes.verification import verify
 from nmfx.recipe.loader import find_recipe, load_recipe
 from nmfx.recipe.stamp import Stamp, read_stamp, write_stamp
 from nmfx.runtime import timing

@@ -29,8 +29,9 @@ from nmfx.export.checkpoint import load_checkpoint, save_checkpoint
 from nmfx.files import sealed
 from nmfx.files.atomic import draft_in
 from nmfx.masking.sites import masked_sites
-from nmfx.passes.baking import bake, verify
+from nmfx.passes.baking import bake
 from nmfx.passes.transform import transform
+from nmfx.passes.verification import verify
 from nmfx.training import trainer
 from nmfx.training.evaluation import evaluate
 from nmfx.training.loss import distilled, task_loss
