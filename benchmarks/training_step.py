@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import nmfx
-from nmfx.masking.owner import masked_sites
+from nmfx.masking.sites import masked_sites
 from nmfx.models.building import build_model
 from nmfx.sparsity.mask import make_mask
 

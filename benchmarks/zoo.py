@@ -31,7 +31,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import nmfx
-from nmfx.masking.owner import masked_sites, throw_away_copy
+from nmfx.masking.copies import throw_away_copy
+from nmfx.masking.sites import masked_sites
 from nmfx.masking.weight import mask_name
 from nmfx.models.coverage import find_coverage
 from nmfx.models.example import Example, example_for

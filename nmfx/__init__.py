@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from nmfx.errors import NmfxError as NmfxError
     from nmfx.export.checkpoint import load_checkpoint as load_checkpoint
     from nmfx.export.checkpoint import save_checkpoint as save_checkpoint
-    from nmfx.masking.owner import freeze as freeze
+    from nmfx.masking.sites import freeze as freeze
     from nmfx.masking.updates import pull as pull
     from nmfx.models.census import find_sites as find_sites
     from nmfx.models.site import Site as Site
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from nmfx.models.tracer import to_graph as to_graph
     from nmfx.models.tracer import to_graphs as to_graphs
     from nmfx.passes.baking import bake as bake
-    from nmfx.passes.baking import verify as verify
     from nmfx.passes.statistics import recalibrate_bn as recalibrate_bn
     from nmfx.passes.transform import scheme_of as scheme_of
     from nmfx.passes.transform import transform as transform
+    from nmfx.passes.verification import verify as verify
     from nmfx.runtime.compiled import compile as compile
     from nmfx.scheme import Scheme as Scheme
     from nmfx.search.domino_loop import DominoSearch as DominoSearch
@@ -43,14 +43,14 @@ _HOMES = {
     "load_checkpoint": "nmfx.export.checkpoint",
     "save_checkpoint": "nmfx.export.checkpoint",
     "find_sites": "nmfx.models.census",
-    "freeze": "nmfx.masking.owner",
+    "freeze": "nmfx.masking.sites",
     "Site": "nmfx.models.site",
     "Sites": "nmfx.models.site",
     "to_graph": "nmfx.models.tracer",
     "to_graphs": "nmfx.models.tracer",
     "pull": "nmfx.masking.updates",
     "bake": "nmfx.passes.baking",
-    "verify": "nmfx.passes.baking",
+    "verify": "nmfx.passes.verification",
     "scheme_of": "nmfx.passes.transform",
     "transform": "nmfx.passes.transform",
     "compile": "nmfx.runtime.compiled",

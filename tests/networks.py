@@ -56,7 +56,7 @@ def lanes_case(seed: int, threads: tuple[int, ...] = (1, 2, 3)) -> int:
     torch.manual_seed(seed)
     net, before, done = network(pick), torch.get_num_threads(), 0
     x = torch.randn(pick.randint(1, 3), 4, pick.choice([5, 7, 14, 16, 28, 33]), pick.choice([6, 7, 14, 20, 28, 33]))
-    tile = Tile(pick.choice([1, 16, 64, 4096]), pick.randint(1, 8), lanes=True, whole=pick.random() < 0.3)
+    tile = Tile(pick.choice([1, 16, 64, 4096]), pick.randint(1, 8), lanes=True, zeros=pick.random() < 0.3)
     for module in net.modules():
         if isinstance(module, nn.Conv2d):
             module.weight.data *= torch.rand_like(module.weight) < pick.choice([0.1, 0.3, 1.0])

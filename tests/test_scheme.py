@@ -17,7 +17,7 @@ from cases import cases
 from torch import nn
 
 from nmfx.errors import NmfxError, SchemeError
-from nmfx.masking.owner import masked_sites
+from nmfx.masking.sites import masked_sites
 from nmfx.models.census import find_sites
 from nmfx.models.example import Example
 from nmfx.models.site import Site, Sites

@@ -19,13 +19,15 @@ from torch.nn.utils import parametrizations
 
 from nmfx.errors import SchemeError, TraceError
 from nmfx.export.checkpoint import load_checkpoint, save_checkpoint
-from nmfx.masking.owner import is_masked, masked_sites
+from nmfx.masking.owner import is_masked
+from nmfx.masking.sites import masked_sites
 from nmfx.models.building import load_weights
 from nmfx.models.census import find_sites
 from nmfx.models.example import Example
 from nmfx.models.site import Sites
-from nmfx.passes.baking import bake, verify
+from nmfx.passes.baking import bake
 from nmfx.passes.transform import conversion_difference, scheme_of, transform
+from nmfx.passes.verification import verify
 from nmfx.scheme import Scheme
 
 

@@ -21,9 +21,9 @@ from nmfx.export.checkpoint import read_checkpoint
 from nmfx.files.parsing import read_text
 from nmfx.models.building import build_meta
 from nmfx.models.census import find_sites
-from nmfx.models.site import Site, Sites
+from nmfx.models.site import Site, Sites, weight_of
 from nmfx.models.source import Source, find_source
-from nmfx.passes.magnitudes import sorted_magnitudes, weight_of
+from nmfx.passes.thresholds import sorted_magnitudes
 from nmfx.report.record import Report
 from nmfx.scheme import Scheme
 from nmfx.stages import report as reports_io

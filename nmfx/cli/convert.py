@@ -16,8 +16,8 @@ from nmfx.cli.flags import read_flags, typed
 from nmfx.errors import NmfxError, SearchError, TraceError
 from nmfx.models.site import Sites
 from nmfx.models.tracer import to_graph, trace
-from nmfx.passes.baking import verify
 from nmfx.passes.transform import transform
+from nmfx.passes.verification import verify
 from nmfx.scheme import Scheme
 from nmfx.search.problem import pose
 from nmfx.settings.search import Choices, SearchSettings

@@ -14,8 +14,8 @@ from nmfx.cli.flags import read_flags, typed
 from nmfx.cli.processes import processes
 from nmfx.errors import NmfxError
 from nmfx.files.atomic import check_writable
-from nmfx.passes.baking import verify
 from nmfx.passes.transform import scheme_of
+from nmfx.passes.verification import verify
 from nmfx.processes import rank, world
 from nmfx.settings.stages import FinetuneSettings
 from nmfx.stages.epochs import TUNED

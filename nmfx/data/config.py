@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from nmfx.data.source import Data
 from nmfx.errors import DataError
+from nmfx.masking.owner import plain_class
 from nmfx.models.example import example_for
 from nmfx.models.source import identify_quickly
 
@@ -84,7 +85,7 @@ def _native_size(model: nn.Module, data: Data) -> tuple[int, int, int]:
 
 
 def _is_torchvision(model: nn.Module) -> bool:
-    return getattr(type(model), "_plain_class", type(model)).__module__.startswith("torchvision.models")
+    return plain_class(model).__module__.startswith("torchvision.models")
 
 
 def _stated_settings(model: nn.Module, data: Data) -> dict[str, Any]:

@@ -23,19 +23,10 @@ from nmfx.errors import CheckpointError, ModelError, NmfxError
 from nmfx.files import parsing
 from nmfx.files.parsing import Form, Size, Text
 from nmfx.files.sealed import Tensors, read_sealed, write_sealed
-from nmfx.masking.owner import (
-    FOLDED,
-    GIVEN,
-    STATES,
-    MaskedSite,
-    check_fused,
-    mask_attribute,
-    masked_sites,
-    renew,
-    throw_away_copy,
-    unmask,
-)
-from nmfx.masking.weight import MaskSpec, mask_name
+from nmfx.masking.copies import throw_away_copy
+from nmfx.masking.owner import FOLDED, mask_attribute, plain_class, unmask
+from nmfx.masking.sites import MaskedSite, check_fused, masked_sites, note_masked, renew
+from nmfx.masking.weight import STATES, MaskSpec, mask_name
 from nmfx.models.arguments import parse_kwargs
 from nmfx.models.building import build_stored, check_state, load_state
 from nmfx.models.source import Source, identify
@@ -206,7 +197,7 @@ def _describe(site: MaskedSite) -> PackedSite:
 
 
 def _class_name(model: nn.Module) -> str:
-    cls = getattr(type(model), "_plain_class", type(model))
+    cls = plain_class(model)
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
@@ -351,7 +342,7 @@ def _fill(model: nn.Module, header: Header, state: dict[str, Tensor], masks: dic
         owner._buffers[mask_name(attr)] = masks[name].to(weight.device)
         if weight.device.type != "meta":
             owner.__dict__[STATES][attr].refresh(owner, attr, weight, update=False)
-    model.__dict__[GIVEN] = tuple(name for name in header.sites if name not in header.aliases)
+    note_masked(model, (name for name in header.sites if name not in header.aliases))
     return model.eval()
 
 

@@ -7,24 +7,19 @@ The owner changes class to a subclass of its own class in which the attribute is
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from nmfx.errors import NmfxError, VerificationError
+from nmfx.errors import NmfxError
 from nmfx.masking.derived import Substitute, derive, fold, is_derivable
 from nmfx.masking.updates import follow
-from nmfx.masking.weight import STATES as STATES
-from nmfx.masking.weight import MaskSpec, MaskState, mask_name, write_mask
+from nmfx.masking.weight import STATES, MaskSpec, MaskState, mask_name, write_mask
 
-FOLDED = "_derivation_folded"  # in the __dict__ of a module whose weight was made by its class before, and is plain now
-GIVEN = "_sites_given"  # in the __dict__ of a model: names of the sites that transform masked in it
-WHOLE = "_kept_whole"  # in the __dict__ of a module of a throw-away copy: in the model, its forward pass masks its weight
+FOLDED = "_derivation_folded"  # in the __dict__ of a baked module: the class that derived its weight before
+MASKED = "_sites_masked"  # in the __dict__ of a model: names of the sites that were masked in it as a whole
 
 
 @cache
@@ -88,7 +83,7 @@ def is_masked(module: nn.Module) -> bool:
 
 
 def masks_derived(module: nn.Module) -> bool:
-    """Whether it masks what its forward pass makes of its weight."""
+    """Whether a module masks what its forward pass makes of its weight, rather than the weight itself."""
     return getattr(type(module), "_masks_derived", False)
 
 
@@ -137,7 +132,7 @@ def unmask(module: nn.Module, *, keep_masked: bool) -> None:
     Args:
         keep_masked: write the masked values into the parameters; otherwise the dense ones stay.
     """
-    module.__dict__.pop(GIVEN, None)
+    module.__dict__.pop(MASKED, None)
     if not is_masked(module):
         return
     values = {attr: read_masked(module, attr) for attr in module.__dict__[STATES]} if keep_masked else {}
@@ -163,7 +158,7 @@ def unmask(module: nn.Module, *, keep_masked: bool) -> None:
 
 @torch.no_grad()
 def read_masked(owner: nn.Module, attr: str) -> Tensor:
-    """The masked value as products read it."""
+    """The masked value of an attribute as products read it, without gradients."""
     if not masks_derived(owner):
         return cast(Tensor, getattr(owner, attr))
     state: MaskState = owner.__dict__[STATES][attr]
@@ -172,7 +167,11 @@ def read_masked(owner: nn.Module, attr: str) -> Tensor:
 
 @torch.no_grad()
 def derived_or_own(owner: nn.Module, attr: str, *, derived: bool) -> Tensor:
-    """What a product reads of an attribute, masked or plain."""
+    """The value that a product reads of an attribute, masked or plain.
+
+    Args:
+        derived: the module makes it of the attribute in its forward pass (see `nmfx.masking.derived`).
+    """
     if derived and not masks_derived(owner):
         return derive(owner, plain_class(owner))
     return read_masked(owner, attr)
@@ -181,128 +180,3 @@ def derived_or_own(owner: nn.Module, attr: str, *, derived: bool) -> Tensor:
 def plain_class(module: nn.Module) -> type[nn.Module]:
     """The class of a module before any of its attributes was masked."""
     return getattr(type(module), "_plain_class", type(module))
-
-
-@dataclass(frozen=True)
-class MaskedSite:
-    """A masked attribute where it stands in a model."""
-
-    owner: nn.Module
-    path: str
-    attr: str
-    state: MaskState
-
-    @property
-    def spec(self) -> MaskSpec:
-        """Pattern, groups and training settings."""
-        return self.state.spec
-
-    @property
-    def parameter(self) -> nn.Parameter:
-        """The dense weight."""
-        return cast(nn.Parameter, self.owner._parameters[self.attr])
-
-    @property
-    def value(self) -> Tensor:
-        """The masked weight as products read it."""
-        return read_masked(self.owner, self.attr)
-
-    @property
-    def mask(self) -> Tensor:
-        """The mask as of the current weights: bool, true = kept."""
-        if not self.spec.frozen:
-            read_masked(self.owner, self.attr)  # refreshes the mask when the weight has changed
-        return cast(Tensor, self.owner._buffers[mask_name(self.attr)])
-
-
-def masked_sites(model: nn.Module) -> Iterator[MaskedSite]:
-    """Every masked attribute of `model`, in module order; a tied weight comes once for each owner."""
-    for path, module in model.named_modules():
-        if is_masked(module):
-            for attr, state in module.__dict__[STATES].items():
-                yield MaskedSite(module, path, attr, state)
-
-
-def renew(model: nn.Module) -> None:
-    """Doubt every cached value: the next read computes it anew, as weights may have been written where nobody could see it."""
-    for site in masked_sites(model):
-        if site.state.cache is not None:
-            site.state.cache.dirty = True
-
-
-def check_masks(model: nn.Module) -> None:
-    """Raise if sites that `transform` masked are masked no more, as after fusing.
-
-    Raises:
-        VerificationError: naming them.
-    """
-    for path, module in model.named_modules():
-        if (given := module.__dict__.get(GIVEN)) is None:
-            continue
-        left = {site.spec.name for site in masked_sites(module)}
-        if lost := [f"{path}.{name}".lstrip(".") for name in given if name not in left]:
-            names = ", ".join(lost[:3]) + ", ..." * (len(lost) > 3)
-            raise VerificationError(
-                f"{len(lost)} of {len(given)} sites have lost their masks since the model was transformed ({names}): their "
-                f"modules were fused or replaced, and compute with dense weights; transform the fused model instead"
-            )
-
-
-def check_fused(model: nn.Module) -> None:
-    """Raise if most sites that `transform` masked are gone with their names, as after fusing; a new classifier is none of that.
-
-    Raises:
-        VerificationError: what would be baked or saved is dense.
-    """
-    names = dict(model.named_parameters(remove_duplicate=False))
-    for path, module in model.named_modules():
-        given = module.__dict__.get(GIVEN, ())
-        gone = [name for name in given if f"{path}.{name}".lstrip(".") not in names]
-        if 2 * len(gone) > len(given):
-            check_masks(model)
-
-
-def freeze(model: nn.Module, frozen: bool = True) -> None:
-    """Hold every mask as it is now, or with ``frozen=False`` let the masks follow the weights again.
-
-    Raises:
-        VerificationError: the masks are gone, as the model was fused since `transform`.
-    """
-    check_fused(model)
-    for site in masked_sites(model):
-        if frozen:
-            _ = site.mask  # the mask of the current weights is the one to hold
-        site.state.spec = replace(site.spec, frozen=frozen)
-        site.state.cache = None
-
-
-def throw_away_copy(model: nn.Module, device: str | None = "meta") -> nn.Module:
-    """An unmasked deep copy to run and trace: on the meta device it costs no memory; with None the data is copied too."""
-    memo: dict[int, Any] = {}
-    if device is not None:
-        for tensor in (*model.parameters(), *model.buffers()):
-            empty = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
-            grad = tensor.requires_grad
-            memo[id(tensor)] = nn.Parameter(empty, grad) if isinstance(tensor, nn.Parameter) else empty
-    result = deep_copy(model, memo)
-    for module in result.modules():
-        if masks_derived(module):
-            module.__dict__[WHOLE] = True
-        unmask(module, keep_masked=False)
-    return result
-
-
-def deep_copy(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
-    """A deep copy with parameters of its own: a scripted module would copy its parameters into the autograd graph.
-
-    Weights that a hook has computed from parameters (torch.nn.utils.weight_norm), which deepcopy refuses, are copied by value.
-    """
-    memo = {} if memo is None else memo
-    for value in (value for module in model.modules() for value in vars(module).values()):
-        if isinstance(value, Tensor) and not value.is_leaf:
-            memo[id(value)] = value.detach().clone()
-    with torch.no_grad():
-        result = copy.deepcopy(model, memo)
-    for new, old in zip(result.parameters(), model.parameters(), strict=True):
-        new.requires_grad_(old.requires_grad)
-    return result

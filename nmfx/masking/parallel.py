@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from nmfx.errors import NmfxError
 from nmfx.masking.modes import keep_modes
-from nmfx.masking.owner import masked_sites
+from nmfx.masking.sites import masked_sites
 from nmfx.masking.weight import mask_name
 from nmfx.processes import rank, world
 
@@ -83,7 +83,7 @@ def find_units(model: nn.Module, example: Tensor) -> list[nn.Module]:
 
 
 def _places(model: nn.Module) -> Counter[nn.Parameter]:
-    """At how many places each parameter stands: tied, or in a module that is itself at several."""
+    """How many attributes hold each parameter: several when it is tied, or its module stands at several places."""
     modules = (module for _, module in model.named_modules(remove_duplicate=False))
     return Counter(parameter for module in modules for parameter in module._parameters.values() if parameter is not None)
 

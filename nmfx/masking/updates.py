@@ -131,7 +131,7 @@ def _take_back(lent: list[_Lent]) -> None:
 
 
 def _masked(modules: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, str, MaskState]]:
-    """What is masked in these modules now."""
+    """Every masked attribute of these modules: module, name, state."""
     for module in modules:
         for attr, state in module.__dict__.get(STATES, {}).items():
             yield module, attr, state

@@ -6,7 +6,7 @@ import math
 import sys
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -16,6 +16,7 @@ from nmfx.errors import NmfxError
 from nmfx.sparsity.layout import Grouping
 from nmfx.sparsity.mask import make_mask, update_mask
 from nmfx.sparsity.pattern import Pattern
+from nmfx.sparsity.rules import RULES
 from nmfx.sparsity.ste import MaskedCompute, MaskedRead
 
 STATES = "_masked_sites"  # in an owner's __dict__: attribute -> MaskState
@@ -34,7 +35,7 @@ class MaskSpec:
     name: str
     pattern: Pattern
     grouping: Grouping
-    decay: float | None = 2e-4
+    decay: float | None = RULES["sr-ste"].decay
     frozen: bool = False
     derived: bool = False
 
@@ -164,6 +165,14 @@ class MaskState:
     def __reduce__(self) -> Any:
         return MaskState, (self.spec,)
 
+    def respec(self, *, keep_mask: bool, **changes: Any) -> None:
+        """Change fields of the spec, and forget what was cached under the one before (see `nmfx.masking.sites.respec`)."""
+        self.spec = replace(self.spec, **changes)
+        if not keep_mask:
+            self.cache = None
+        elif self.cache is not None:
+            self.cache.live = None  # it would give gradients of the kind before
+
     def read(self, owner: nn.Module, attr: str, weight: Any) -> Any:
         """The masked value of `weight`; recomputed only when the parameter has changed since the last read.
 
@@ -208,8 +217,12 @@ class MaskState:
         """Recompute the mask (unless frozen) and the masked value.
 
         Args:
+            owner, attr, weight: the module, the name of the attribute, and its parameter.
             reuse: write into the tensors that are already there; otherwise into new ones.
             update: find the mask anew; otherwise the one that is there is taken.
+
+        Returns:
+            The new cache, which is also kept.
         """
         old, mask = self.cache if reuse else None, cast(Tensor, owner._buffers[mask_name(attr)])
         mask = mask.to(weight.device)
@@ -246,7 +259,7 @@ class MaskState:
         return cache
 
     def _renewal(self, owner: nn.Module, attr: str) -> Callable[[], None]:
-        """What a write through the value calls: bring the value's memory up to date."""
+        """A function that brings the masked value up to date; a write through the value calls it."""
         place, me = weakref.ref(owner), weakref.ref(self)  # no cycle: masked values go when their module goes
 
         def renew() -> None:
@@ -271,7 +284,7 @@ class MaskState:
         return cast(Tensor, MaskedCompute.apply(value, mask.to(value.device), self.spec.decay is None))
 
     def _compute(self, owner: nn.Module, attr: str, weight: Tensor) -> Tensor:
-        """The same value as plain operations, for compilers and function transforms, which must see the computation."""
+        """The masked value as plain operations, for compilers and function transforms, which must see the computation."""
         mask = cast(Tensor, owner._buffers[mask_name(attr)])
         if not self.spec.frozen:
             mask = make_mask(weight, self.spec.pattern.n, self.spec.grouping)

@@ -18,28 +18,28 @@ from nmfx.files.parsing import Share
 
 Classes = Annotated[int, Meta(ge=0, le=1_000_000)]
 Channels = Annotated[int, Meta(ge=1, le=1024)]
-Few = Annotated[int, Meta(ge=0, le=256)]
+SmallCount = Annotated[int, Meta(ge=0, le=256)]
 Pixels = Annotated[int, Meta(ge=1, le=8192)]
 Patch = Annotated[int, Meta(ge=1, le=1024)]
 Scale = Annotated[float, Meta(ge=0, le=16)]
-TWO = Meta(min_length=2, max_length=2)  # msgspec 0.22 crashes on bounded int | tuple[int, int]
-Word = Annotated[str, Meta(pattern=r"\A[a-z0-9_]{0,32}\Z")]  # a name of timm's own tables, as avg or gelu
+PAIR = Meta(min_length=2, max_length=2)  # msgspec 0.22 crashes on bounded int | tuple[int, int]
+TableName = Annotated[str, Meta(pattern=r"\A[a-z0-9_]{0,32}\Z")]  # a name of timm's own tables, as avg or gelu
 
 ARGUMENTS: dict[str, Any] = {
     # both, and the demos
     "num_classes": Classes,
     "in_chans": Channels,
     # timm: sizes
-    "img_size": Pixels | Annotated[tuple[Pixels, ...], TWO],
-    "patch_size": Patch | Annotated[tuple[Patch, ...], TWO],
-    "window_size": Patch | Annotated[tuple[Patch, ...], TWO],
+    "img_size": Pixels | Annotated[tuple[Pixels, ...], PAIR],
+    "patch_size": Patch | Annotated[tuple[Patch, ...], PAIR],
+    "window_size": Patch | Annotated[tuple[Patch, ...], PAIR],
     "window_ratio": Patch,
     "output_stride": Literal[8, 16, 32],
-    "reg_tokens": Few,
+    "reg_tokens": SmallCount,
     # timm: parts by name
-    "global_pool": Word,
-    "act_layer": Word,
-    "norm_layer": Word,
+    "global_pool": TableName,
+    "act_layer": TableName,
+    "norm_layer": TableName,
     # timm: shares that are dropped, and factors
     **dict.fromkeys(("drop_rate", "drop_path_rate", "drop_block_rate", "attn_drop_rate", "proj_drop_rate"), Share),
     **dict.fromkeys(("pos_drop_rate", "patch_drop_rate", "head_drop_rate"), Share),
@@ -52,8 +52,8 @@ ARGUMENTS: dict[str, Any] = {
     "image_size": Pixels,
     "min_size": Pixels,
     "max_size": Pixels,
-    "num_keypoints": Few,
-    "trainable_backbone_layers": Few,
+    "num_keypoints": SmallCount,
+    "trainable_backbone_layers": SmallCount,
     "width_mult": Scale,
     **dict.fromkeys(("dropout", "attention_dropout", "stochastic_depth_prob"), Share),
     **dict.fromkeys(("aux_logits", "aux_loss", "transform_input", "init_weights"), bool),

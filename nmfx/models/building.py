@@ -19,7 +19,7 @@ from nmfx.files.sealed import read_shapes
 from nmfx.models.source import Source, find_source
 from nmfx.models.weights import fit_names, read_weights
 
-SPARE = 512 << 20  # bytes that a model may take beyond what is stored of it: tables that no state dict has
+SPARE_BYTES = 512 << 20  # that a model may take beyond what is stored of it: tables that no state dict has
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,12 @@ def build_model(
     Args:
         weights: ``auto`` takes pretrained weights and goes on with random ones (saying why) when they cannot be had;
             ``pretrained`` makes that an error; ``none`` takes random ones; anything else is a safetensors or .pth file.
+        seed: of random weights.
         kwargs: arguments of its builder, such as ``{"num_classes": 10}``.
         entry: which state dict of a training checkpoint (see `load_weights`).
+
+    Returns:
+        The model, where it came from, and which weights it has.
 
     Raises:
         ModelError: unknown name, weights that cannot be had, or a file that does not fit.
@@ -95,8 +99,8 @@ def build_stored(source: Source, shapes: Mapping[str, tuple[int, ...]] | None, o
         shapes: of the tensors that the file stores for it; None where its weights are random.
 
     Raises:
-        ModelError: no such model, it is not the one of the stored tensors, or it needs `SPARE` bytes more than they do (more
-            than the model has without arguments, where none are stored).
+        ModelError: no such model, it is not the one of the stored tensors, or it needs more than `SPARE_BYTES` beyond them (or
+            beyond the model without arguments, where none are stored).
     """
     source = replace(find_source(str(source)), kwargs=source.kwargs)
     if shapes is None and not source.kwargs:
@@ -110,7 +114,7 @@ def build_stored(source: Source, shapes: Mapping[str, tuple[int, ...]] | None, o
             stored = sum(8 * math.prod(shape) for shape in shapes.values())
     except (ModelError, RuntimeError) as error:
         raise ModelError(f"{origin}: {str(error).removeprefix(f'{origin}: ')}") from error
-    if (needed := _bytes_of(meta)) > stored + SPARE:
+    if (needed := _bytes_of(meta)) > stored + SPARE_BYTES:
         raise ModelError(f"{origin}: {source} with {source.kwargs} needs {needed:,} bytes; build it yourself, in Python")
     return build_random(source)
 

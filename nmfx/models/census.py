@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from nmfx.errors import TraceError
-from nmfx.masking.owner import can_derive, throw_away_copy
+from nmfx.masking.copies import throw_away_copy
+from nmfx.masking.owner import can_derive
 from nmfx.models.example import Example, example_for
 from nmfx.models.following import Census, Use, plain_kernels
 from nmfx.models.places import Part, describe, join_parts

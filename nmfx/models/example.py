@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from nmfx.masking.owner import plain_class
+
 
 @dataclass(frozen=True)
 class Example:
@@ -37,7 +39,7 @@ class Example:
         return max(1, tensor.shape[0]) if tensor is not None else 1
 
     def to(self, device: str | torch.device, dtype: torch.dtype | None = None) -> Example:
-        """The same on a device, floating-point tensors in `dtype`."""
+        """This example on a device, its floating-point tensors in `dtype`."""
 
         def move(leaf: Any) -> Any:
             if not isinstance(leaf, Tensor):
@@ -47,7 +49,7 @@ class Example:
         return Example(*tree_map(move, (self.args, self.kwargs)))
 
     def filled(self, fill: Callable[[Tensor], Tensor]) -> Example:
-        """The same with each tensor replaced by ``fill(tensor)``."""
+        """This example with each tensor replaced by ``fill(tensor)``."""
         return Example(*tree_map(lambda leaf: fill(leaf) if isinstance(leaf, Tensor) else leaf, (self.args, self.kwargs)))
 
     def doubled(self) -> Example:
@@ -75,7 +77,7 @@ def example_for(model: nn.Module) -> Example:
     Reads ``input_size`` (an attribute of the model, without the batch), timm's ``pretrained_cfg`` and ``patch_embed``,
     torchvision's ``image_size`` and the families of torchvision that take videos, pairs of pictures or lists of them.
     """
-    defined = getattr(type(model), "_plain_class", type(model)).__module__
+    defined = plain_class(model).__module__
     if size := getattr(model, "input_size", None):
         return Example((torch.empty(1, *size),))
     if config := getattr(model, "pretrained_cfg", None):

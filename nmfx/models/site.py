@@ -7,6 +7,8 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from torch import nn
+
 from nmfx.errors import SchemeError
 from nmfx.sparsity.layout import Rows
 
@@ -58,6 +60,14 @@ class Site:
             if size == self.length and math.prod(self.shape[index + 1 :]) == self.rows[2]:
                 return index
         return None
+
+
+def weight_of(model: nn.Module, site: Site) -> nn.Parameter:
+    """The dense parameter of a site, behind its mask if it has one."""
+    path, attr = site.owners[0]
+    parameter = model.get_submodule(path)._parameters[attr]
+    assert parameter is not None
+    return parameter
 
 
 @dataclass(frozen=True)

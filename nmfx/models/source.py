@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from nmfx.demo.digits import load_demo
 from nmfx.demo.resnet import CifarResNet, resnet20, resnet56
 from nmfx.errors import ModelError
+from nmfx.masking.owner import plain_class
 
 # Arguments that torchvision's builders change by themselves when they are given weights.
 IMPLIED: tuple[dict[str, Any], ...] = (
@@ -133,7 +134,7 @@ def list_models() -> list[str]:
 def find_source(name: str) -> Source:
     """The source of a model name; torchvision is asked before timm when the name has no prefix.
 
-    Also understood: ``timm/NAME`` and ``hf-hub:timm/NAME.TAG``, as the hub has them, and ``torchvision.models.NAME``.
+    Other spellings: ``timm/NAME`` and ``hf-hub:timm/NAME.TAG``, as the hub has them, and ``torchvision.models.NAME``.
 
     Raises:
         ModelError: no library has it; the message lists the nearest names.
@@ -163,8 +164,8 @@ def _spelt(name: str) -> str:
     return re.sub(r"^(torchvision|timm)(/|\.models\.)", r"\1:", name)
 
 
-def nearest_models(name: str, known: Iterable[str], most: int = 4) -> list[str]:
-    """Known names like `name`, nearest first: the same but for case and punctuation, those that begin so, look-alikes."""
+def nearest_models(name: str, known: Iterable[str], limit: int = 4) -> list[str]:
+    """At most `limit` known names like `name`: equal but for case and punctuation, then beginning so, then look-alikes."""
     library, colon, plain = name.rpartition(":")
     pool = {entry: _letters(entry.partition(":")[2]) for entry in known if not colon or entry.startswith(f"{library}:")}
     wanted = _letters(plain.partition(".")[0])
@@ -172,13 +173,13 @@ def nearest_models(name: str, known: Iterable[str], most: int = 4) -> list[str]:
     begin = sorted(
         (entry for entry, letters in pool.items() if wanted and letters.startswith(wanted)), key=lambda e: len(pool[e])
     )
-    near = set(difflib.get_close_matches(wanted, set(pool.values()), n=most, cutoff=0.6))
+    near = set(difflib.get_close_matches(wanted, set(pool.values()), n=limit, cutoff=0.6))
     alike = sorted(
         (entry for entry, letters in pool.items() if letters in near),
         key=lambda e: -difflib.SequenceMatcher(None, wanted, pool[e]).ratio(),
     )
     found = list(dict.fromkeys([*same, *begin, *alike]))
-    return found[:most] if found or not colon else nearest_models(plain, known, most)
+    return found[:limit] if found or not colon else nearest_models(plain, known, limit)
 
 
 def _letters(name: str) -> str:
@@ -201,7 +202,7 @@ def _signature(model: nn.Module) -> dict[str, Any]:
     for path, module in model.named_modules():
         switches = {k: v for k, v in vars(module).items() if isinstance(v, bool) and not k.startswith("_")}
         switches = {k: v for k, v in switches.items() if k != "training" and "checkpoint" not in k}
-        modules[path] = (getattr(type(module), "_plain_class", type(module)), module.extra_repr(), switches)
+        modules[path] = (plain_class(module), module.extra_repr(), switches)
     return {"shapes": shapes, "modules": modules}
 
 
@@ -224,7 +225,7 @@ def _candidates(model: nn.Module) -> Iterator[Source]:
         first = next((p for n, p in model.named_parameters() if p.dim() == 4 and n.endswith("weight")), None)
         if first is not None:
             yield Source("timm", architecture, {**known, "in_chans": first.shape[1]})
-    defined = getattr(type(model), "_plain_class", type(model)).__module__
+    defined = plain_class(model).__module__
     if defined.startswith("torchvision.models"):
         import torchvision
 

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from nmfx.errors import TraceError
+from nmfx.masking.copies import MASKS_IN_FORWARD, throw_away_copy
 from nmfx.masking.modes import keep_modes
-from nmfx.masking.owner import WHOLE, is_masked, throw_away_copy
+from nmfx.masking.owner import is_masked
 from nmfx.models.example import Example
 
 log = logging.getLogger(__name__)
@@ -45,10 +46,10 @@ class SiteTracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Leaves are torch.nn's modules, timm's registered ones, those that derive their weight, and classes that failed."""
-        return isinstance(m, self.leaves) or WHOLE in m.__dict__ or super().is_leaf_module(m, module_qualified_name)
+        return isinstance(m, self.leaves) or MASKS_IN_FORWARD in m.__dict__ or super().is_leaf_module(m, module_qualified_name)
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """As fx does it, remembering the innermost module, so that a failure can be laid to its class."""
+        """Trace a call of a module, remembering the innermost one, so that `_trace` knows the class that failed."""
         self.stack.append(m)
         result = super().call_module(m, forward, args, kwargs)
         self.stack.pop()

@@ -70,7 +70,7 @@ def read_weights(path: Path, *, entry: str | None = None) -> Weights:
 
 
 def fit_names(weights: Weights, own: Iterable[str]) -> Weights:
-    """The same tensors by the names of a model, `own`: without what DataParallel, torch.compile or Lightning put before.
+    """Weights under the names of a model, `own`, without the prefixes that DataParallel, torch.compile or Lightning add.
 
     The prefix is whatever stands before the model's own names in the file; tensors beside it (a criterion, a counter of the
     averaging) are left out, and said to be.
@@ -95,7 +95,7 @@ def fit_names(weights: Weights, own: Iterable[str]) -> Weights:
 
 
 def _read(path: Path) -> Any:
-    """What a file of weights holds; of Python's own classes only the bare argparse.Namespace is let through.
+    """The content of a file of weights; of Python's own classes only the bare argparse.Namespace is let through.
 
     timm's training checkpoints hold one beside the weights. It takes attributes and does nothing.
     """
@@ -115,7 +115,7 @@ def _read(path: Path) -> Any:
 
 
 def _why(error: Exception) -> str:
-    """What a reader has to say, in one line: the class that is not let through, or a whole sentence."""
+    """Why a file cannot be read, in one line: the class that is not let through, or the reader's sentence."""
     if found := re.search(r"GLOBAL ([\w.]+)|[Tt]rying to \w+ (?:unsupported )?(?:GLOBAL|class) ([\w.]+)", str(error)):
         name = next(filter(None, found.groups())).rstrip(".")
         return (

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from nmfx.masking.modes import keep_modes
-from nmfx.masking.owner import masked_sites, masks_derived
+from nmfx.masking.owner import masks_derived
+from nmfx.masking.sites import masked_sites
 from nmfx.models.example import Example
 from nmfx.models.following import Census, plain_kernels, storage_of
 from nmfx.models.places import held_by, is_plain, places_in

@@ -55,9 +55,9 @@ def recalibrate_bn(model: nn.Module, batches: Iterable[Any], *, dense: nn.Module
             for network in networks:
                 network(_input_of(batch, next(network.parameters()).device))
             count += 1
-    shown = dict(_buffers(others))
+    after_dense = dict(_buffers(others))
     for key, buffer in _buffers(norms) if dense is not None else ():
-        old, now, other = before[key], buffer.clone(), shown[key].to(buffer.device)
+        old, now, other = before[key], buffer.clone(), after_dense[key].to(buffer.device)
         if key.endswith("running_mean"):
             buffer.copy_(old + (now - other))
         elif key.endswith("running_var"):

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from nmfx.errors import SchemeError
+from nmfx.masking.copies import deep_copy
 from nmfx.masking.modes import keep_modes
-from nmfx.masking.owner import GIVEN, deep_copy, is_masked, mask_attribute, masked_sites, unmask
+from nmfx.masking.owner import is_masked, mask_attribute, unmask
+from nmfx.masking.sites import masked_sites, note_masked
 from nmfx.masking.weight import MaskSpec
 from nmfx.models.census import find_sites
 from nmfx.models.example import Example
@@ -22,8 +24,8 @@ from nmfx.models.tracer import to_graph
 from nmfx.scheme import Scheme, fit
 from nmfx.sparsity.layout import Grouping
 from nmfx.sparsity.pattern import Pattern
+from nmfx.sparsity.rules import Training, resolve_rule
 
-Training = Literal["sr-ste", "ste", "fixed"]
 AnyScheme = Scheme | str | Pattern | Path | Mapping[str, str | Pattern]
 
 
@@ -34,7 +36,7 @@ def transform(
     example_input: Any = None,
     sites: Sites | None = None,
     training: Training = "sr-ste",
-    decay: float = 2e-4,
+    decay: float | None = None,
     as_graph: bool = False,
     inplace: bool = False,
 ) -> nn.Module:
@@ -44,45 +46,41 @@ def transform(
         scheme: a `Scheme`, a pattern (``"2:4"``: every site that can take it), a mapping from site names or globs to
             patterns, or the path of a scheme file.
         example_input: what the forward pass takes (see `find_sites`); ignored when `sites` are given.
-        training: how gradients reach dropped weights. ``sr-ste`` and ``ste`` give the dense gradient and let the masks follow
-            the weights; ``fixed`` keeps today's masks and trains kept weights only (ASP).
-        decay: SR-STE's factor on dropped weights (Zhou et al., 2021: 2e-4; DominoSearch's 80 % recipe: 5e-4). Every ``step``
-            of an optimiser of torch.optim updates with ``grad + decay * (1 - mask) * weight``, once, after any scaling,
-            accumulation, averaging and clipping; ``weight.grad`` stays the gradient of the loss. A loop without an optimiser
-            calls `nmfx.pull` before it updates.
+        training: one of `nmfx.sparsity.rules.RULES`, how gradients reach dropped weights. ``sr-ste`` and ``ste`` give the dense
+            gradient and let the masks follow the weights; ``fixed`` keeps today's masks and trains kept weights only (ASP).
+        decay: SR-STE's factor on dropped weights; None is the rule's own (Zhou et al., 2021: 2e-4; DominoSearch's 80 % recipe:
+            5e-4). Every ``step`` of an optimiser of torch.optim updates with ``grad + decay * (1 - mask) * weight``, once,
+            after any scaling, accumulation, averaging and clipping; ``weight.grad`` stays the gradient of the loss. A loop
+            without an optimiser calls `nmfx.pull` before it updates.
         as_graph: return the fx view of the converted model instead (see `to_graph`).
         inplace: convert `model` itself, without a copy.
 
-    Sites with a dense pattern are not touched at all. A model that is converted already is converted anew from its dense
-    weights.
+    Returns:
+        The converted model in the mode of `model`. Sites with a dense pattern are not touched at all. A model that is converted
+        already is converted anew from its dense weights.
 
     Raises:
+        NmfxError: no such training rule, or a decay out of range.
         SchemeError: the scheme does not fit, naming the site, its shape, and what to do.
         TraceError: the forward pass fails on the example input.
     """
-    if training not in ("sr-ste", "ste", "fixed"):
-        raise SchemeError(f"training={training!r}: expected 'sr-ste', 'ste' or 'fixed'")
-    if not 0 <= decay < float("inf"):
-        raise SchemeError(f"decay={decay}: expected a finite factor of 0 or more, such as 2e-4")
+    rule = resolve_rule(training, decay)
     sites = sites if sites is not None else find_sites(model, example_input)
     resolved = resolve_scheme(scheme, sites)
     resolved.check(sites)
     result = model if inplace else deep_copy(model)
     for module in result.modules():
         unmask(module, keep_masked=False)
-    factor = {"sr-ste": decay, "ste": 0.0, "fixed": None}[training]
     try:
         for site in sites:
             if site.name in resolved:
-                spec = MaskSpec(
-                    site.name, resolved[site.name], resolved.grouping(site), factor, training == "fixed", site.derived
-                )
-                _mask(result, site, spec)
+                pattern, grouping = resolved[site.name], resolved.grouping(site)
+                _mask(result, site, MaskSpec(site.name, pattern, grouping, rule.decay, rule.frozen, site.derived))
     except Exception:
         for module in result.modules():
             unmask(module, keep_masked=False)
         raise
-    result.__dict__[GIVEN] = tuple(name for name in resolved)
+    note_masked(result, resolved)
     return to_graph(result, example_input) if as_graph else result
 
 

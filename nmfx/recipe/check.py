@@ -12,10 +12,10 @@ from nmfx.data.augment import train_transform
 from nmfx.data.config import PictureConfig, picture_config
 from nmfx.data.pictures import ArrayPictures
 from nmfx.data.source import Data
-from nmfx.masking.owner import deep_copy
+from nmfx.masking.copies import deep_copy
 from nmfx.models.site import Sites
-from nmfx.passes.baking import verify
 from nmfx.passes.transform import transform
+from nmfx.passes.verification import verify
 from nmfx.recipe.schema import Recipe
 from nmfx.scheme import Scheme
 from nmfx.settings.search import Loop, SearchSettings

@@ -172,10 +172,11 @@ def mark_stages(
     """Shade every other stage and write its name beside the axis; names that would touch move apart.
 
     Args:
+        axes: whose `along` axis (``x`` or ``y``) the network lies on.
         stages: of every site.
         edges: where each site begins, and the last one ends.
         inches: length of the axis, about.
-        names: False shades only.
+        names: False shades the stages and writes no names.
     """
     spans: list[tuple[str, float, float]] = []
     short, begin = short_names(stages), 0
@@ -231,7 +232,7 @@ def spread(wanted: Sequence[float], gap: float) -> list[float]:
     return [level + index * gap for index, level in enumerate(levels)]
 
 
-def only(figure: FigureBase, **options: object) -> Axes:
+def single_axes(figure: FigureBase, **options: object) -> Axes:
     """One pair of axes that fills a figure."""
     axes: Axes = figure.subplots(**options)  # type: ignore[call-overload]
     return axes

@@ -18,8 +18,8 @@ from nmfx.report.canvas import (
     color_of,
     mark_stages,
     new_figure,
-    only,
     set_density_axis,
+    single_axes,
     styled,
 )
 from nmfx.report.record import Point, Report, Speed, short_names, stages_of
@@ -120,7 +120,7 @@ def draw_accuracy(points: Sequence[Point], *, title: str = "", dense: float | No
     from matplotlib.transforms import ScaledTranslation
 
     figure = new_figure(3.4, title)
-    axes = only(figure)
+    axes = single_axes(figure)
     labels = list(dict.fromkeys(point.label for point in points))
     axes.margins(y=0.08)
     for index, label in enumerate(labels):
@@ -167,7 +167,7 @@ def _density_height(report: Report) -> float:
 
 
 def _density(figure: FigureBase, report: Report, width: Width = "uniform") -> None:
-    axes = only(figure)
+    axes = single_axes(figure)
     edges = _bars(axes, report, [report.pattern(site) for site in report.sites], width)
     stages = stages_of(site.name for site in report.sites)
     if len(report.sites) <= FEW and width == "uniform":
@@ -384,7 +384,7 @@ def draw_speed(speeds: Sequence[Speed], *, title: str = "") -> Figure:
     """How fast each engine is against the best dense one, a group of bars for each batch size and number of threads."""
     groups, engines = (list(dict.fromkeys(values)) for values in ([s.group for s in speeds], [s.engine for s in speeds]))
     figure = new_figure(0.7 + 0.16 * len(speeds) + 0.3 * len(groups), title)
-    axes = only(figure)
+    axes = single_axes(figure)
     labels, row = [], 0.0
     for group in groups:
         axes.annotate(group, (0, row), (2, 0), textcoords="offset points", va="center", weight="bold")

@@ -121,7 +121,7 @@ def check_page(path: Path) -> None:
 
 
 def save_page(page: str, path: str | Path, *, force: bool = True) -> None:
-    """Write a page.
+    """Write a page (text of HTML) as a file.
 
     Raises:
         NmfxError: the name does not end in .html, or `path` exists and `force` is false.

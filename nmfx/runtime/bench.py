@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from nmfx.errors import NmfxError
 from nmfx.runtime.compiled import Choice, compile
 from nmfx.runtime.latency import COMPILED, dense_runs
-from nmfx.runtime.timing import Advance, ignore, part
+from nmfx.runtime.timing import Advance, ignore, portion
 
 Run = Callable[[], object]
 NMFX, MASKED = "nmfx", "masked, eager"
@@ -35,18 +35,18 @@ class Timing:
 
     @property
     def median(self) -> float:
-        """Of all turns."""
+        """The median of all turns, in seconds."""
         return statistics.median(self.seconds)
 
     @property
     def spread(self) -> tuple[float, float]:
-        """The fastest and the slowest turn."""
+        """The fastest and the slowest turn, in seconds."""
         return min(self.seconds), max(self.seconds)
 
 
 @dataclass(frozen=True)
 class Bench:
-    """What was measured.
+    """The result of `bench`.
 
     Attributes:
         timings: of every engine, batch size and number of threads.
@@ -61,17 +61,17 @@ class Bench:
     difference: float
 
     def of(self, engine: str, batch: int, threads: int) -> Timing | None:
-        """One timing, if there is one."""
+        """The timing of one engine; None if it could not run."""
         wanted = (engine, batch, threads)
         return next((one for one in self.timings if (one.engine, one.batch, one.threads) == wanted), None)
 
     def best_dense(self, batch: int, threads: int) -> Timing:
-        """The fastest dense engine, by medians."""
+        """The timing of the fastest dense engine, by medians."""
         found = [one for one in self.timings if (one.batch, one.threads) == (batch, threads)]
         return min((one for one in found if one.engine not in (NMFX, MASKED)), key=lambda one: one.median)
 
     def speedup(self, batch: int, threads: int) -> float:
-        """Of nmfx over the fastest dense engine."""
+        """How many times as fast nmfx is as the fastest dense engine, by medians."""
         ours = self.of(NMFX, batch, threads)
         assert ours is not None
         return self.best_dense(batch, threads).median / ours.median
@@ -91,8 +91,20 @@ def bench(
     """Time a dense model and its converted counterpart on `example` repeated to each batch size.
 
     Args:
-        threads: of torch and of ONNX Runtime; 1 and all when empty.
-        onnx: the dense model as ONNX with a free batch size, for ONNX Runtime.
+        dense: the network before its weights were pruned.
+        converted: the same network, masked.
+        example: pictures ``(batch, channels, height, width)``, of which the first is used.
+        batches: batch sizes to time.
+        threads: numbers of threads of torch and of ONNX Runtime; 1 and torch's own when empty.
+        turns: turns of each engine, of `TURN` seconds or more.
+        onnx: the dense model as ONNX with a free batch size; None leaves ONNX Runtime out.
+        progress: called with the share done and what is being done.
+
+    Returns:
+        Timings, choices and the difference of outputs; engines that cannot run are in ``missing``.
+
+    Raises:
+        ModelError: torch.export cannot follow the model.
     """
     threads = threads or tuple(dict.fromkeys((1, torch.get_num_threads())))
     timings, choices, missing = list[Timing](), dict[tuple[int, int], tuple[Choice, ...]](), dict[str, str]()
@@ -102,7 +114,7 @@ def bench(
         for number, (batch, count) in enumerate(combinations):
             torch.set_num_threads(count)
             x = example[:1].expand(batch, *example.shape[1:]).contiguous()
-            say = part(progress, number, len(combinations))
+            say = portion(progress, number, len(combinations))
             with torch.no_grad():
                 say(0.0, "compiling with torch.compile")
                 engines = dense_runs(dense, x)
@@ -135,10 +147,10 @@ def in_turns(runs: Mapping[str, Run], turns: int, progress: Advance) -> dict[str
     return {name: tuple(seconds) for name, seconds in found.items()}
 
 
-def _repeat(run: Run, least: float) -> float:
-    """Seconds a call, of as many calls as take this long."""
+def _repeat(run: Run, seconds: float) -> float:
+    """Mean seconds of a call, over as many calls as take `seconds` or more."""
     calls, start = 0, time.perf_counter()
-    while (now := time.perf_counter()) - start < least or not calls:
+    while (now := time.perf_counter()) - start < seconds or not calls:
         run()
         calls += 1
     return (now - start) / calls

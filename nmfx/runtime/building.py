@@ -32,8 +32,8 @@ SOURCES = Path(__file__).with_name("kernel")  # kernel.cpp and the headers it is
 FLAGS = ("-O3", "-std=c++20", "-fopenmp", "-fno-math-errno")  # -fopenmp: at::parallel_for runs in torch's own threads
 NATIVE = "-march=native"
 NAME = "nmfx_runtime"
-PATIENCE = 900  # seconds that another process may take to build; then this one builds as well
-LARGEST = 1 << 28  # bytes of a kernel
+PATIENCE = 900  # seconds to wait for another process that builds; then this one builds as well
+LARGEST = 1 << 28  # bytes of a kernel, at most
 log = logging.getLogger(__name__)
 _once = threading.Lock()
 _in_process: list[str] = []  # the digest of the kernel that is loaded
@@ -266,7 +266,7 @@ def _load(content: bytes, path: Path) -> None:
 
 @contextlib.contextmanager
 def _quiet_build() -> Iterator[None]:
-    """Without torch's warnings of CUDA, which is not asked for, and with the ninja of this Python where the path has none."""
+    """Silence torch's warnings of CUDA, which is not asked for, and add this Python's ninja to a PATH that has none."""
     before = os.environ.get("PATH", "")
     with contextlib.suppress(ImportError):
         if shutil.which("ninja") is None:
@@ -296,7 +296,7 @@ def _brief(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def quiet(name: str) -> Iterator[None]:
-    """Let a logger of others say nothing."""
+    """Silence a logger of another library within a ``with`` block."""
     logger = logging.getLogger(name)
     before, logger.disabled = logger.disabled, True
     try:

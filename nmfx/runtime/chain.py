@@ -15,10 +15,10 @@ from nmfx.runtime.program import AVERAGING, FLATTENING, MAX_POOLING, Program
 
 
 class Chain(nn.Module):
-    """A part of a lowered graph: its inputs in, its outputs out.
+    """A part of a lowered graph as one call of the kernel.
 
     Attributes:
-        graph: the same, operator by operator, on plain pictures: what torch.compile sees.
+        graph: the part operator by operator, on plain pictures: what torch.compile sees, and what runs without the kernel.
         images: samples of a pass that stays on one thread; 0 is all at once, with the threads inside the operators.
     """
 
@@ -29,7 +29,7 @@ class Chain(nn.Module):
         self.program, self.constants = written.numbers(), written.constants
 
     def forward(self, *inputs: Tensor) -> Any:
-        """Each with the batch first."""
+        """Outputs of the part for its inputs, each ``(batch, ...)``."""
         seen = torch.compiler.is_compiling() or any(type(one) is not Tensor for one in inputs)  # they want to see operators
         if seen or load_kernel():
             return self.graph(*inputs)

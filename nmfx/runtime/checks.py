@@ -12,7 +12,7 @@ WIDEST_STEP = 256  # of strides
 
 
 def expect(holds: object, what: str) -> None:
-    """Raise as the kernel does.
+    """Raise, in the kernel's words, unless `holds`.
 
     Raises:
         RuntimeError: it does not hold.
@@ -33,18 +33,29 @@ def check_pictures(x: Tensor) -> None:
 def check_window(
     x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
 ) -> list[int]:
-    """Height and width of what a window gives that slides over pictures."""
+    """Height and width of the output of a window that slides over pictures, checked (arguments: see `output_size`).
+
+    Raises:
+        RuntimeError: naming what was expected.
+    """
     expect(len(kernel) == 2 and _within(kernel, 1, LONGEST), "a kernel of two sizes")
     expect(len(stride) == 2 and _within(stride, 1, WIDEST_STEP), f"two strides of 1 to {WIDEST_STEP}")
     expect(len(padding) in (2, 4) and _within(padding, 0, LONGEST), "padding of two or four numbers")
     expect(len(dilation) == 2 and _within(dilation, 1, LONGEST), "two dilations")
-    out = slid(x, kernel, stride, padding, dilation)
+    out = output_size(x, kernel, stride, padding, dilation)
     expect(all(size > 0 for size in out), "pictures no smaller than the kernel")
     return out
 
 
-def slid(x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]) -> list[int]:
-    """The same, unchecked."""
+def output_size(
+    x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> list[int]:
+    """Height and width of the output of a window that slides over pictures ``(batch, channels, height, width)``.
+
+    Args:
+        kernel, stride, dilation: two numbers each, for height and width.
+        padding: two numbers, or four: top, left, bottom, right.
+    """
     both = [first + last for first, last in zip(padding[:2], padding[-2:], strict=True)]
     sizes = zip(x.shape[2:], kernel, stride, both, dilation, strict=True)
     return [(n + p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in sizes]
@@ -53,7 +64,17 @@ def slid(x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Seque
 def check_packed(
     tensors: Sequence[Tensor | None], out: int, groups: int, width: int, chunk: int, vectors: int, *, known: bool
 ) -> None:
-    """Values, columns, pointers and bias of packed weights; what columns and pointers say too, where it is `known`."""
+    """Check packed weights, as `nmfx.runtime.packed.pack` makes them.
+
+    Args:
+        tensors: values, columns, pointers and bias.
+        out, groups, width: output channels, groups, and columns of the weight.
+        chunk, vectors: of the `Tile`.
+        known: the tensors have values, which are checked too; shapes alone otherwise.
+
+    Raises:
+        RuntimeError: naming what was expected.
+    """
     values, columns, pointers, bias = tensors
     assert values is not None
     assert columns is not None
@@ -88,13 +109,13 @@ def _check_places(columns: Tensor, pointers: Tensor, rows: int, width: int, chun
 
 
 def check_bias(bias: Tensor | None, rows: int) -> None:
-    """One number for each row."""
+    """A bias is absent, or holds one float32 for each of `rows`."""
     fits = bias is None or (bias.dtype == torch.float32 and bias.is_contiguous() and tuple(bias.shape) == (rows,))
     expect(fits, "a contiguous float32 bias of every row")
 
 
 def check_residual(residual: Tensor | None, sizes: Sequence[int]) -> None:
-    """What is added, as large as the output."""
+    """A residual is absent, or float32 of the output's `sizes`."""
     fits = residual is None or (residual.dtype == torch.float32 and tuple(residual.shape) == tuple(sizes))
     expect(fits, f"a float32 residual of the output's shape {list(sizes)}")
 
@@ -102,7 +123,17 @@ def check_residual(residual: Tensor | None, sizes: Sequence[int]) -> None:
 def check_conv2d(
     input: Tensor, packed: Sequence[Tensor | None], residual: Tensor | None, out: int, width: int, *rest: object, known: bool
 ) -> tuple[int, ...]:
-    """The output's sizes of a sparse convolution."""
+    """The output's sizes of a sparse convolution, ``(batch, out, height, width)``.
+
+    Args:
+        input: pictures ``(batch, channels, height, width)``.
+        packed, out, width, known: see `check_packed`.
+        residual: what is added to the output, or None.
+        rest: kernel, stride, padding, dilation, groups, low, high, chunk, vectors, as the operator takes them.
+
+    Raises:
+        RuntimeError: naming what was expected.
+    """
     kernel, stride, padding, dilation, groups, _low, _high, chunk, vectors = rest
     expect(groups > 0 and input.dim() == 4 and input.shape[1] % groups == 0, "channels that divide by the groups")  # type: ignore[operator]
     check_pictures(input)
@@ -130,7 +161,15 @@ def check_depthwise(
 def check_linear(
     input: Tensor, packed: Sequence[Tensor | None], out: int, width: int, chunk: int, vectors: int, *, known: bool
 ) -> tuple[int, ...]:
-    """The output's sizes of a sparse linear layer."""
+    """The output's sizes of a sparse linear layer, ``(..., out)``.
+
+    Args:
+        input: tokens ``(..., width)``.
+        packed, out, width, chunk, vectors, known: see `check_packed`.
+
+    Raises:
+        RuntimeError: naming what was expected.
+    """
     tokens = input.dim() >= 1 and input.dtype == torch.float32 and input.layout == torch.strided
     expect(tokens, "float32 tokens (..., features)")
     expect(input.shape[-1] == width, f"tokens of {width} features, got {input.shape[-1]}")

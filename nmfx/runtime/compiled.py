@@ -19,16 +19,16 @@ from nmfx.masking.modes import keep_modes
 from nmfx.passes.baking import bake
 from nmfx.runtime.building import load_kernel
 from nmfx.runtime.chain import link, repeated
-from nmfx.runtime.checks import slid
+from nmfx.runtime.checks import output_size
 from nmfx.runtime.layers import DEPTHWISE, LAYERS, Fused, alike, dense_layers, sparse_layer
 from nmfx.runtime.lowering import EXPORTING, Domain, export, lower
 from nmfx.runtime.packed import LANES, SPARSE, TILES
 from nmfx.runtime.program import window_of
-from nmfx.runtime.timing import WHOLE, Advance, Times, ignore, measure, part
+from nmfx.runtime.timing import NETWORK_SECONDS, Advance, Times, ignore, measure, portion
 
-REPEATS = 4  # of a sparse way in one chain: without what a call costs from Python, which it does not cost in a network
-BEFORE_OTHERS = 1.5  # lanes may take so many times as long as others: between operators by lanes nothing is laid out anew
-WHOLE_FROM = 0.4  # density from which the kernel is also tried with all weights, whose rows then share what they read
+REPEATS = 4  # calls of a sparse way in one timed chain: in a network, too, one call from Python runs many operators
+BEFORE_OTHERS = 1.5  # lanes may take this many times as long: between operators by lanes nothing is laid out anew
+ZEROS_FROM = 0.4  # density from which the kernel is also tried with zeros stored: rows then share what they read
 SHAPES = 8  # lowerings for other sizes that are kept
 
 Sites = list[tuple[fx.Node, Fused]]  # with the nodes of a lowered graph that call them
@@ -63,7 +63,7 @@ class Choice:
 
     @property
     def seconds(self) -> float:
-        """Of what was chosen."""
+        """Seconds of one pass by the way that was chosen."""
         return self.sparse if self.sparse is not None and self.is_sparse else self.dense
 
 
@@ -74,7 +74,8 @@ class Lowered:
     Attributes:
         graph: its ``site0, site1, ...`` are the layers of `nmfx.runtime.layers`, those of the kernel inside its ``chain0,
             chain1, ...`` (`nmfx.runtime.chain`).
-        domain: for which inputs it is.
+        domain: the inputs that the graph is for.
+        choices: how each site is computed.
         batch: samples of a pass.
         images: samples that stay on one thread within a chain; 0 is all at once.
     """
@@ -86,7 +87,7 @@ class Lowered:
     images: int = 0
 
     def __call__(self, x: Tensor) -> Any:
-        """In passes only where samples are shown not to see each other."""
+        """The outputs for `x`; in passes of `batch` samples where samples are shown not to see each other, else at once."""
         if len(x) <= self.batch or not self.domain.apart:
             return self.graph(x)
         return _joined([self.graph(part) for part in x.split(self.batch)])
@@ -132,7 +133,7 @@ class CompiledModel(nn.Module):
 
     @property
     def choices(self) -> tuple[Choice, ...]:
-        """How each site is computed."""
+        """How each site is computed, in the order of the graph."""
         return self._first.choices
 
     @property
@@ -147,7 +148,7 @@ class CompiledModel(nn.Module):
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Any:
-        """As the original's.
+        """The outputs of the original model for `x` ``(batch, ...)``, up to rounding.
 
         Raises:
             NmfxError: the input is of a kind that the model was not compiled for, or of a size that it does not take.
@@ -176,7 +177,7 @@ class CompiledModel(nn.Module):
         return f"compiled for {_kind(wanted.dtype)} of sizes ({sizes}) in batches of {batch}, on cpu"
 
     def _lower(self, x: Tensor) -> Lowered:
-        """For inputs like this, kept for the next."""
+        """A lowering for inputs of this size, kept for the next call."""
         came = f"{_kind(x.dtype)} {tuple(x.shape)}"
         if not self._original:
             raise NmfxError(f"{self._made_for()}, got {came}: compile with an example of that size, or without shapes=0")
@@ -192,11 +193,11 @@ class CompiledModel(nn.Module):
             return lowered
 
     def train(self, mode: bool = True) -> CompiledModel:
-        """It stays in eval mode."""
+        """Does nothing: a compiled model stays in eval mode."""
         return super().train(False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CompiledModel:
-        """Neither moved nor converted: what the kernel reads is made for float32 on the CPU."""
+        """Refuses to be moved or converted: the packed weights are float32 on the CPU."""
         probe = fn(torch.zeros(1, 1, 1, 1))
         if probe.dtype != torch.float32 or probe.device.type != "cpu":
             raise NmfxError(f"a compiled model stays float32 on the CPU, asked for {_kind(probe.dtype)} on {probe.device}")
@@ -265,7 +266,7 @@ def _possible_layer(fused: Fused, choice: Choice | None) -> nn.Module:
 
 
 def _joined(parts: list[Any]) -> Any:
-    """Outputs of several passes as those of one: tensors joined along the batch, whatever holds them."""
+    """Outputs of several passes as those of one: tensors joined along the batch, in whatever tree they stand."""
     return tree_map(lambda *each: torch.cat(each) if isinstance(each[0], Tensor) else each[0], parts[0], *parts[1:])
 
 
@@ -287,8 +288,11 @@ def compile(
             model's dense weights are not kept.
         progress: called with the share done and the site.
 
+    Returns:
+        A `CompiledModel`; `model` is not changed.
+
     Raises:
-        ModelError: torch.export cannot follow the model.
+        ModelError: torch.export cannot follow the model, or an argument is none that it takes.
     """
     if isinstance(example_input, Tensor) and example_input.is_nested:
         raise ModelError("compile: expected a plain tensor, got a nested one")
@@ -315,7 +319,7 @@ def compile(
     for number, (size, alone) in enumerate(passes):
         with _one_thread() if alone else contextlib.nullcontext():
             times = Times()
-            timed = time_sites(copy_of(graph), sites, example[:size], times, part(progress, number, len(passes)))
+            timed = time_sites(copy_of(graph), sites, example[:size], times, portion(progress, number, len(passes)))
             times.save()
             for mine, choices in with_and_without_lanes(graph, timed, images=size if alone else 0):
                 found.append(Lowered(mine, domain, choices, len(example) if alone else size, size if alone else 0))
@@ -323,7 +327,7 @@ def compile(
 
 
 def _passes(count: int, batch: int | None, apart: bool, *, alone: bool) -> list[tuple[int, bool]]:
-    """Ways to cut a batch: samples of a pass, and whether each pass stays on one thread."""
+    """The ways to try to cut a batch of `count`: samples of a pass, and whether each pass stays on one thread."""
     threads = torch.get_num_threads()
     if batch is not None or not apart:
         return [(batch if batch and apart else count, False)]
@@ -343,21 +347,26 @@ def _one_thread() -> Iterator[None]:
 
 
 def copy_of(graph: fx.GraphModule) -> fx.GraphModule:
-    """The same graph over the same tensors, with sites of its own."""
+    """A copy of a lowered graph over the same tensors, whose sites can be given other layers."""
     with EXPORTING:
         return fx.GraphModule(graph, copy.deepcopy(graph.graph))
 
 
 @dataclass(frozen=True)
 class TimedSite:
-    """A site, and the seconds of every way to compute it, for one pass."""
+    """A site of a lowered graph, and by name of each way to compute it, the seconds of one pass."""
 
     node: fx.Node
     fused: Fused
     took: Mapping[str, float]
 
     def choice(self, *, sparse: bool = True, lanes: bool = True) -> Choice:
-        """The fastest of the dense ways, and of the sparse ones and those by lanes, lanes even where a little slower."""
+        """The fastest way; one by lanes even where it is slower by less than `BEFORE_OTHERS`.
+
+        Args:
+            sparse: allow sparse ways, and dense ones by lanes.
+            lanes: allow ways by lanes.
+        """
         dense = {name: took for name, took in self.took.items() if not name.startswith(SPARSE)}
         products = {name: took for name, took in self.took.items() if name.startswith(SPARSE) and sparse}
         plain = [name for name in products if LANES not in name]
@@ -376,7 +385,18 @@ class TimedSite:
 def time_sites(
     graph: fx.GraphModule, sites: Sites, example: Tensor, times: Times, progress: Advance = ignore
 ) -> list[TimedSite]:
-    """Time every way to compute each site of a lowered graph on what an example gives it; dense layers are put in."""
+    """Time every way to compute each site of a lowered graph; its sites are dense layers afterwards.
+
+    Args:
+        graph: changed in place.
+        sites: of the graph, as `lower` gave them.
+        example: the input of the graph, whose inner results the sites are timed on.
+        times: what was measured before, and takes what is measured now.
+        progress: called with the share done and the site's name.
+
+    Returns:
+        The sites in the same order, with their times.
+    """
     seen, timed = inputs_of(graph, sites, example), []
     for index, (node, fused) in enumerate(sites):
         progress(index / len(sites), fused.name)
@@ -387,12 +407,16 @@ def time_sites(
 def with_and_without_lanes(
     graph: fx.GraphModule, timed: Sequence[TimedSite], *, images: int = 0
 ) -> Iterator[tuple[fx.GraphModule, tuple[Choice, ...]]]:
-    """A lowered graph with the fastest layers and its chains: a copy without lanes, and one with them if a site has any."""
+    """Copies of a lowered graph with the fastest layers, chained: one without lanes, and one with them if a site has any.
+
+    Args:
+        images: samples that stay on one thread within a chain; 0 is all at once.
+    """
     for lanes in (False, True):
         choices = tuple(one.choice(lanes=lanes) for one in timed)
         if not lanes or any(LANES in choice.chosen for choice in choices):
             mine = copy_of(graph)
-            put(mine, timed, choices)
+            install_layers(mine, timed, choices)
             if not load_kernel():
                 link(mine, images)
             yield mine, choices
@@ -400,22 +424,22 @@ def with_and_without_lanes(
 
 @torch.no_grad()
 def fastest(models: Sequence[Lowered], example: Tensor) -> Lowered:
-    """Of several ways to lower one model, measured on an example."""
+    """The fastest of several lowerings of one model, measured on `example`."""
     if len(models) == 1:
         return models[0]
-    took = measure({str(index): partial(one, example) for index, one in enumerate(models)}, least=WHOLE)
+    took = measure({str(index): partial(one, example) for index, one in enumerate(models)}, seconds=NETWORK_SECONDS)
     return models[min(range(len(models)), key=lambda index: took[str(index)])]
 
 
-def put(graph: fx.GraphModule, timed: Iterable[TimedSite], choices: Iterable[Choice]) -> None:
-    """Put the chosen layer into every site of a lowered graph."""
+def install_layers(graph: fx.GraphModule, timed: Iterable[TimedSite], choices: Iterable[Choice]) -> None:
+    """Give every site of a lowered graph the layer of its choice, in place."""
     for one, choice in zip(timed, choices, strict=True):
         graph.add_submodule(str(one.node.target), layer_for(one.fused, choice.chosen, choice.plain))
     graph.recompile()
 
 
 def inputs_of(graph: fx.GraphModule, sites: Sites, example: Tensor) -> dict[str, tuple[Tensor, ...]]:
-    """What every site of a lowered graph is given for an example, by the name of its module; dense layers are put in."""
+    """The inputs of every site for an example, by the name of its module; the sites are dense layers afterwards."""
     seen: dict[str, tuple[Tensor, ...]] = {}
     for node, fused in sites:
         graph.add_submodule(str(node.target), dense := next(iter(dense_layers(fused).values())))
@@ -430,9 +454,9 @@ def time_site(node: fx.Node, fused: Fused, inputs: tuple[Tensor, ...], times: Ti
     """Time all ways that this machine has to compute a site on these inputs."""
     kept, kernel = fused.kept, not load_kernel()
     lanes = kernel and _has_lanes(fused, inputs)
-    whole = fused.is_conv and kept >= WHOLE_FROM * fused.weight.numel()
+    zeros = fused.is_conv and kept >= ZEROS_FROM * fused.weight.numel()
     fitting = [tile for tile in TILES if tile.chunk < 2 * fused.weight[0].numel() or tile.chunk <= 128]
-    tiles = [tile for tile in fitting if tile.lanes <= lanes and tile.whole <= whole and kernel and not fused.depthwise]
+    tiles = [tile for tile in fitting if tile.lanes <= lanes and tile.zeros <= zeros and kernel and not fused.depthwise]
     names = [*dense_layers(fused, lanes=lanes), *map(str, tiles)]
     chained = {name for name in names if kernel and (DEPTHWISE in name or name.startswith(SPARSE))}
     geometry = (fused.geometry, fused.groups, fused.residual, fused.low, fused.high, fused.bias is not None)
@@ -449,16 +473,16 @@ def time_site(node: fx.Node, fused: Fused, inputs: tuple[Tensor, ...], times: Ti
 
 
 def _has_lanes(fused: Fused, inputs: tuple[Tensor, ...]) -> bool:
-    """Whether a site could be computed on pictures as lanes."""
+    """Whether a site can be computed on pictures that are laid out as lanes."""
     if not fused.is_conv or inputs[0].dim() != 4:
         return False
     kernel = tuple(fused.weight.shape[2:])
-    out = slid(inputs[0], kernel, *fused.geometry)
+    out = output_size(inputs[0], kernel, *fused.geometry)
     return window_of(inputs[0].shape[2:], out, kernel, *fused.geometry) is not None
 
 
 def layer_for(fused: Fused, chosen: str, plain: str | None = None) -> nn.Module:
-    """The layer of a choice."""
+    """The layer that computes a site in the way called `chosen` (see `Choice`); `plain` is used where there are no lanes."""
     if chosen.startswith(SPARSE):
         tiles = {str(tile): tile for tile in TILES}
         return sparse_layer(fused, tiles[chosen], tiles.get(plain or ""))

@@ -15,10 +15,10 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-LEAST = 3  # vectors of a strip
-NONE = 1 << 20  # lanes: no pixel
+NARROWEST = 3  # vectors of a strip, at least
+NO_PIXEL = 1 << 20  # lanes: no pixel
 IN_STRIP = 1 << 22  # floats of a channel at most; an index counts strips above them
-FULL = 0.7  # share of the lanes that hold whole rows, or rows are cut where lanes end
+FILLED = 0.7  # share of the lanes that hold whole rows, or rows are cut where lanes end
 
 
 @dataclass(frozen=True)
@@ -46,24 +46,30 @@ class Window:
         padding: tuple[int, ...],
         dilation: tuple[int, int],
     ) -> Window | None:
-        """None where lanes cannot: strides above 2 or of two kinds, outputs of other sizes."""
+        """The window of a convolution; None where lanes cannot compute it: strides above 2 or unequal, outputs of other sizes.
+
+        Args:
+            shape, out: height and width of the picture that is read, and of the one that is made.
+            kernel, stride, dilation: of height and width.
+            padding: two numbers, or four: top, left, bottom, right.
+        """
         step = stride[0]
         window = Window(*shape, kernel, step, (padding[0], padding[1]), dilation)
         return window if stride[1] == step <= 2 and out == window.out and (step == 1 or out != shape) else None
 
     @property
     def taps(self) -> list[tuple[int, int]]:
-        """Where each weight of a filter looks, from the output pixel times the stride: rows down and columns to the right."""
+        """Rows down and columns to the right of what each weight of a filter reads, from the output pixel times the stride."""
         (kh, kw), (dh, dw), (ph, pw) = self.kernel, self.dilation, self.padding
         return [(y * dh - ph, x * dw - pw) for y in range(kh) for x in range(kw)]
 
     @property
     def phases(self) -> tuple[tuple[int, int], ...]:
-        """Rows and columns, modulo a stride of two, on which it looks."""
+        """Rows and columns, modulo a stride of two, that the taps read."""
         return tuple(sorted({(row % 2, column % 2) for row, column in self.taps}))
 
     def gap(self, strips: int) -> tuple[int, int]:
-        """Columns that it looks at to the left and to the right of any of so many strips."""
+        """Columns that it reads beyond a strip, to the left and to the right, at most, when pictures are cut into `strips`."""
         first, last = min(x for _, x in self.taps), max(x for _, x in self.taps)
         read, made = (_columns(size, strips) for size in (self.width, self.out[1]))
         left = max(begin - self.stride * there for begin, there in zip(read[:-1], made[:-1], strict=True))
@@ -72,7 +78,7 @@ class Window:
 
     @property
     def out(self) -> tuple[int, int]:
-        """Height and width of what it makes."""
+        """Height and width of the output."""
         return -(-self.height // self.stride), -(-self.width // self.stride)
 
 
@@ -107,7 +113,15 @@ class Lanes:
 
     @staticmethod
     def of(picture: tuple[int, int], gap: tuple[int, int], size: int, rows: int, strips: int) -> Lanes:
-        """Without a halo; with `rows` in a lane, or as many pixels as fit when that is 0."""
+        """Lanes without a halo.
+
+        Args:
+            picture: height and width in pixels.
+            gap: columns that windows read beyond a strip, to the left and to the right.
+            size: lanes of a vector.
+            rows: whole rows in a lane; 0 cuts rows where a lane is full.
+            strips: from left to right; one where rows are cut.
+        """
         height, width = picture
         left, right = gap
         between = left + right if strips > 1 else max(gap)  # at the ends of rows the same zeros serve both
@@ -120,8 +134,11 @@ class Lanes:
 
     @staticmethod
     def in_place(picture: tuple[int, int], source: Lanes) -> tuple[int, Lanes]:
-        """Where a stride of two leads when rows stay in their lanes and columns in their strips: rows of a lane from one that
-        is read to the next, and the output's lanes, of which every second one is empty where a single row cannot be halved.
+        """The output of a stride of two whose rows stay in their lanes and columns in their strips.
+
+        Returns:
+            Rows of a lane of `source` from one that is read to the next, and the output's lanes, of which every second one is
+            empty where a single row cannot be halved.
         """
         width = -(-picture[1] // source.strips)
         down, rows, line = (2, source.rows // 2, width) if source.rows % 2 == 0 else (1, source.rows, 2 * width)
@@ -129,22 +146,22 @@ class Lanes:
 
     @property
     def numbers(self) -> list[int]:
-        """As the kernel reads them."""
+        """These lanes as the numbers that the kernel reads (kernel/lanes.h)."""
         counts = [self.rows, self.width, self.pitch, self.length, self.before, self.vectors]
         return [*counts, self.strips, self.left, self.right]
 
     @property
-    def whole(self) -> bool:
+    def whole_rows(self) -> bool:
         """Whether lanes hold whole rows."""
         return self.length == self.rows * self.line and self.strips * self.width == self.picture[1]
 
     @property
     def columns(self) -> list[int]:
-        """Of the picture, where each strip begins, and its end."""
+        """The column of the picture at which each strip begins, and its width at the end."""
         return _columns(self.picture[1], self.strips)
 
     def seen_by(self, windows: Iterable[tuple[list[int], int]]) -> Lanes:
-        """With the halo for windows: their taps' offsets in vectors, and the last vector they are set on."""
+        """The lanes with the halo of `windows`: for each the offsets of its taps, and its last position, in vectors."""
         before = after = 0
         for offsets, last in windows:
             before, after = max(before, -min(offsets)), max(after, last + max(offsets) - self.length + 1)
@@ -152,16 +169,16 @@ class Lanes:
         return replace(self, before=before, vectors=vectors + (vectors % 16 == 0))  # channels in all sets of the cache
 
     def offset(self, row: int, column: int) -> int:
-        """Vectors to the pixel so far down and to the right."""
+        """Vectors from a pixel to the one `row` rows down and `column` columns to the right."""
         return row * self.line + column
 
     def last(self, down: int, across: int, out: Lanes) -> int:
-        """The last vector that a window is set on, so many rows and vectors from one to the next."""
+        """The last vector that a window is set on, in steps of `down` rows and `across` vectors."""
         late = max(self.late(across, out)) if out.strips == self.strips else 0
         return down * (out.rows - 1) * self.pitch + across * (out.width - 1) + max(0, late)
 
     def late(self, across: int, out: Lanes) -> list[int]:
-        """Vectors that windows of each strip begin late, as strips of odd width do not halve."""
+        """For each strip, vectors by which its first window is late, as strips of odd width do not halve."""
         return [across * there - here for here, there in zip(self.columns[:-1], out.columns[:-1], strict=True)]
 
     def places(self) -> Tensor:
@@ -181,26 +198,29 @@ class Lanes:
         """-1 where a lane holds a pixel: ``(rows, 1, size)`` for whole rows, else ``(1, width, size)``."""
         held = (self.places()[0, 0, self.before : self.before + self.length] >= 0).int().neg()
         held = held.reshape(self.rows, self.pitch, self.size)[:, : self.width]
-        return (held[:, :1] if self.whole else held).contiguous()
+        return (held[:, :1] if self.whole_rows else held).contiguous()
 
 
 def sources(local: Lanes, source: Lanes) -> Tensor:
-    """Where every vector of a channel with its halo comes from, ``(strips, vectors, 4)``: strips to the right, vectors from the
-    first pixel of the channel, lanes to shift by (NONE for zeros), and floats from where the mask of `source` begins.
+    """Where every vector of a channel with its halo (`local`) is found in `source`.
+
+    Returns:
+        ``(strips, vectors, 4)``, int32: strips to the right, vectors from the first pixel of the channel, lanes to shift by
+        (NO_PIXEL for zeros), and floats from where the mask of `source` begins.
     """
     found = []
     for strip in range(local.strips):
         for vector in range(-local.before, local.vectors - local.before):
-            if not source.whole:
+            if not source.whole_rows:
                 lanes, there = divmod(vector, source.length)
-                found.append((0, there, lanes, there * source.size) if there < source.width else (0, 0, NONE, 0))
+                found.append((0, there, lanes, there * source.size) if there < source.width else (0, 0, NO_PIXEL, 0))
                 continue
             line, column = divmod(vector + local.left * (local.strips > 1), local.pitch)
             column -= local.left * (local.strips > 1)
             lanes, row = divmod(line, local.rows)
             beside, there = divmod(column, source.width)
             inside = 0 <= strip + beside < local.strips
-            found.append((beside, row * source.pitch + there, lanes, row * source.size) if inside else (0, 0, NONE, 0))
+            found.append((beside, row * source.pitch + there, lanes, row * source.size) if inside else (0, 0, NO_PIXEL, 0))
     return torch.tensor(found, dtype=torch.int32).reshape(local.strips, local.vectors, 4)
 
 
@@ -209,7 +229,10 @@ def _columns(width: int, strips: int) -> list[int]:
 
 
 def from_plain(lanes: Lanes, window: Window | None = None) -> Tensor:
-    """An index ``(strips, floats)`` from a plain plane (`rearrange` in the kernel); of a window with stride 2 to its phases."""
+    """Index ``(strips, floats)``: for every float of lanes its pixel in a plain plane, -1 for none (`rearrange` in the kernel).
+
+    With a window of stride 2, for its phases, one after the other.
+    """
     height, width = (window.height, window.width) if window else lanes.picture
     stride = window.stride if window else 1
     row, column = lanes.places()
@@ -221,7 +244,7 @@ def from_plain(lanes: Lanes, window: Window | None = None) -> Tensor:
 
 
 def to_plain(lanes: Lanes) -> Tensor:
-    """An index ``(1, pixels)`` from lanes to a plain plane."""
+    """Index ``(1, pixels)`` of the float in lanes for every pixel of a plain plane."""
     height, width = lanes.picture
     starts = torch.tensor(lanes.columns)
     columns = torch.arange(width)
@@ -233,7 +256,7 @@ def to_plain(lanes: Lanes) -> Tensor:
 
 
 def between(first: Lanes, index: Tensor) -> Tensor:
-    """An index from lanes, where `index` is from a plain plane."""
+    """`index` of `from_plain`, with places in the lanes `first` instead of a plain plane."""
     plain = to_plain(first)[0]
     return torch.where(index >= 0, plain[index.clamp_min(0).long()], -1).int()
 
@@ -257,7 +280,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Copy:
-    """A picture in memory: what a node gives, laid out as all of a kind are; or `phases` of it, for a stride of two."""
+    """A picture in memory: the output of `node` in the lanes of `kind`; or `phases` of it, for a stride of two."""
 
     node: Hashable
     kind: Hashable
@@ -266,14 +289,14 @@ class Copy:
 
 @dataclass
 class Plan:
-    """Where the operators read and write.
+    """Which pictures the operators of a chain read and write, and how these lie in memory.
 
     Attributes:
         out, source, residual: by operator. What is written as `out` may not be what others read.
         down: rows of a lane from one that an operator reads to the next.
-        lanes: of all these copies.
-        edged: copies that a window looks at beyond their pixels, where zeros must be.
-        local: of operators by channel, a channel with the halo that is made on the way.
+        lanes: by copy.
+        edged: copies that a window reads beyond their pixels, where zeros must be.
+        local: by operator by channel, a channel with the halo that is made on the way.
     """
 
     out: dict[Hashable, Copy] = field(default_factory=dict)
@@ -289,16 +312,16 @@ class Plan:
         return max(1, len(self.source[node].phases))
 
     def step(self, node: Hashable, window: Window) -> int:
-        """Vectors from one that it reads to the next."""
+        """Vectors from one that an operator reads to the next."""
         return 1 if self.source[node].phases else window.stride
 
     def late(self, node: Hashable, window: Window) -> list[int]:
-        """Vectors that windows of each strip begin late."""
+        """For each strip, vectors by which its first window is late (see `Lanes.late`)."""
         out = self.lanes[self.out[node]]
         return [0] * out.strips if self.source[node].phases else self.lanes[self.source[node]].late(window.stride, out)
 
     def offsets(self, node: Hashable, window: Window) -> list[int]:
-        """Of the taps, in vectors from where a channel begins."""
+        """Offsets of the taps, in vectors from where a channel begins."""
         copy = self.source[node]
         lanes = self.local.get(node) or self.lanes[copy]
         phases = [copy.phases.index((row % 2, column % 2)) if copy.phases else 0 for row, column in window.taps]
@@ -359,7 +382,7 @@ def lay_out(steps: Mapping[Hashable, Step], size: int, threads: int = 1) -> Plan
     for node, step in steps.items():
         if step.by_channel and step.window is not None and not plan.source[node].phases:
             lanes = bare[plan.source[node].kind]
-            if lanes.whole:
+            if lanes.whole_rows:
                 lanes = Lanes.of(lanes.picture, step.window.gap(lanes.strips), size, lanes.rows, lanes.strips)
             last = lanes.last(plan.down[node], step.window.stride, bare[plan.out[node].kind])
             plan.local[node] = lanes.seen_by([(_shifts(lanes, step.window, phases=False), last)])
@@ -372,8 +395,8 @@ def _strips(
     pictures: Mapping[Hashable, tuple[int, int]],
     threads: int,
 ) -> dict[Hashable, int]:
-    """By kind a strip for each thread; one where pictures do not divide, are narrow, or windows look beyond the next strip."""
-    widest = dict.fromkeys(pictures, LEAST)
+    """Strips by kind: one a thread; a single one where pictures do not divide or are too narrow for what windows read."""
+    widest = dict.fromkeys(pictures, NARROWEST)
     for node, step in steps.items():
         if step.window is not None:
             reach = max(abs(column) + 1 for _, column in step.window.taps)
@@ -402,7 +425,7 @@ def _kinds(steps: Mapping[Hashable, Step]) -> tuple[dict[Hashable, Hashable], di
 def _rows(
     steps: Mapping[Hashable, Step], kinds: Mapping[Hashable, Hashable], pictures: Mapping[Hashable, tuple[int, int]], size: int
 ) -> dict[Hashable, int]:
-    """Rows of the picture in each lane by kind: twice those of where a stride of two leads, if that leaves few lanes empty."""
+    """Whole rows in a lane, by kind (0: rows are cut): twice those after a stride of two, if that leaves few lanes empty."""
     found: dict[Hashable, int] = {}
     for kind in sorted(pictures, key=lambda one: pictures[one]):  # the smaller before the larger
         height = pictures[kind][0]
@@ -411,13 +434,13 @@ def _rows(
             for node, step in steps.items()
             if step.window is not None and step.window.stride == 2 and kinds.get(step.source) == kind
         ]
-        fitting = [rows for rows in (*ends, -(-height // size)) if rows and height >= FULL * rows * size]
+        fitting = [rows for rows in (*ends, -(-height // size)) if rows and height >= FILLED * rows * size]
         found[kind] = next((rows for rows in fitting if rows * size >= height), 0)
     return found
 
 
 def _phased(window: Window) -> Window:
-    """What a window with a stride of two is on each of the four phases: as wide as the furthest of its taps."""
+    """The window of stride 1 on each of the four phases that stands for one of stride 2: as wide as the furthest tap."""
     rows, columns = ([tap[axis] // 2 for tap in window.taps] for axis in (0, 1))
     return Window(
         *window.out, (max(rows) - min(rows) + 1, max(columns) - min(columns) + 1), 1, (-min(rows), -min(columns)), (1, 1)
@@ -425,5 +448,5 @@ def _phased(window: Window) -> Window:
 
 
 def _shifts(lanes: Lanes, window: Window, *, phases: bool) -> list[int]:
-    """Of the taps, in vectors from the pixel they are set on."""
+    """Offsets of the taps, in vectors from the pixel that a window is set on."""
     return [lanes.offset(row // 2, column // 2) if phases else lanes.offset(row, column) for row, column in window.taps]

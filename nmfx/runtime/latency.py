@@ -11,10 +11,19 @@ from torch import Tensor, fx, nn
 
 from nmfx.passes.baking import bake
 from nmfx.runtime.building import load_kernel, quiet
-from nmfx.runtime.compiled import Lowered, compile, copy_of, fastest, inputs_of, put, time_site, with_and_without_lanes
+from nmfx.runtime.compiled import (
+    Lowered,
+    compile,
+    copy_of,
+    fastest,
+    inputs_of,
+    install_layers,
+    time_site,
+    with_and_without_lanes,
+)
 from nmfx.runtime.layers import Fused
 from nmfx.runtime.lowering import export, lower
-from nmfx.runtime.timing import WHOLE, Advance, Times, ignore, measure
+from nmfx.runtime.timing import NETWORK_SECONDS, Advance, Times, ignore, measure
 from nmfx.sparsity.layout import Grouping
 from nmfx.sparsity.mask import make_mask
 from nmfx.sparsity.pattern import Pattern
@@ -43,16 +52,16 @@ class Latency:
 
     @property
     def dense(self) -> int:
-        """Nanoseconds of all sites, dense."""
+        """Nanoseconds of all sites when all are dense."""
         return sum(price[Pattern.DENSE] for price in self.prices.values())
 
     def predict(self, patterns: Mapping[str, Pattern]) -> float:
-        """Seconds of a pass under a scheme."""
+        """Seconds of a pass over the batch under a scheme; sites without a pattern are dense."""
         sites = sum(price[patterns.get(name, Pattern.DENSE)] for name, price in self.prices.items())
         return (sites + self.rest) / NANO
 
     def adjusted(self, measured: float, patterns: Mapping[str, Pattern]) -> Latency:
-        """The same, with the time between the sites as a measured run of a scheme says it is."""
+        """The same prices with another `rest`, so that `predict` gives the `measured` seconds for these patterns."""
         return replace(self, rest=self.rest + round((measured - self.predict(patterns)) * NANO))
 
 
@@ -63,13 +72,13 @@ def dense_runs(model: nn.Module, example: Tensor) -> dict[str, Callable[[], obje
     if example.dim() == 4:
         last = bake(model).eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         runs["PyTorch, channels last"] = partial(last, example.contiguous(memory_format=torch.channels_last))
-    frozen = freeze(model, example)
+    frozen = compile_frozen(model, example)
     if frozen is not None:
         runs[COMPILED] = partial(frozen, example)
     return runs
 
 
-def freeze(model: nn.Module, example: Tensor) -> Callable[[Tensor], object] | None:
+def compile_frozen(model: nn.Module, example: Tensor) -> Callable[[Tensor], object] | None:
     """A model compiled by torch.compile with its weights frozen, for this shape; None where the compiler cannot."""
     from torch._inductor import config
 
@@ -118,7 +127,7 @@ def measure_latency(
         prices[fused.name] = {pattern: price + twice.get(pattern, 0) for pattern, price in found.items()}
     other = copy_of(graph)
     timed = [time_site(node, fused, seen[str(node.target)], times) for node, fused in sites]
-    put(other, timed, [one.choice(sparse=False) for one in timed])
+    install_layers(other, timed, [one.choice(sparse=False) for one in timed])
     dense = Lowered(other, domain, (), len(example))
     sparsest = [(node, _sparsest(fused, groupings.get(fused.name, {}))) for node, fused in sites]
     timed = [time_site(node, fused, seen[str(node.target)], times) for node, fused in sparsest]
@@ -127,14 +136,14 @@ def measure_latency(
     sparse = fastest([Lowered(mine, domain, choices, len(example)) for mine, choices in built], example)
     runs = dense_runs(model, example) | {"dense": lambda: dense(example), "sparse": lambda: sparse(example)}
     with torch.no_grad():
-        took = measure(runs, least=WHOLE)
+        took = measure(runs, seconds=NETWORK_SECONDS)
     rest = round((took.pop("sparse") - sum(one.choice().seconds for one in timed)) * NANO)
     best = min(took, key=lambda name: took[name])
     return Latency(prices, rest, round(took[best] * NANO), runs[best])
 
 
 def _sparsest(fused: Fused, offered: Mapping[Pattern, Grouping]) -> Fused:
-    """As few weights as a search may keep: with them the time between the sites is that of a sparse network."""
+    """The site under its sparsest pattern; the time between sites is measured in a network of these."""
     patterns = [pattern for pattern in offered if not pattern.is_dense]
     if not patterns:
         return fused
@@ -157,6 +166,6 @@ def measured_seconds(model: nn.Module, example: Tensor, beside: Latency | None =
     compiled = compile(model, example, batch=len(example))
     runs: dict[str, Callable[[], object]] = {"compiled": lambda: compiled(example)}
     if beside is None or beside.run is None:
-        return measure(runs, least=WHOLE)["compiled"]
-    took = measure(runs | {"dense": beside.run}, least=WHOLE)
+        return measure(runs, seconds=NETWORK_SECONDS)["compiled"]
+    took = measure(runs | {"dense": beside.run}, seconds=NETWORK_SECONDS)
     return took["compiled"] / took["dense"] * beside.baseline / NANO

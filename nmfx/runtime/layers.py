@@ -39,12 +39,12 @@ class Fused:
 
     @property
     def is_conv(self) -> bool:
-        """A convolution over pictures, or a linear layer over tokens."""
+        """Whether it is a convolution over pictures, rather than a linear layer over tokens."""
         return bool(self.geometry)
 
     @property
     def depthwise(self) -> bool:
-        """A row a group: nothing for a sparse product to share."""
+        """Whether each group has one output channel of one input channel, so that sparse rows would share nothing."""
         return self.is_conv and tuple(self.weight.shape[:2]) == (self.groups, 1)
 
     @property
@@ -54,10 +54,10 @@ class Fused:
 
 
 class SparseConv2d(nn.Module):
-    """Kept weights only; `residual` is added before the clamp.
+    """A sparse convolution by the kernel; `residual` is added before the clamp.
 
     Attributes:
-        lanes: how a chain cuts it, if by lanes.
+        lanes: the tile of a chain that computes it by lanes; None where it has none.
     """
 
     def __init__(self, fused: Fused, packed: Packed, lanes: Tile | None = None) -> None:
@@ -77,7 +77,7 @@ class SparseConv2d(nn.Module):
 
 
 class SparseLinear(nn.Module):
-    """Kept weights only."""
+    """A sparse linear layer by the kernel."""
 
     def __init__(self, fused: Fused, packed: Packed) -> None:
         super().__init__()
@@ -151,7 +151,7 @@ class Depthwise(nn.Module):
 
 
 class DenseLinear(nn.Module):
-    """PyTorch's own product."""
+    """A dense linear layer by PyTorch."""
 
     def __init__(self, fused: Fused) -> None:
         super().__init__()
@@ -178,9 +178,9 @@ def dense_layers(fused: Fused, *, lanes: bool = False) -> dict[str, nn.Module]:
 
 
 def sparse_layer(fused: Fused, tile: Tile, plain: Tile | None = None) -> nn.Module:
-    """The sparse way; by lanes only in a chain that has them, and by `plain` elsewhere."""
+    """The sparse layer of a site; a tile by lanes counts in chains that have lanes, and `plain` elsewhere."""
     cut = (plain or Tile()) if tile.lanes else tile
-    packed = pack(fused.weight, fused.groups, chunk=cut.chunk, vectors=cut.vectors, whole=cut.whole)
+    packed = pack(fused.weight, fused.groups, chunk=cut.chunk, vectors=cut.vectors, zeros=cut.zeros)
     if not fused.is_conv:
         return SparseLinear(fused, packed)
     return SparseConv2d(fused, packed, tile if tile.lanes else None)

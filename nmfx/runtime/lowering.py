@@ -197,7 +197,7 @@ def _padded(node: fx.Node) -> tuple[int, int, int, int] | None:
 
 
 def _pair(numbers: Any) -> tuple[int, ...]:
-    """One number is for both; none is none."""
+    """Numbers for height and width: one stands for both; an empty list stays empty."""
     several = list(numbers) if isinstance(numbers, list | tuple) else [numbers]
     return tuple((several * 2)[:2])
 
@@ -268,7 +268,7 @@ def _only_user(node: fx.Node) -> fx.Node | None:
 
 
 def _is_float(value: Any) -> bool:
-    """What sites read and give: float32, as PyTorch lays it out."""
+    """Whether a value is of the kind that sites read and give: a strided float32 tensor."""
     return isinstance(value, Tensor) and value.dtype == torch.float32 and value.layout == torch.strided
 
 
@@ -285,7 +285,7 @@ def _fits_kernel(kernel: Any, stride: Any, padding: Any, dilation: Any) -> bool:
 
 
 def _name(node: fx.Node) -> str:
-    """Of the parameter a weight comes from."""
+    """The name of the parameter that a weight comes from."""
     while node.op != "get_attr":
         node = node.all_input_nodes[0]
     return str(node.target)

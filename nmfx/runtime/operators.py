@@ -50,7 +50,7 @@ def _conv2d(
     chunk: int,
     vectors: int,
 ) -> Tensor:
-    """Without the kernel: the weight unpacked, and a dense convolution."""
+    """`sparse_conv2d` in plain PyTorch, where there is no kernel: a dense convolution with the weight unpacked."""
     packed, rest = (values, columns, pointers, bias), (kernel, stride, padding, dilation, groups, low, high, chunk, vectors)
     check_conv2d(input, packed, residual, out_channels, width, *rest, known=True)
     shape = (out_channels, input.shape[1] // groups, *kernel)
@@ -74,7 +74,7 @@ def _linear(
     chunk: int,
     vectors: int,
 ) -> Tensor:
-    """Without the kernel: the weight unpacked, and a dense product."""
+    """`sparse_linear` in plain PyTorch, where there is no kernel: a dense product with the weight unpacked."""
     check_linear(input, (values, columns, pointers, bias), out_features, width, chunk, vectors, known=True)
     weight = unpack(values, columns, pointers, (out_features, width), 1, chunk)
     return F.linear(input, weight, bias).clamp(low, high)
@@ -91,7 +91,7 @@ def _depthwise(
     low: float,
     high: float,
 ) -> Tensor:
-    """Without the kernel: PyTorch's own."""
+    """`depthwise_conv2d` in plain PyTorch, where there is no kernel."""
     check_depthwise(input, weight, bias, residual, stride, padding, dilation)
     if len(padding) == 4:
         input, padding = padded(input, padding), (0, 0)
@@ -100,13 +100,13 @@ def _depthwise(
 
 
 def _max_pool2d(input: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> Tensor:
-    """Without the kernel: PyTorch's own."""
+    """`max_pool2d` in plain PyTorch, where there is no kernel."""
     check_max_pool2d(input, kernel, stride, padding)
     return F.max_pool2d(input, tuple(kernel), tuple(stride), tuple(padding))
 
 
 def _average(input: Tensor) -> Tensor:
-    """Without the kernel: PyTorch's own."""
+    """`average` in plain PyTorch, where there is no kernel."""
     check_pictures(input)
     return F.adaptive_avg_pool2d(input, 1)
 

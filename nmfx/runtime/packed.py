@@ -10,39 +10,39 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-SPARSE, LANES = "sparse", "lanes"  # words of a choice
+SPARSE, LANES = "sparse", "lanes"  # words in the name of a way to compute a site
 
 
 @dataclass(frozen=True)
 class Tile:
-    """How the kernel cuts a product.
+    """How the kernel cuts a product of a sparse weight and pixels.
 
     Attributes:
         chunk: columns whose activations are read together, up to 65,536; with 4 * 16 * `vectors` bytes each they should fit
             into the first-level cache.
-        vectors: of a tile of pixels, 1 to 8.
-        lanes: of pictures as lanes, where a chain has them.
-        whole: all weights are stored, zeros too, and rows share what they read.
+        vectors: of pixels that are computed together, 1 to 8.
+        lanes: pictures are laid out as lanes, where a chain has them.
+        zeros: all weights are stored, zeros too, and rows share what they read.
     """
 
     chunk: int = 64
     vectors: int = 8
     lanes: bool = False
-    whole: bool = False
+    zeros: bool = False
 
     def __str__(self) -> str:
-        """As a choice is named."""
-        words = [SPARSE, *[LANES] * self.lanes, *["with zeros"] * self.whole]
+        """The name of this way to compute a site: ``sparse, lanes, with zeros 128x8``."""
+        words = [SPARSE, *[LANES] * self.lanes, *["with zeros"] * self.zeros]
         return f"{', '.join(words)} {self.chunk}x{self.vectors}"
 
 
 _PLAIN = ((64, 8), (96, 8), (128, 8), (256, 8), (128, 4), (192, 4), (256, 4), (512, 4))
 _LANES = ((64, 8), (128, 8), (256, 8), (512, 8), (1024, 8), (128, 6), (256, 6), (512, 6), (256, 4), (512, 4))
-_WHOLE = ((128, 8), (256, 4), (256, 3), (1024, 4))
+_WITH_ZEROS = ((128, 8), (256, 4), (256, 3), (1024, 4))
 TILES = tuple(  # to try
-    Tile(*sizes, lanes=lanes, whole=whole)
+    Tile(*sizes, lanes=lanes, zeros=zeros)
     for lanes, plain in ((False, _PLAIN), (True, _LANES))
-    for whole, all_sizes in ((False, plain), (True, _WHOLE))
+    for zeros, all_sizes in ((False, plain), (True, _WITH_ZEROS))
     for sizes in all_sizes
 )
 
@@ -65,19 +65,18 @@ class Packed:
 
     @property
     def width(self) -> int:
-        """Columns: weights of a row, zeros too."""
+        """Columns of the flattened weight, ``in / groups * kernel``."""
         return math.prod(self.shape[1:])
 
 
 @torch.no_grad()
-def pack(weight: Tensor, groups: int = 1, *, chunk: int = 64, vectors: int = 8, whole: bool = False) -> Packed:
-    """Take the zeros out of a float32 weight.
+def pack(weight: Tensor, groups: int = 1, *, chunk: int = 64, vectors: int = 8, zeros: bool = False) -> Packed:
+    """A float32 weight ``(out, in / groups, ...)`` without its zeros.
 
     Args:
-        chunk: columns whose activations are packed together, up to 65,536; with 4 * 16 * `vectors` bytes each they should fit
-            into the first-level cache.
-        vectors: of a tile of pixels, 1 to 8.
-        whole: take none out.
+        groups: of the convolution.
+        chunk, vectors: see `Tile`.
+        zeros: keep the zeros too.
     """
     out, rows = weight.shape[0], weight.shape[0] // groups
     width = math.prod(weight.shape[1:])
@@ -85,7 +84,7 @@ def pack(weight: Tensor, groups: int = 1, *, chunk: int = 64, vectors: int = 8, 
     lines = F.pad(weight.detach().float().reshape(out, width), (0, chunks * chunk - width))
     lines = lines.reshape(groups, rows, chunks, chunk).transpose(1, 2)  # groups chunks rows chunk
     kept = lines != 0
-    if whole:
+    if zeros:
         kept = (torch.arange(chunks * chunk) < width).reshape(1, chunks, 1, chunk).expand(kept.shape)
     places = torch.arange(chunk, dtype=torch.int32).to(torch.int16)  # wrap above 32,767: the kernel reads them unsigned
     counts = F.pad(kept.sum(3).flatten().cumsum(0), (1, 0)).int()
@@ -95,20 +94,25 @@ def pack(weight: Tensor, groups: int = 1, *, chunk: int = 64, vectors: int = 8, 
 
 @torch.no_grad()
 def pack_for_lanes(
-    weight: Tensor, groups: int, offsets: Sequence[int], pitch: int, *, chunk: int, whole: bool
+    weight: Tensor, groups: int, offsets: Sequence[int], pitch: int, *, chunk: int, zeros: bool
 ) -> tuple[Packed, Tensor]:
-    """The same for pictures as lanes, whose columns count vectors from where their chunk starts; and these starts, of every
-    group's chunks, in vectors from where the picture does.
+    """A weight packed for pictures as lanes: its columns count vectors from where their chunk starts.
 
     Args:
+        weight: ``(out, in / groups, kernel height, kernel width)``.
+        groups: of the convolution.
         offsets: of the taps, in vectors from where an input channel begins.
         pitch: vectors from one input channel to the next.
+        chunk, zeros: see `Tile`.
+
+    Returns:
+        The packed weight, and ``(groups * chunks,)``, int32: where each chunk starts, in vectors from where the picture does.
     """
     taps, channels = len(offsets), weight.shape[1]
     spread = max(offsets) - min(offsets)
     assert spread < 1 << 16, "pictures too large for columns of 16 bits"
     together = max(1, min(chunk // taps, channels, ((1 << 16) - 1 - spread) // pitch + 1))
-    packed = pack(weight, groups, chunk=together * taps, whole=whole)
+    packed = pack(weight, groups, chunk=together * taps, zeros=zeros)
     places = (torch.arange(channels)[:, None] * pitch + torch.tensor(list(offsets))).flatten()
     chunks, rows = -(-len(places) // packed.chunk), weight.shape[0] // groups
     starts = torch.stack([part.min() for part in places.split(packed.chunk)])
@@ -120,7 +124,12 @@ def pack_for_lanes(
 
 
 def unpack(values: Tensor, columns: Tensor, pointers: Tensor, shape: Sequence[int], groups: int, chunk: int) -> Tensor:
-    """The dense weight of `shape` again."""
+    """The dense weight that `pack` was given.
+
+    Args:
+        values, columns, pointers, groups, chunk: of `Packed`.
+        shape: ``(out, in / groups, ...)``.
+    """
     width = math.prod(shape[1:])
     chunks, rows = -(-width // chunk), shape[0] // groups
     lines = torch.repeat_interleave(torch.arange(len(pointers) - 1), (pointers[1:] - pointers[:-1]).long())

@@ -29,14 +29,14 @@ class _Step:
 
 
 class Program:
-    """Of a part of a lowered graph. Every step fills a slot; the first slots are the inputs.
+    """A part of a lowered graph as the kernel runs it: steps that each fill a slot, after the slots of the inputs.
 
     Args:
-        threads: that share an operator.
+        threads: how many share an operator.
         as_lanes: inputs and outputs of operators by lanes are lanes, as they are within a chain; for measuring.
 
     Attributes:
-        constants: tensors that the steps name by their place.
+        constants: tensors that the steps name by their position in this list.
         plan: how pictures are laid out.
         given: with `as_lanes`, what takes the place of the inputs.
     """
@@ -63,8 +63,8 @@ class Program:
         self.outputs = [self._result(node) for node in self.results]
 
     def numbers(self) -> Tensor:
-        """The inputs' sizes; how many steps; each: whether it leaves the chain, itself, and the slots that nobody reads after
-        it; the outputs.
+        """The program as int64 ``(numbers,)``: the inputs' sizes; the number of steps; for each step whether its result leaves
+        the chain, its own numbers, and the slots that no later step reads; the slots of the outputs.
         """
         first = len(self.inputs)
         last = {slot: number for number, step in enumerate(self.steps) for slot in (first + number, *step.reads)}
@@ -75,14 +75,14 @@ class Program:
         return torch.tensor([*written, *_list(self.outputs)], dtype=torch.int64)
 
     def _sizes(self, node: fx.Node) -> list[int]:
-        """Of an input, -1 for the batch and whatever is not fixed; none where lanes stand in for it or nothing is known."""
+        """Sizes of an input, -1 for the batch and what is not fixed; empty where lanes stand in for it or nothing is known."""
         value = node.meta.get("val")
         if node in self.given or not isinstance(value, Tensor):
             return []
         return [-1 if dim == 0 or not isinstance(size, int) else size for dim, size in enumerate(value.shape)]
 
     def stand_ins(self, inputs: Iterable[Tensor]) -> list[Tensor]:
-        """Inputs as lanes, in the place of these; their values mean nothing."""
+        """Random inputs as lanes in the place of those that the program reads so, for measuring."""
         found = []
         for node, one in zip(self.inputs, inputs, strict=True):
             if node in self.given:
@@ -171,18 +171,18 @@ class Program:
         self.laid[out] = self._add(numbers, reads, leaves=self.as_lanes and node in self.leaving)
 
     def _conv(self, layer: Any, node: fx.Node, offsets: list[int]) -> list[int]:
-        """The weights of a convolution, and their sizes."""
+        """The numbers of a convolution by lanes that say where its weights are, and their sizes."""
         groups, tile = layer.options[-3], layer.lanes
         weight = unpack(layer.values, layer.columns, layer.pointers, layer.shape, groups, layer.tile[0])
         pitch = self.plan.planes(node) * self.plan.lanes[self.plan.source[node]].vectors
-        packed, starts = pack_for_lanes(weight, groups, offsets, pitch, chunk=tile.chunk, whole=tile.whole)
+        packed, starts = pack_for_lanes(weight, groups, offsets, pitch, chunk=tile.chunk, zeros=tile.zeros)
         constants = (packed.values, packed.columns, packed.pointers, starts, layer.bias)
         channels = weight.shape[1] * groups * self.plan.planes(node)
         sizes = [channels, layer.shape[0], packed.width, groups, packed.chunk, tile.vectors]
         return [*map(self._constant, constants), *sizes]
 
     def _laid(self, copy: Copy) -> int:
-        """The slot of a picture as lanes, made first if there is none."""
+        """The slot of a picture as lanes; a step that makes it is added if there is none."""
         node = cast(fx.Node, copy.node)
         if copy not in self.laid:
             if self.as_lanes and node in self.inputs:
@@ -199,7 +199,7 @@ class Program:
         return self.laid[copy]
 
     def _plain(self, node: fx.Node) -> int:
-        """The slot of a plain picture, made first if there are only lanes."""
+        """The slot of a plain picture; a step that makes it of lanes is added if there is none."""
         if node not in self.plain:
             own = self.plan.out[node]
             lanes, slot = self.plan.lanes[own], self.laid[own]
@@ -214,7 +214,11 @@ class Program:
 
 
 def steps_by_lanes(graph: fx.GraphModule, *, alone: bool = False) -> dict[Any, Step]:
-    """Which operators of a part work on lanes: those that can, and have a neighbour that does or may be `alone`."""
+    """The operators of a part that work on lanes, by node: those that can, and have a neighbour that does.
+
+    Args:
+        alone: also those without such a neighbour, for measuring.
+    """
     found: dict[Any, Step] = {}
     for node in graph.graph.nodes:
         window = _window(graph, node)
@@ -232,7 +236,7 @@ def steps_by_lanes(graph: fx.GraphModule, *, alone: bool = False) -> dict[Any, S
 
 
 def _fits(graph: fx.GraphModule, node: fx.Node, steps: dict[Any, Step], *, alone: bool) -> bool:
-    """Whether an operator should work on lanes, if these do."""
+    """Whether an operator should work on lanes, if those of `steps` do."""
     if node.target == MAX_POOLING:  # which takes the zeros around pictures for pixels: they must not be larger than any
         source: Any = node.args[0]
         return source in steps and (source.target == MAX_POOLING or _low(graph, source) >= 0)
@@ -245,7 +249,7 @@ def _low(graph: fx.GraphModule, node: fx.Node) -> float:
 
 
 def _window(graph: fx.GraphModule, node: fx.Node) -> Window | None:
-    """What a convolution reads, if its layer and its shapes are for lanes."""
+    """The window of a convolution or pooling whose layer and shapes are for lanes, else None."""
     layer: Any = graph.get_submodule(str(node.target)) if node.op == "call_module" else None
     if node.target == MAX_POOLING:
         options: Any = [None, *node.args[1:4], (1, 1)]
@@ -263,7 +267,7 @@ def _window(graph: fx.GraphModule, node: fx.Node) -> Window | None:
 
 
 def window_of(shape: Any, out: Any, kernel: Any, stride: Any, padding: Any, dilation: Any) -> Window | None:
-    """A window that lanes can compute, or None; pictures of a million pixels are beyond columns of 16 bits."""
+    """A window that lanes can compute, or None (see `Window.of`); large pictures are beyond columns of 16 bits."""
     if shape[0] * shape[1] > 4096 * torch.ops.nmfx.vector_length():
         return None
     return Window.of(tuple(shape), tuple(out), tuple(kernel), tuple(stride), tuple(padding), tuple(dilation))
@@ -276,7 +280,7 @@ def _alone(node: fx.Node) -> bool:
 
 
 def _list(numbers: Iterable[int]) -> list[int]:
-    """Its length, then the numbers."""
+    """The numbers with their count before them."""
     return [len(found := list(numbers)), *found]
 
 
@@ -285,5 +289,5 @@ def _lists(several: Iterable[Any]) -> list[int]:
 
 
 def _real(number: float) -> int:
-    """The bits of a double."""
+    """A double as the integer of the same bits."""
     return int(struct.unpack("<q", struct.pack("<d", number))[0])

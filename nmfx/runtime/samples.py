@@ -16,60 +16,60 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
 aten = torch.ops.aten
-First = set[fx.Node]  # nodes that have the batch first
-Rule = Callable[[fx.Node, First], bool]
+Batched = set[fx.Node]  # nodes whose first dimension is the batch, sample by sample
+Rule = Callable[[fx.Node, Batched], bool]
 
 
 def samples_apart(graph: fx.GraphModule) -> bool:
     """Whether each sample's outputs depend on that sample alone, by the graph of an export whose batch size is free."""
-    first, dependent = First(), set[fx.Node]()
+    batched, dependent = Batched(), set[fx.Node]()
     moved: dict[fx.Node, int] = {}  # nodes that have the batch elsewhere, and where
     batch = ""
     for node in graph.graph.nodes:
         if node.op == "placeholder":
             batch = str(node.meta["val"].shape[0])
-            first.add(node)
+            batched.add(node)
             dependent.add(node)
         elif node.op == "output":
             leaves = [leaf for leaf in tree_leaves(node.args) if leaf is not None]
-            return all(isinstance(leaf, fx.Node) and leaf in first and _batch_first(leaf, batch) for leaf in leaves)
+            return all(isinstance(leaf, fx.Node) and leaf in batched and _batch_first(leaf, batch) for leaf in leaves)
         elif any(each in dependent for each in node.all_input_nodes):
             dependent.add(node)
-            place = _moved(node, first, moved)
+            place = _moved(node, batched, moved)
             if place:
                 moved[node] = place
             elif place == 0:
-                first.add(node)
+                batched.add(node)
             elif not _is_size(node):
-                if not _keeps(node, first, dependent, batch):
+                if not _keeps(node, batched, dependent, batch):
                     return False
-                first.add(node)
+                batched.add(node)
     return False
 
 
-def _keeps(node: fx.Node, first: First, dependent: set[fx.Node], batch: str) -> bool:
+def _keeps(node: fx.Node, batched: Batched, dependent: set[fx.Node], batch: str) -> bool:
     """Whether a node has the batch first again, sample by sample."""
     if not isinstance(node.target, torch._ops.OpOverload):
-        return node.target is operator.getitem and node.args[0] in first and _batch_first(node, batch)
+        return node.target is operator.getitem and node.args[0] in batched and _batch_first(node, batch)
     sized = node.target in SIZED
     for each in node.all_input_nodes:
-        if each in dependent and each not in first and not (sized and _is_size(each)):
+        if each in dependent and each not in batched and not (sized and _is_size(each)):
             return False  # how many samples there are, as a number
     if node.target not in RULES and torch.Tag.nondeterministic_seeded in node.target.tags:
         return False
     rule = RULES.get(node.target, _pointwise if torch.Tag.pointwise in node.target.tags else None)
     several = isinstance(node.meta.get("val"), tuple | list)  # of which each is looked at when it is taken
-    return rule is not None and (several or _batch_first(node, batch)) and rule(node, first)
+    return rule is not None and (several or _batch_first(node, batch)) and rule(node, batched)
 
 
-def _moved(node: fx.Node, first: First, moved: dict[fx.Node, int]) -> int | None:
+def _moved(node: fx.Node, batched: Batched, moved: dict[fx.Node, int]) -> int | None:
     """Where the batch goes when dimensions are permuted, and when one of them is taken apart after that, as queries, keys and
     values are; None for other nodes.
     """
     source: Any = node.args[0] if node.args else None
     if node.target is operator.getitem:
         return moved.get(source)
-    if node.target == aten.permute.default and (source in first or source in moved):
+    if node.target == aten.permute.default and (source in batched or source in moved):
         dims: Any = node.args[1]
         return [dim % len(dims) for dim in dims].index(moved.get(source, 0))
     if node.target in (aten.unbind.int, aten.select.int) and source in moved:
@@ -87,7 +87,7 @@ def _batch_first(node: fx.Node, batch: str) -> bool:
 
 
 def _is_size(node: fx.Node) -> bool:
-    """A number, or what only looks at a tensor's kind."""
+    """Whether a node is a number, or only looks at a tensor's kind."""
     return isinstance(node.meta.get("val"), int | torch.SymInt) or node.target == aten._assert_tensor_metadata.default
 
 
@@ -108,11 +108,11 @@ def _dims(node: fx.Node, place: int, name: str = "dim") -> list[int] | None:
     return [dim % rank for dim in several]
 
 
-def _aligned(node: fx.Node, first: First, rank: int) -> bool:
+def _aligned(node: fx.Node, batched: Batched, rank: int) -> bool:
     """Whether tensors that meet dimension by dimension do so sample by sample."""
     for each in node.all_input_nodes:
         value = each.meta.get("val")
-        if each in first:
+        if each in batched:
             if not isinstance(value, Tensor) or value.dim() != rank:
                 return False
         elif isinstance(value, Tensor) and value.dim() >= rank and value.shape[value.dim() - rank] != 1:
@@ -120,78 +120,78 @@ def _aligned(node: fx.Node, first: First, rank: int) -> bool:
     return True
 
 
-def _pointwise(node: fx.Node, first: First) -> bool:
-    return isinstance(node.meta["val"], Tensor) and _aligned(node, first, _rank(node))
+def _pointwise(node: fx.Node, batched: Batched) -> bool:
+    return isinstance(node.meta["val"], Tensor) and _aligned(node, batched, _rank(node))
 
 
-def _only(node: fx.Node, first: First) -> bool:
-    """The first argument has samples, the others are the model's own."""
-    return node.args[0] in first and not any(each in first for each in node.all_input_nodes[1:])
+def _only(node: fx.Node, batched: Batched) -> bool:
+    """Whether the first argument has samples and the others are the model's own."""
+    return node.args[0] in batched and not any(each in batched for each in node.all_input_nodes[1:])
 
 
-def _pictures(node: fx.Node, first: First) -> bool:
-    return _only(node, first) and _rank(node.args[0]) >= 3 and _rank(node) == _rank(node.args[0])
+def _pictures(node: fx.Node, batched: Batched) -> bool:
+    return _only(node, batched) and _rank(node.args[0]) >= 3 and _rank(node) == _rank(node.args[0])
 
 
-def _convolution(node: fx.Node, first: First) -> bool:
-    return _only(node, first) and _rank(node.args[0]) == _rank(node.args[1])
+def _convolution(node: fx.Node, batched: Batched) -> bool:
+    return _only(node, batched) and _rank(node.args[0]) == _rank(node.args[1])
 
 
 def _along(place: int, name: str = "dim") -> Rule:
-    """Along other dimensions than the first."""
+    """A rule for operators along dimensions that they name: none of these may be the first."""
 
-    def rule(node: fx.Node, first: First) -> bool:
+    def rule(node: fx.Node, batched: Batched) -> bool:
         dims = _dims(node, place, name)
-        return _only(node, first) and dims is not None and 0 not in dims
+        return _only(node, batched) and dims is not None and 0 not in dims
 
     return rule
 
 
-def _joined(node: fx.Node, first: First) -> bool:
+def _joined(node: fx.Node, batched: Batched) -> bool:
     parts: Any = node.args[0]
     dim: Any = node.args[1] if len(node.args) > 1 else 0
-    return all(each in first for each in parts) and dim % _rank(node) != 0
+    return all(each in batched for each in parts) and dim % _rank(node) != 0
 
 
-def _normalised(node: fx.Node, first: First) -> bool:
+def _normalised(node: fx.Node, batched: Batched) -> bool:
     shape: Any = node.args[1]
-    return _only(node, first) and len(shape) < _rank(node.args[0])
+    return _only(node, batched) and len(shape) < _rank(node.args[0])
 
 
-def _transposed(node: fx.Node, first: First) -> bool:
+def _transposed(node: fx.Node, batched: Batched) -> bool:
     rank, dims = _rank(node), node.args[1:3]
-    return _only(node, first) and all(isinstance(dim, int) and dim % rank != 0 for dim in dims)
+    return _only(node, batched) and all(isinstance(dim, int) and dim % rank != 0 for dim in dims)
 
 
-def _expanded(node: fx.Node, first: First) -> bool:
-    return _aligned(node, first, _rank(node))
+def _expanded(node: fx.Node, batched: Batched) -> bool:
+    return _aligned(node, batched, _rank(node))
 
 
-def _padded(node: fx.Node, first: First) -> bool:
+def _padded(node: fx.Node, batched: Batched) -> bool:
     sides: Any = node.args[1]
-    return _only(node, first) and len(sides) // 2 < _rank(node)
+    return _only(node, batched) and len(sides) // 2 < _rank(node)
 
 
-def _product(node: fx.Node, first: First) -> bool:
+def _product(node: fx.Node, batched: Batched) -> bool:
     one, other = node.args[:2]
-    if one in first and other in first:
+    if one in batched and other in batched:
         return _rank(one) == _rank(other) >= 3
-    return one in first and _rank(one) >= 2 and _rank(other) <= 2
+    return one in batched and _rank(one) >= 2 and _rank(other) <= 2
 
 
-def _attention(node: fx.Node, first: First) -> bool:
+def _attention(node: fx.Node, batched: Batched) -> bool:
     dropped = node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0.0)
     if dropped != 0.0:
         return False
-    return all(each in first for each in node.args[:3]) and _aligned(node, first, _rank(node)) and _rank(node) >= 3
+    return all(each in batched for each in node.args[:3]) and _aligned(node, batched, _rank(node)) and _rank(node) >= 3
 
 
-def _sliced(node: fx.Node, first: First) -> bool:
+def _sliced(node: fx.Node, batched: Batched) -> bool:
     whole = len(node.args) < 3 or (node.args[2] in (None, 0) and tuple(node.args[3:]) in ((), (None,), (sys.maxsize,)))
-    return _only(node, first) and (whole or _along(1)(node, first))
+    return _only(node, batched) and (whole or _along(1)(node, batched))
 
 
-def _made(node: fx.Node, first: First) -> bool:
+def _made(node: fx.Node, batched: Batched) -> bool:
     return not any(isinstance(each, fx.Node) for each in node.args[1:])
 
 
@@ -201,7 +201,7 @@ SIZED = {  # which may be told the batch size
 }
 RULES: dict[Any, Rule] = {
     **dict.fromkeys((aten.conv1d.default, aten.conv2d.default, aten.conv3d.default), _convolution),
-    aten.linear.default: lambda node, first: _only(node, first) and _rank(node) >= 2,
+    aten.linear.default: lambda node, batched: _only(node, batched) and _rank(node) >= 2,
     aten._native_batch_norm_legit_no_training.default: _only,
     aten.layer_norm.default: _normalised,
     aten.native_layer_norm.default: _normalised,
@@ -222,7 +222,7 @@ RULES: dict[Any, Rule] = {
     **dict.fromkeys((aten._to_copy.default, aten.to.dtype, aten.alias.default, aten.detach.default), _only),
     **dict.fromkeys((aten.hardswish.default, aten.hardsigmoid.default, aten.hardtanh.default, aten.relu6.default), _only),
     **dict.fromkeys((aten.gelu.default, aten.silu.default, aten.mish.default, aten.leaky_relu.default), _only),
-    aten.dropout.default: lambda node, first: _only(node, first) and node.args[2] is False,
+    aten.dropout.default: lambda node, batched: _only(node, batched) and node.args[2] is False,
     aten.transpose.int: _transposed,
     aten.expand.default: _expanded,
     **dict.fromkeys((aten.constant_pad_nd.default, aten.pad.default), _padded),

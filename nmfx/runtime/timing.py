@@ -23,9 +23,9 @@ from nmfx.files.atomic import locked, write_atomic
 from nmfx.files.parsing import Form, Seconds, read_json
 from nmfx.runtime.building import cache_folder, kernel_digest, processor
 
-Advance = Callable[[float, str], None]  # told the share done, and of what
-ROUNDS, LEAST_SECONDS = 7, 0.004  # turns, and time of one candidate in a turn at least
-WHOLE = 0.1  # the same of a whole network
+Advance = Callable[[float, str], None]  # called with the share of the work done (0..1) and what is being done
+ROUNDS, TURN_SECONDS = 7, 0.004  # turns of each candidate, and the shortest time of one
+NETWORK_SECONDS = 0.1  # the shortest time of a turn of a whole network
 HOPELESS = 1.6  # times the fastest: more than what a choice between ways to compute a site forgives
 PACE_ROUNDS, PACE_SECONDS = 5, 0.001  # of the small computation that says how fast the machine is
 CHANGED = 1.5  # times as long or as short as before: another pace, at which other ways may be the fastest
@@ -42,11 +42,11 @@ log = logging.getLogger(__name__)
 
 
 def ignore(share: float, what: str) -> None:
-    """An Advance for those who are not told."""
+    """An Advance that reports to nobody."""
 
 
-def part(progress: Advance, number: int, parts: int) -> Advance:
-    """The Advance of one of several parts of the work."""
+def portion(progress: Advance, number: int, parts: int) -> Advance:
+    """What part `number` of `parts` reports its share of the work to: `progress`, as a share of all of it."""
     return lambda share, what: progress((number + share) / parts, what)
 
 
@@ -54,16 +54,18 @@ def measure(
     candidates: Mapping[str, Callable[[], Any]],
     *,
     rounds: int | None = None,
-    least: float | None = None,
+    seconds: float | None = None,
     hopeless: float = math.inf,
 ) -> dict[str, float]:
     """The fastest of `rounds` turns of each candidate, in seconds a call; all take turns, so that noise meets all of them.
 
     Args:
-        least: seconds of a turn, of 50 calls at most; `WHOLE` for networks, whose caches and threads want to settle.
-        hopeless: who takes so many times as long as the fastest, has no more turns after the first.
+        rounds: turns of each candidate; `ROUNDS` when None.
+        seconds: length of a turn, of 50 calls at most; `TURN_SECONDS` when None, `NETWORK_SECONDS` for whole networks, whose
+            caches and threads need longer to settle.
+        hopeless: a candidate that takes this many times as long as the fastest has one turn only.
     """
-    least = LEAST_SECONDS if least is None else least
+    seconds = TURN_SECONDS if seconds is None else seconds
     rounds = ROUNDS if rounds is None else rounds
     repeats, best = {}, {}
     for name, run in candidates.items():
@@ -71,7 +73,7 @@ def measure(
         start = time.perf_counter()
         run()
         took = time.perf_counter() - start
-        repeats[name], best[name] = max(1, min(50, int(least / max(took, 1e-9)))), took
+        repeats[name], best[name] = max(1, min(50, int(seconds / max(took, 1e-9)))), took
     for turn in range(rounds):
         limit = hopeless * min(best.values())
         for name, run in candidates.items():
@@ -94,7 +96,7 @@ class _Kept(Form, frozen=True):
     digest: str
 
     def is_whole(self) -> bool:
-        """Whether it is as it was written."""
+        """Whether the digest is that of the content: nothing was altered since it was written."""
         return self.digest == _digest(self.machine, self.pace, self.known)
 
 
@@ -106,7 +108,7 @@ class Times:
     """
 
     def __init__(self) -> None:
-        self.machine = machine() | {"threads": str(torch.get_num_threads()), "measured": f"{ROUNDS} x {LEAST_SECONDS} s"}
+        self.machine = machine() | {"threads": str(torch.get_num_threads()), "measured": f"{ROUNDS} x {TURN_SECONDS} s"}
         self.path = cache_folder() / "times" / f"{_digest(self.machine)[:24]}.json"
         self.pace = measure_pace()
         self.new: dict[str, dict[str, float]] = {}
@@ -144,7 +146,7 @@ class Times:
                 self.known, self.new = known, {}
 
     def _kept(self) -> _Kept | None:
-        """What is on disk, of this machine at this pace; None if the file is absent, damaged or of another form."""
+        """The file of this machine at this pace; None if it is absent, damaged or of another form."""
         try:
             kept = read_json(self.path, _Kept, "measured times")
         except NmfxError as error:
@@ -189,7 +191,7 @@ def measure_pace() -> dict[str, float]:
     """Seconds of a fixed product and of a fixed copy of memory: how fast this machine is now."""
     left, right, memory = torch.ones(128, 512), torch.ones(512, 128), torch.zeros(1 << 18)
     candidates = {"product": lambda: left @ right, "copy": memory.clone}
-    return measure(candidates, rounds=PACE_ROUNDS, least=PACE_SECONDS)
+    return measure(candidates, rounds=PACE_ROUNDS, seconds=PACE_SECONDS)
 
 
 def same_pace(before: Mapping[str, float], now: Mapping[str, float]) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from nmfx.passes.magnitudes import scored
+from nmfx.passes.thresholds import thresholds_attached
 from nmfx.search.baselines import erk_sparsities
 from nmfx.search.events import Event, Outcome, settle, trim
 from nmfx.search.problem import Problem
@@ -42,7 +42,7 @@ def domino(problem: Problem, tables: Tables) -> Outcome:
     """Sites shrink at rate eta, step when 75 % of their groups agree, and tip the next by what their commits change."""
     names = {i: problem.sites.sites[i].name for i in problem.free}
     groupings = {name: problem.grouping(i) for i, name in names.items()}
-    with scored(tables.model, problem.sites, groupings, {name: problem.first(i) for i, name in names.items()}):
+    with thresholds_attached(tables.model, problem.sites, groupings, {name: problem.first(i) for i, name in names.items()}):
         points = tables.tipping_points
     choice = [len(options) - 1 for options in problem.options]
     erk, events, time = erk_sparsities(problem), [], 0.0

@@ -12,11 +12,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from nmfx.errors import SearchError
-from nmfx.masking.owner import mask_attribute, masked_sites, unmask
+from nmfx.masking.owner import mask_attribute, unmask
+from nmfx.masking.sites import masked_sites, respec
 from nmfx.masking.weight import STATES, MaskSpec, mask_name
 from nmfx.models.census import find_sites
-from nmfx.models.site import Sites
-from nmfx.passes.magnitudes import SUFFIXES, attach_scores, detach_scores, scores_of, weight_of
+from nmfx.models.site import Sites, weight_of
+from nmfx.passes.thresholds import SUFFIXES, attach_thresholds, detach_thresholds, thresholds_of
 from nmfx.processes import world
 from nmfx.scheme import Scheme
 from nmfx.search.baselines import erk_sparsities
@@ -110,7 +111,7 @@ class DominoSearch:
             if weight.device.type == "meta" or not bool(weight.isfinite().all()):
                 raise SearchError(f"{self._name(i)}: holds no values, or infinite or NaN ones; load weights before the search")
         groupings = {self._name(i): grouping for i, grouping in self._groupings.items()}
-        attach_scores(self.model, self.sites, groupings, self.intermediate)
+        attach_thresholds(self.model, self.sites, groupings, self.intermediate)
         for i, site in enumerate(self.sites):
             start, twin = self.problem.options[i][-1], None
             pattern = Pattern(self._working[i], self._groupings[i].m) if i in self._groupings else start
@@ -215,7 +216,7 @@ class DominoSearch:
         shares = torch.zeros(len(voters), dtype=torch.float64)
         for place, i in enumerate(voters):
             weight = weight_of(self.model, self.sites.sites[i])
-            threshold, count = scores_of(self.model, self.sites.sites[i])
+            threshold, count = thresholds_of(self.model, self.sites.sites[i])
             count.copy_(_above(weight, threshold, self._groupings[i]))
             shares[place] = (count < self._working[i]).double().mean()
         if world() > 1:
@@ -242,10 +243,8 @@ class DominoSearch:
     def _mask(self, i: int) -> None:
         """Let the masks of a site keep its working N."""
         grouping, name = self._groupings[i], self._name(i)
-        for masked in masked_sites(self.model):
-            if masked.spec.name == name and masked.spec.pattern.n != self._working[i]:
-                masked.state.spec = replace(masked.spec, pattern=Pattern(self._working[i], grouping.m))
-                masked.state.cache = None
+        pattern = Pattern(self._working[i], grouping.m)
+        respec([s for s in masked_sites(self.model) if s.spec.name == name and s.spec.pattern != pattern], pattern=pattern)
 
     @property
     def outcome(self) -> Outcome:
@@ -290,7 +289,7 @@ class DominoSearch:
         """Take masks and score buffers off again; the dense weights stay as the search left them."""
         for module in self.model.modules():
             unmask(module, keep_masked=False)
-        detach_scores(self.model, self.sites, [self._name(i) for i in self.problem.free])
+        detach_thresholds(self.model, self.sites, [self._name(i) for i in self.problem.free])
 
     @property
     def identity(self) -> str:
@@ -316,7 +315,7 @@ class DominoSearch:
             "done": self.done,
             "working": self.intermediate,
             "choice": {self._name(i): self._choice[i] for i in self.problem.free},
-            "thresholds": {self._name(i): scores_of(self.model, self.sites.sites[i])[0].clone() for i in self.problem.free},
+            "thresholds": {self._name(i): thresholds_of(self.model, self.sites.sites[i])[0].clone() for i in self.problem.free},
             "shares": dict(self.shares),
             "events": [{**asdict(e), "before": str(e.before), "after": str(e.after)} for e in self.events],
         }
@@ -334,7 +333,7 @@ class DominoSearch:
                 f"the state is of another search: {state.get('search', 'not of DominoSearch')}; this one is {self.identity}"
             )
         for i, name in zip(self.problem.free, names, strict=True):
-            threshold, saved = scores_of(self.model, self.sites.sites[i])[0], state["thresholds"][name]
+            threshold, saved = thresholds_of(self.model, self.sites.sites[i])[0], state["thresholds"][name]
             if threshold.shape != saved.shape or not 0 <= state["choice"][name] < len(self.problem.options[i]):
                 raise SearchError(f"{name}: the state is of another search; give the same model and options")
             threshold.copy_(saved)

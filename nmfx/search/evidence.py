@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from nmfx.errors import SearchError
-from nmfx.masking.owner import throw_away_copy
-from nmfx.passes.magnitudes import weight_of
+from nmfx.masking.copies import throw_away_copy
+from nmfx.models.site import weight_of
 from nmfx.passes.statistics import recalibrate_bn
 from nmfx.search.problem import Problem
 from nmfx.sparsity.mask import make_mask

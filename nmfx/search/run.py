@@ -17,9 +17,10 @@ from nmfx.data.seeding import seed_of
 from nmfx.errors import CheckpointError, NmfxError, SearchError
 from nmfx.files.parsing import Count, Finite, Form, Share, printable
 from nmfx.files.states import check_tensors, prefixed, read_state, under, write_state
-from nmfx.masking.owner import deep_copy, masked_sites
+from nmfx.masking.copies import deep_copy
 from nmfx.masking.parallel import wrap
-from nmfx.passes.magnitudes import SUFFIXES
+from nmfx.masking.sites import masked_sites
+from nmfx.passes.thresholds import SUFFIXES
 from nmfx.processes import rank, world
 from nmfx.search.domino_loop import DominoSearch
 from nmfx.sparsity.pattern import Pattern

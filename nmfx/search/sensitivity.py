@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from nmfx.errors import SearchError
-from nmfx.masking.owner import throw_away_copy
+from nmfx.masking.copies import throw_away_copy
 from nmfx.models.following import Census, storage_of
 from nmfx.models.products import Operand
-from nmfx.passes.magnitudes import weight_of
+from nmfx.models.site import weight_of
 from nmfx.search.evidence import Evidence, Trial
 from nmfx.search.problem import Problem
 from nmfx.sparsity.mask import make_mask

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from nmfx.errors import SearchError
-from nmfx.passes.magnitudes import scores_of, sorted_magnitudes, weight_of
+from nmfx.models.site import weight_of
+from nmfx.passes.thresholds import sorted_magnitudes, thresholds_of
 from nmfx.search.evidence import Evidence, understood
 from nmfx.search.problem import Problem
 from nmfx.search.sensitivity import SENSITIVITIES, Table
@@ -80,7 +81,7 @@ class Tables:
         points: list[list[float]] = [[] for _ in self.problem.options]
         for index in self.problem.free:
             ordered = self._magnitudes(index, self.problem.options[index][0])
-            threshold, _ = scores_of(self.model, self.problem.sites.sites[index])
+            threshold, _ = thresholds_of(self.model, self.problem.sites.sites[index])
             # A threshold of next to nothing would hardly be reached: take a millionth of the site's mean magnitude.
             floor = max(float(ordered.mean()) * 1e-6, torch.finfo(ordered.dtype).tiny)
             ratios = ordered.div_(threshold.to(ordered.dtype).clamp_min(floor)).cpu()

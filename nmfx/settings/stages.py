@@ -10,6 +10,7 @@ from typing import Any, Literal
 from nmfx.errors import NmfxError
 from nmfx.settings.option import check_options, inline, option
 from nmfx.settings.training import Settings
+from nmfx.sparsity.rules import Training
 
 FOLDER = "folder"  # the name of the data that is just an image folder: the root
 LARGEST_PICTURE = 1 << 26  # numbers in one input that a file may ask for: 256 MiB
@@ -84,7 +85,7 @@ class FinetuneSettings:
     """Training under the scheme."""
 
     weights: Literal["model", "none"] = option("model", "none: start from random weights")
-    training: Literal["sr-ste", "ste", "fixed"] = option(
+    training: Training = option(
         "sr-ste", "masks follow the weights with a pull on dropped ones or without, or stay as they are (ASP)"
     )
     decay: float = option(2e-4, "sr-ste: lambda, the pull on dropped weights", least=0, most=1e6)

@@ -85,6 +85,9 @@ def group(name: str, rows: Rows, pattern: Pattern, layout: Layout = "strict", *,
         rows: ``(outer, length, inner)`` of the weight.
         short: let a row that M does not divide end in a short group (strict layout only).
 
+    Returns:
+        Groups along rows where M divides them, or end short; across rows in the flat layout.
+
     Raises:
         SchemeError: the layout cannot cut this weight into groups of M.
     """

@@ -34,6 +34,9 @@ def update_mask(weight: Tensor, n: int, grouping: Grouping, mask: Tensor, masked
     Near the cost of reading and writing the three tensors: no sort, and scratch memory of a few cache-sized chunks.
 
     Args:
+        weight: floats of any type.
+        n: weights to keep in a group.
+        grouping: how `weight` is cut into groups.
         mask: bool, shaped and strided as `weight`.
         masked: of `weight`'s dtype, shaped and strided as `weight`.
     """

@@ -67,6 +67,12 @@ def pack(weight: Tensor, mask: Tensor, n: int, grouping: Grouping) -> tuple[Tens
 def unpack(values: Tensor, positions: Tensor, n: int, grouping: Grouping, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """Weight and mask of `shape` from what `pack` returned; dropped weights are zero.
 
+    Args:
+        values: the kept weights, ``(kept,)``.
+        positions: where they stand, uint8 ``(bytes,)``.
+        n: weights kept in a group.
+        grouping: how the weight is cut into groups.
+
     Returns:
         ``(weight, mask)``: contiguous, of the dtype of `values`, and bool.
 

@@ -26,8 +26,8 @@ def pulled(grad: Tensor, weight: Tensor, mask: Tensor, decay: float | Tensor) ->
 class MaskedRead(torch.autograd.Function):
     """The masked value that is already there, with the gradient of a training method; the fast path of eager mode.
 
-    It saves no tensors in the autograd sense, so that one output can serve every read between two updates, whatever the order
-    of their backward passes; what `note`, a weak reference, points to is marked dirty when one has run.
+    Tensors are kept outside of autograd's saved tensors, so that one output can serve every read between two updates, whatever
+    the order of their backward passes; what `note`, a weak reference, points to is marked dirty when one has run.
     """
 
     @staticmethod
@@ -45,7 +45,7 @@ class MaskedRead(torch.autograd.Function):
 
 
 class MaskedCompute(torch.autograd.Function):
-    """The same for compilers and function transforms: everything is computed and saved in the open."""
+    """`MaskedRead` for compilers and function transforms, which must see the computation: nothing is cached."""
 
     generate_vmap_rule = True
 

@@ -13,8 +13,9 @@ from nmfx.export.plain import save_baked, save_onnx
 from nmfx.files.atomic import all_or_nothing
 from nmfx.models.example import Example
 from nmfx.models.site import Sites
-from nmfx.passes.baking import Verified, bake, verify
+from nmfx.passes.baking import bake
 from nmfx.passes.transform import transform
+from nmfx.passes.verification import Verified, verify
 from nmfx.scheme import Scheme
 from nmfx.settings.stages import ExportSettings
 from nmfx.stages.work import SCHEME, WorkDirectory, save_scheme

@@ -90,7 +90,7 @@ class Board:
             self.writer.close()
 
     def add(self, epoch: Epoch) -> None:
-        """One point on every curve."""
+        """Add a point to the curve of each number of the log."""
         if self.writer is not None:
             for name, value in asdict(epoch).items():
                 self.writer.add_scalar(name, value, epoch.epoch)

@@ -26,7 +26,7 @@ AS_WEIGHTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")  # o
 T = TypeVar("T")
 
 
-class Row(Form, frozen=True):
+class SavedEpoch(Form, frozen=True):
     """An `Epoch` in a file; null is what was not finite."""
 
     epoch: Count
@@ -39,33 +39,33 @@ class Row(Form, frozen=True):
 
     @property
     def value(self) -> Epoch:
-        """As the log has it."""
+        """The epoch as a line of the log."""
         said: Any = {key: math.nan if each is None else each for key, each in msgspec.to_builtins(self).items()}
         return Epoch(**said)
 
 
-class At(Form, frozen=True):
-    """A `Position` in a file."""
+class SavedPosition(Form, frozen=True):
+    """A `Position` of the trainer in a file."""
 
     epoch: Count
     step: Count
     loss: Finite
-    log: list[Row]
+    log: list[SavedEpoch]
 
 
-class Numbers(Form, frozen=True):
-    """What an optimiser keeps beside its tensors, and its groups' options."""
+class SavedOptimizer(Form, frozen=True):
+    """The numbers of an optimiser's state in a file: those beside its tensors, and its groups' options."""
 
     numbers: dict[str, int | Finite | str | None]
     groups: list[dict[str, bool | int | Finite]]
 
 
-class Run(Form, frozen=True):
-    """What the state of a run says beside its tensors."""
+class SavedRun(Form, frozen=True):
+    """The state of a training run in a file, but for its tensors."""
 
     identity: dict[str, Any]
-    at: At
-    optimizer: Numbers
+    at: SavedPosition
+    optimizer: SavedOptimizer
 
 
 def save_state(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
@@ -81,7 +81,7 @@ def save_state(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, An
 
 
 def _storable(value: Any) -> Any:
-    """What JSON can say: a loss that is not finite becomes null."""
+    """A tree that JSON can hold: a float that is not finite becomes null."""
     if isinstance(value, Mapping):
         return {key: _storable(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
@@ -90,7 +90,7 @@ def _storable(value: Any) -> Any:
 
 
 def load_state(path: Path, form: type[T]) -> tuple[Tensors, T]:
-    """What `save_state` was given, as a value of `form`.
+    """Tensors and numbers of a state that `save_state` has written, the numbers as a value of `form`.
 
     Raises:
         CheckpointError: no such file, altered since it was written, or it is not of a training run.
@@ -168,7 +168,7 @@ def optimizer_state(optimizer: Optimizer) -> tuple[Tensors, dict[str, Any]]:
     return tensors, {"numbers": numbers, "groups": groups}
 
 
-def check_optimizer(optimizer: Optimizer, tensors: Tensors, plain: Numbers, path: Path) -> None:
+def check_optimizer(optimizer: Optimizer, tensors: Tensors, plain: SavedOptimizer, path: Path) -> None:
     """Check that a saved state is one of `optimizer`, before anything is changed.
 
     Raises:
@@ -192,7 +192,7 @@ def check_optimizer(optimizer: Optimizer, tensors: Tensors, plain: Numbers, path
         raise CheckpointError(f"{path}: optimizer: its {len(plain.groups)} groups have other options than this run's")
 
 
-def restore_optimizer(optimizer: Optimizer, tensors: Tensors, plain: Numbers, path: Path) -> None:
+def restore_optimizer(optimizer: Optimizer, tensors: Tensors, plain: SavedOptimizer, path: Path) -> None:
     """Give an optimiser of the same parameters the state that `optimizer_state` took (see `check_optimizer`).
 
     Raises:

@@ -26,9 +26,10 @@ from nmfx.errors import CheckpointError, DataError, NmfxError
 from nmfx.files.atomic import check_writable, remove_dead_drafts
 from nmfx.files.sealed import Tensors
 from nmfx.files.states import prefixed, under
+from nmfx.masking.copies import deep_copy
 from nmfx.masking.modes import keep_modes
-from nmfx.masking.owner import deep_copy, masked_sites, renew
 from nmfx.masking.parallel import find_units, gathered, shard, wrap
+from nmfx.masking.sites import masked_sites, renew
 from nmfx.processes import rank, summed, world
 from nmfx.settings.training import Settings
 from nmfx.training import state
@@ -68,6 +69,8 @@ def finetune(
     the highest top-1.
 
     Args:
+        data: training and validation pictures (see `nmfx.open_data`).
+        settings: everything that decides which weights come out.
         folder: where to keep ``last.safetensors``, ``best.safetensors`` and ``log.csv``; that they can be written is tried
             first. The same call with the same folder goes on where the last save was, and ends with the same weights as a run
             without a stop; the weights that `model` comes with then do not matter. With more epochs than before, the run is
@@ -84,6 +87,9 @@ def finetune(
     (`fully_shard`); `model` itself stays whole in every process, for evaluation and to take the trained weights.
     SR-STE's pull is part of the update, once, in any number of processes and passes. Batch
     statistics are those of each process's share, averaged after every epoch: networks that have them score within 2 points.
+
+    Returns:
+        Accuracy of the trained model, and the line of the log of every epoch.
 
     Raises:
         NmfxError: settings that do not go together, a loss that is not finite (the files are those of the last save).
@@ -121,7 +127,7 @@ class Position:
 
     @property
     def top1(self) -> float | None:
-        """The last one measured."""
+        """Top-1 accuracy after the last epoch, 0..1; None before the first."""
         return self.log[-1].top1 if self.log else None
 
 
@@ -145,7 +151,7 @@ class Run:
         if not isinstance(data.validation, IterableDataset) and not len(data.validation):
             raise DataError(f"{data.name}: there are no validation pictures, so that no epoch could be evaluated")
         self.model, self.settings, self.folder, self.teacher, self.identity = model, settings, folder, teacher, identity
-        self.whole = model  # what the caller gave; under FSDP `model` is a copy that is shared out
+        self.original = model  # under FSDP `model` is a copy that is shared out
         self.device, self.at = next(model.parameters()).device, Position()
         self.lr = self.speed = 0.0  # of the last update, and pictures a second of this epoch
         config, size = config or picture_config(model, data), settings.pictures_a_pass(world())
@@ -188,7 +194,7 @@ class Run:
 
     @property
     def t(self) -> int:
-        """Updates done."""
+        """Updates done since the start of the first epoch."""
         return self.at.epoch * self.steps + self.at.step
 
     @property
@@ -201,8 +207,8 @@ class Run:
         own = self.trained[-1]
         if not self.sharded:
             return own
-        self.whole.load_state_dict(gathered(own.state_dict()))
-        return self.whole
+        self.original.load_state_dict(gathered(own.state_dict()))
+        return self.original
 
     def train_epoch(self, progress: Callable[[Progress], None] | None) -> None:
         """The rest of an epoch's updates, with a save every few minutes."""
@@ -288,7 +294,7 @@ class Run:
             self.scheduler.step_update(self.t + after)
 
     def end_epoch(self) -> Epoch:
-        """Evaluate, log and save."""
+        """Evaluate, add a line to the log, save, and move on to the next epoch."""
         if world() > 1:  # each process has seen its own pictures
             distribute_bn(self.model, world(), reduce=True)
             if self.ema is not None:
@@ -314,7 +320,7 @@ class Run:
         optimizer, numbers = optimizer_state(self.optimizer)
         tensors = prefixed("model", self.model.state_dict()) | prefixed("optimizer", optimizer)
         tensors |= prefixed("ema", self.ema.module.state_dict()) if self.ema is not None else {}
-        tensors = gathered(tensors, everywhere=False) | prefixed("mask", frozen_masks(self.whole))
+        tensors = gathered(tensors, everywhere=False) | prefixed("mask", frozen_masks(self.original))
         if rank() == 0:
             save_state(self.folder / LAST, tensors, {"identity": self.identity, "at": asdict(self.at), "optimizer": numbers})
 
@@ -328,7 +334,7 @@ class Run:
             remove_dead_drafts(folder)
         if not path.exists():
             return
-        tensors, about = load_state(path, state.Run)
+        tensors, about = load_state(path, state.SavedRun)
         check_identity(path, _extended(about.identity, self.settings.epochs), self.identity)
         self._check(tensors, about, path)
         restore_optimizer(self.optimizer, under("optimizer", tensors), about.optimizer, path)
@@ -336,7 +342,7 @@ class Run:
         if self.ema is not None:
             fill(self.ema.module, under("ema", tensors), path)
         masks = under("mask", tensors)
-        for model in (*self.trained, *([self.whole] if self.sharded else [])):
+        for model in (*self.trained, *([self.original] if self.sharded else [])):
             for site in masked_sites(model):
                 if (name := f"{site.path}.{site.attr}".lstrip(".")) in masks:
                     site.mask.copy_(masks[name])
@@ -346,7 +352,7 @@ class Run:
         if rank() == 0 and self.at.log:
             write_log(folder / LOG, self.at.log)
 
-    def _check(self, tensors: Tensors, about: state.Run, path: Path) -> None:
+    def _check(self, tensors: Tensors, about: state.SavedRun, path: Path) -> None:
         """Raise CheckpointError, before anything is changed, if a state is not of this run."""
         if about.at.epoch > self.settings.epochs or about.at.step > self.steps or len(about.at.log) != about.at.epoch:
             raise CheckpointError(f"{path}: stands at epoch {about.at.epoch}, update {about.at.step}, where this run has none")
@@ -354,21 +360,21 @@ class Run:
         if self.ema is not None:
             check_fits(self.ema.module, under("ema", tensors), path)
         check_optimizer(self.optimizer, under("optimizer", tensors), about.optimizer, path)
-        expected, masks = frozen_masks(self.whole), under("mask", tensors)
+        expected, masks = frozen_masks(self.original), under("mask", tensors)
         if {k: v.shape for k, v in expected.items()} != {k: v.shape for k, v in masks.items() if v.dtype == torch.bool}:
             raise CheckpointError(f"{path}: its masks are not those of this run's sites")
 
     def conclude(self) -> Finetuned:
         """The trained weights in the model, in eval mode and plain memory format, evaluated as they will be loaded."""
         evaluated = self.evaluated()
-        if evaluated is not self.whole:
-            self.whole.load_state_dict(evaluated.state_dict())
+        if evaluated is not self.original:
+            self.original.load_state_dict(evaluated.state_dict())
         if self.settings.channels_last:
-            self.whole.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+            self.original.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
         self.optimizer.zero_grad()
-        self.whole.eval()
-        renew(self.whole)
-        return Finetuned(evaluate(self.whole, self.validation), tuple(self.at.log))
+        self.original.eval()
+        renew(self.original)
+        return Finetuned(evaluate(self.original, self.validation), tuple(self.at.log))
 
 
 def _extended(identity: Mapping[str, Any], epochs: int) -> Mapping[str, Any]:
@@ -379,7 +385,7 @@ def _extended(identity: Mapping[str, Any], epochs: int) -> Mapping[str, Any]:
 
 def load_best(folder: Path, model: nn.Module) -> Epoch:
     """Load the weights of the best epoch into the model that was trained, or a copy; says which epoch it was."""
-    tensors, about = load_state(folder / BEST, state.Row)
+    tensors, about = load_state(folder / BEST, state.SavedEpoch)
     fill(model, tensors, folder / BEST)
     renew(model)
     return about.value

@@ -70,7 +70,7 @@ def test_search_for_a_latency(nmfx: Run, monkeypatch: pytest.MonkeyPatch) -> Non
         return dataclasses.replace(found, baseline=40 * found.dense, run=None)
 
     monkeypatch.setattr("nmfx.cli.latency.measure_latency", slow_baseline)
-    monkeypatch.setattr("nmfx.runtime.latency.freeze", lambda model, example: None)  # seconds of compiling; bench has it
+    monkeypatch.setattr("nmfx.runtime.latency.compile_frozen", lambda model, example: None)  # seconds; bench has it
     nmfx("convert", "digits")
     out, _ = nmfx("search", "--target-latency", "2x", "--m", "8", "--latency-batch", "2")
     found = re.search(r"latency: (\S+) ms the best dense run, (\S+) ms wanted, (\S+) ms predicted, (\S+) ms measured", out)
@@ -99,7 +99,7 @@ def test_a_missing_kernel_is_said_in_one_line(command: str, nmfx: Run, monkeypat
 
 
 def test_prices_never_rise_as_weights_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nmfx.runtime.latency.freeze", lambda model, example: None)
+    monkeypatch.setattr("nmfx.runtime.latency.compile_frozen", lambda model, example: None)
     model, data = load_demo(trained=True), open_data("digits")
     x = torch.as_tensor(data.train.pictures[:2]).float().reshape(2, 1, 8, 8)
     sites = library.find_sites(model, x)

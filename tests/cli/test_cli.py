@@ -27,8 +27,9 @@ from nmfx.export.checkpoint import load_checkpoint, save_checkpoint
 from nmfx.models.building import build_model
 from nmfx.models.census import find_sites
 from nmfx.models.source import Source
-from nmfx.passes.baking import bake, verify
+from nmfx.passes.baking import bake
 from nmfx.passes.transform import scheme_of, transform
+from nmfx.passes.verification import verify
 from nmfx.scheme import Scheme
 from nmfx.stages import build, export
 from nmfx.stages.work import open_work

@@ -10,7 +10,6 @@ import pytest
 import torch
 import torchvision
 
-from nmfx.cli import report as report_io
 from nmfx.cli.main import main
 from nmfx.demo.digits import load_demo
 from nmfx.export.checkpoint import save_checkpoint
@@ -19,6 +18,7 @@ from nmfx.models.site import Sites
 from nmfx.passes.transform import transform
 from nmfx.scheme import Scheme
 from nmfx.search.finder import find_scheme
+from nmfx.stages import report as report_io
 
 MODEL = "torchvision:resnet18"
 

@@ -21,12 +21,12 @@ from torch import Tensor
 from nmfx.cli.main import main
 from nmfx.export.checkpoint import load_checkpoint, read_checkpoint
 from nmfx.export.plain import save_baked
-from nmfx.masking.owner import masked_sites
+from nmfx.masking.sites import masked_sites
 from nmfx.passes.baking import bake
 from nmfx.training import trainer
 from nmfx.training.loss import task_loss
-from nmfx.training.state import Row, load_state
 from nmfx.training.state import Run as RunForm
+from nmfx.training.state import SavedEpoch, load_state
 
 ROOT = Path(__file__).parents[2]
 DIGITS = ("--data", "digits", "--batch-size", "64")
@@ -178,7 +178,7 @@ def test_the_best_epoch_is_what_is_exported_and_the_last_one_on_demand(
         for key, value in load_file(name).items():
             assert value.equal(load_file(checkpoint)[key]), key
     assert any(not v.equal(load_file(MODEL)[key]) for key, v in load_file(checkpoint).items())
-    best = load_state(MODEL.with_name("best.safetensors"), Row)[0]
+    best = load_state(MODEL.with_name("best.safetensors"), SavedEpoch)[0]
     tuned = load_checkpoint(MODEL).state_dict()
     for site in masked_sites(load_checkpoint(MODEL)):
         name = f"{site.path}.{site.attr}"

@@ -11,7 +11,7 @@ import torchvision
 
 from nmfx import Scheme, bake, find_sites, load_checkpoint, scheme_of, transform, verify
 from nmfx.export.checkpoint import read_checkpoint
-from nmfx.masking.owner import masked_sites
+from nmfx.masking.sites import masked_sites
 
 BUDGETS = ("params", "macs", "both")
 

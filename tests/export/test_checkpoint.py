@@ -29,12 +29,14 @@ from nmfx.demo.digits import load_demo
 from nmfx.errors import CheckpointError, NmfxError
 from nmfx.export.checkpoint import load_checkpoint, read_checkpoint, save_checkpoint
 from nmfx.files.sealed import read_sealed, write_sealed
-from nmfx.masking.owner import is_masked, masked_sites
+from nmfx.masking.owner import is_masked
+from nmfx.masking.sites import masked_sites
 from nmfx.models.census import find_sites
 from nmfx.models.site import Sites
 from nmfx.models.source import Source, find_source
-from nmfx.passes.baking import bake, verify
+from nmfx.passes.baking import bake
 from nmfx.passes.transform import scheme_of, transform
+from nmfx.passes.verification import verify
 from nmfx.scheme import Scheme
 
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -35,10 +35,10 @@ from nmfx.data.source import open_data
 from nmfx.demo.digits import load_demo
 from nmfx.errors import NmfxError
 from nmfx.export.checkpoint import load_checkpoint, read_checkpoint, save_checkpoint
-from nmfx.masking.owner import masked_sites
+from nmfx.masking.sites import masked_sites
 from nmfx.models.census import find_sites
-from nmfx.passes.baking import verify
 from nmfx.passes.transform import transform
+from nmfx.passes.verification import verify
 from nmfx.recipe.loader import find_recipe, load_recipe
 from nmfx.runtime import timing
 from nmfx.scheme import Scheme

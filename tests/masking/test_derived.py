@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import nmfx
 from nmfx.errors import NmfxError
 from nmfx.masking.derived import derive
-from nmfx.masking.owner import masked_sites
+from nmfx.masking.sites import masked_sites
 from nmfx.models.example import Example
 from nmfx.passes.transform import conversion_difference
 from nmfx.sparsity.layout import Grouping

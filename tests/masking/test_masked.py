@@ -20,17 +20,10 @@ from awkward import MODELS, build, models, run, same
 from torch import Tensor, nn
 
 from nmfx.errors import NmfxError
+from nmfx.masking.copies import throw_away_copy
 from nmfx.masking.derived import derive
-from nmfx.masking.owner import (
-    freeze,
-    is_masked,
-    mask_attribute,
-    masked_sites,
-    plain_class,
-    read_masked,
-    throw_away_copy,
-    unmask,
-)
+from nmfx.masking.owner import is_masked, mask_attribute, plain_class, read_masked, unmask
+from nmfx.masking.sites import freeze, masked_sites
 from nmfx.masking.updates import pull
 from nmfx.masking.weight import MaskedWeight, MaskSpec, mask_name
 from nmfx.models.census import find_sites

@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import nmfx
 from nmfx.masking import updates
-from nmfx.masking.owner import masked_sites
+from nmfx.masking.sites import masked_sites
 from nmfx.models.site import Sites
 from nmfx.passes.transform import transform
 from nmfx.training.masks import set_training

@@ -13,7 +13,8 @@ from awkward import MODELS, build, models, run, same, snapshot
 from torch import Tensor, nn
 
 from nmfx.errors import TraceError
-from nmfx.masking.owner import is_masked, masked_sites
+from nmfx.masking.owner import is_masked
+from nmfx.masking.sites import masked_sites
 from nmfx.models.census import find_sites
 from nmfx.models.example import Example
 from nmfx.models.tracer import SiteGraph, to_graph, to_graphs, trace

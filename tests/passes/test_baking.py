@@ -13,10 +13,11 @@ from awkward import MODELS, build, models, run, same, snapshot
 from torch import Tensor, nn
 
 from nmfx.errors import SchemeError, VerificationError
-from nmfx.masking.owner import masked_sites
+from nmfx.masking.sites import masked_sites
 from nmfx.models.census import find_sites
-from nmfx.passes.baking import Verified, bake, verify
+from nmfx.passes.baking import bake
 from nmfx.passes.transform import scheme_of, transform
+from nmfx.passes.verification import Verified, verify
 from nmfx.scheme import Scheme
 
 CONVERTIBLE = [name for name in MODELS if name != "scripted"]  # deepcopy of a ScriptModule makes non-leaf parameters

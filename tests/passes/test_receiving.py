@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 import nmfx
 from nmfx.errors import TraceError, VerificationError
-from nmfx.masking.owner import mask_attribute, masked_sites, unmask
+from nmfx.masking.owner import mask_attribute, unmask
+from nmfx.masking.sites import masked_sites
 from nmfx.masking.weight import MaskSpec
 from nmfx.models.example import Example
 from nmfx.passes.receiving import received

@@ -13,9 +13,10 @@ from nmfx.export.checkpoint import load_checkpoint, save_checkpoint
 from nmfx.models.census import find_sites
 from nmfx.models.example import Example
 from nmfx.models.site import Sites
-from nmfx.passes.baking import bake, verify
+from nmfx.passes.baking import bake
 from nmfx.passes.statistics import recalibrate_bn
 from nmfx.passes.transform import conversion_difference, transform
+from nmfx.passes.verification import verify
 from nmfx.scheme import Scheme
 from nmfx.search.finder import METHODS, SearchResult, find_scheme
 from nmfx.training.evaluation import evaluate

@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 import nmfx
 from nmfx.runtime.building import load_kernel
 from nmfx.runtime.chain import link
-from nmfx.runtime.lanes import NONE, Lanes, Step, Window, between, from_plain, lay_out, sources, to_plain
+from nmfx.runtime.lanes import NO_PIXEL, Lanes, Step, Window, between, from_plain, lay_out, sources, to_plain
 from nmfx.runtime.layers import sparse_layer
 from nmfx.runtime.lowering import export, lower
 from nmfx.runtime.packed import Tile, pack_for_lanes
@@ -31,7 +31,7 @@ def test_networks_follow_float64_on_any_number_of_threads(seed: int) -> None:
 
 
 def layouts(picture: tuple[int, int], size: int) -> list[Lanes]:
-    """With whole rows and without, in one strip and in two, bare and with a halo."""
+    """With zeros rows and without, in one strip and in two, bare and with a halo."""
     height, width = picture
     found = []
     for gap in ((0, 0), (1, 1), (2, 1)):
@@ -80,7 +80,7 @@ def test_a_halo_made_on_the_way_is_the_one_in_memory(strips: int, rows: int) -> 
     for strip in range(strips):
         for vector, (beside, there, lanes, held) in enumerate(sources(full, bare)[strip].tolist()):
             found = torch.full((full.size,), -1, dtype=torch.int32)
-            if lanes != NONE:
+            if lanes != NO_PIXEL:
                 masked = torch.where(mask[held : held + full.size] < 0, plain[strip + beside, bare.before + there], -1)
                 for lane in range(full.size):
                     if 0 <= lane + lanes < full.size:
@@ -151,7 +151,7 @@ def test_lanes_are_for_neighbours_and_poolings_without_negative_pixels() -> None
 def test_columns_count_vectors_from_where_their_chunk_starts() -> None:
     make = torch.Generator().manual_seed(0)
     weight = torch.randn(6, 4, 1, 3, generator=make) * (torch.rand(6, 4, 1, 3, generator=make) < 0.4)
-    packed, starts = pack_for_lanes(weight, 2, [4, 5, 6], 100, chunk=6, whole=False)
+    packed, starts = pack_for_lanes(weight, 2, [4, 5, 6], 100, chunk=6, zeros=False)
     assert packed.chunk == 6
     dense, chunks, rows = torch.zeros(6, 8 * 100), 2, 3
     lines = torch.repeat_interleave(torch.arange(12), (packed.pointers[1:] - packed.pointers[:-1]).long())
@@ -170,9 +170,9 @@ def test_compile_takes_lanes_where_they_are_faster(monkeypatch: pytest.MonkeyPat
     from nmfx.runtime import compiled
 
     monkeypatch.setattr(compiled, "BEFORE_OTHERS", 1e9)
-    monkeypatch.setattr(compiled, "WHOLE", 0.0)
+    monkeypatch.setattr(compiled, "NETWORK_SECONDS", 0.0)
     monkeypatch.setattr("nmfx.runtime.timing.ROUNDS", 1)
-    monkeypatch.setattr("nmfx.runtime.timing.LEAST_SECONDS", 0.0)
+    monkeypatch.setattr("nmfx.runtime.timing.TURN_SECONDS", 0.0)
     monkeypatch.setattr(compiled, "measure", lambda runs, **_: {name: -float(name) for name in runs})  # the last: with lanes
     torch.manual_seed(0)
     model = nn.Sequential(

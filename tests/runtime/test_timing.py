@@ -69,7 +69,7 @@ def test_it_is_measured_once() -> None:
         ("processor", lambda: "another"),
         ("_said", lambda path: "3000000"),
         ("ROUNDS", 7),
-        ("LEAST_SECONDS", 0.004),
+        ("TURN_SECONDS", 0.004),
     ],
 )
 def test_times_of_another_machine_or_of_another_kind_do_not_mix(name: str, value: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 import nmfx
 from nmfx.demo.digits import load_digits_data
 from nmfx.errors import NmfxError, SearchError
-from nmfx.masking.owner import masked_sites
+from nmfx.masking.sites import masked_sites
 
 M, LR = 8, 0.01
 TARGETS = {"params": 0.75, "macs": 0.6}

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from nmfx.demo.digits import load_demo
 from nmfx.errors import NmfxError, SearchError
 from nmfx.models.census import find_sites
-from nmfx.passes.magnitudes import weight_of
+from nmfx.models.site import weight_of
 from nmfx.search.budget import Budget
 from nmfx.search.domino_loop import DominoSearch
 from nmfx.search.evidence import Evidence, Trial, loss_on

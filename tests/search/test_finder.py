@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from nmfx.demo.digits import load_digits_data
 from nmfx.errors import NmfxError, SearchError
 from nmfx.models.census import find_sites
-from nmfx.passes.baking import bake, verify
+from nmfx.passes.baking import bake
 from nmfx.passes.statistics import recalibrate_bn
 from nmfx.passes.transform import transform
+from nmfx.passes.verification import verify
 from nmfx.scheme import Scheme
 from nmfx.search.finder import METHODS as ALL
 from nmfx.search.finder import SearchResult, find_scheme

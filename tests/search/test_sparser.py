@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from nmfx.demo.digits import load_demo, load_digits_data
 from nmfx.errors import SchemeError, SearchError
-from nmfx.masking.owner import masked_sites
+from nmfx.masking.sites import masked_sites
 from nmfx.models.census import find_sites
 from nmfx.models.site import Sites
 from nmfx.passes.baking import bake
-from nmfx.passes.magnitudes import scores_of
+from nmfx.passes.thresholds import thresholds_of
 from nmfx.passes.transform import transform
 from nmfx.scheme import Scheme
 from nmfx.search.baselines import erk_sparsities
@@ -157,7 +157,7 @@ def test_thresholds_are_of_the_lower_half_of_what_is_kept(m: int) -> None:
         for group in groups_of(weight, m):
             half = lower_half(sorted(group, reverse=True)[:first])
             expected.append(half or lower_half([value for value in group if value]) or torch.inf)
-        got = scores_of(search.model, site)[0]
+        got = thresholds_of(search.model, site)[0]
         torch.testing.assert_close(got.sort()[0], torch.tensor(expected).sort()[0])
         assert bool((got > 0).all())
     if m >= 16:  # nested groups: the first masks drop nothing

@@ -14,7 +14,14 @@ from torch import Tensor, nn
 from nmfx.errors import NmfxError
 from nmfx.models.census import find_sites
 from nmfx.models.site import Sites
-from nmfx.passes.magnitudes import attach_scores, detach_scores, scored, scores_of, sorted_magnitudes, weight_of
+from nmfx.passes.thresholds import (
+    attach_thresholds,
+    detach_thresholds,
+    sorted_magnitudes,
+    thresholds_attached,
+    thresholds_of,
+    weight_of,
+)
 from nmfx.passes.transform import transform
 from nmfx.scheme import Scheme
 from nmfx.search.finder import find_scheme
@@ -47,9 +54,9 @@ def groupings(sites: Sites, m: int) -> dict[str, Grouping]:
 def test_thresholds_and_counts_are_their_definition(name: str, m: int) -> None:
     model, example = build(name)
     sites = find_sites(model, example)
-    with scored(model, sites, groupings(sites, m)):
+    with thresholds_attached(model, sites, groupings(sites, m)):
         for site in sites:
-            threshold, count = scores_of(model, site)
+            threshold, count = thresholds_of(model, site)
             expected = groups_by_hand(weight_of(model, site), site.rows, m)
             means = [lower_half(group) or lower_half([value for value in group if value]) for group in expected]
             torch.testing.assert_close(threshold.double().sort()[0], torch.tensor(means, dtype=torch.float64).sort()[0])
@@ -74,7 +81,7 @@ def test_no_trace_is_left(name: str) -> None:
     sites = find_sites(model, example)
     expected = run(copy.deepcopy(model), example)
     keys, buffers, before = list(model.state_dict()), len(list(model.buffers())), snapshot(model)
-    with scored(model, sites, groupings(sites, 4)):
+    with thresholds_attached(model, sites, groupings(sites, 4)):
         assert list(model.state_dict()) == keys
         assert len(list(model.buffers())) == buffers + 2 * len(sites)
         scored_copy = copy.deepcopy(model)
@@ -86,7 +93,7 @@ def test_no_trace_is_left(name: str) -> None:
 def test_no_trace_is_left_when_the_body_raises(error: type[BaseException]) -> None:
     model, example = build("residual")
     sites, before = find_sites(model, example), snapshot(model)
-    with pytest.raises(error), scored(model, sites, groupings(sites, 4)):
+    with pytest.raises(error), thresholds_attached(model, sites, groupings(sites, 4)):
         raise error
     assert snapshot(model) == before
 
@@ -109,7 +116,7 @@ def test_a_name_that_is_taken_is_refused_and_left_alone(suffix: str) -> None:
     sites, before = find_sites(model, torch.empty(1, 8)), snapshot(model)
     with (
         pytest.raises(NmfxError, match=rf"second\.weight: the module already has an attribute 'weight{suffix}'"),
-        scored(model, sites, groupings(sites, 4)),
+        thresholds_attached(model, sites, groupings(sites, 4)),
     ):
         pass
     assert snapshot(model) == before
@@ -126,20 +133,20 @@ def test_scores_of_a_converted_model_are_those_of_its_dense_weights() -> None:
     for name in (site.name for site in sites):
         results: list[Any] = []
         for each in (model, masked):
-            with scored(each, sites, groupings(sites, 4)):
-                results.append(scores_of(each, sites[name]))
+            with thresholds_attached(each, sites, groupings(sites, 4)):
+                results.append(thresholds_of(each, sites[name]))
         assert same(*results)
 
 
 def test_scores_move_with_the_model_and_are_detached_by_hand() -> None:
     model, example = build("residual")
     sites, before = find_sites(model, example), snapshot(model)
-    attach_scores(model, sites, groupings(sites, 4))
-    threshold, _ = scores_of(model, sites["fc.weight"])
+    attach_thresholds(model, sites, groupings(sites, 4))
+    threshold, _ = thresholds_of(model, sites["fc.weight"])
     assert dict(model.named_buffers())["fc.weight_threshold"] is threshold
     assert "fc.weight_threshold" not in model.state_dict()
     with pytest.raises(NmfxError, match="already has an attribute"):
-        attach_scores(model, sites, groupings(sites, 4))
-    detach_scores(model, sites)
-    detach_scores(model, sites)  # once more is no error
+        attach_thresholds(model, sites, groupings(sites, 4))
+    detach_thresholds(model, sites)
+    detach_thresholds(model, sites)  # once more is no error
     assert snapshot(model) == before

@@ -1,4 +1,4 @@
-"""The search's score buffers: per-group thresholds and counts, attached to the owners of the sites and removed again."""
+"""Thresholds of DominoSearch: for each group of M weights a magnitude, and how many exceed it, as buffers of the owners."""
 
 from __future__ import annotations
 
@@ -9,19 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from nmfx.errors import NmfxError
-from nmfx.models.site import Site, Sites
+from nmfx.models.site import Site, Sites, weight_of
 from nmfx.sparsity.layout import Grouping
 from nmfx.sparsity.select import sort_groups
 
 SUFFIXES = ("_threshold", "_count")
-
-
-def weight_of(model: nn.Module, site: Site) -> nn.Parameter:
-    """The dense parameter of a site, behind its mask if it has one."""
-    path, attr = site.owners[0]
-    parameter = model.get_submodule(path)._parameters[attr]
-    assert parameter is not None
-    return parameter
 
 
 def sorted_magnitudes(weight: Tensor, grouping: Grouping) -> Tensor:
@@ -31,7 +23,7 @@ def sorted_magnitudes(weight: Tensor, grouping: Grouping) -> Tensor:
     return torch.cat([nn.functional.pad(part, (0, 0, 0, grouping.m - len(part))) for part in parts], dim=1)
 
 
-def thresholds(ordered: Tensor, n: int) -> Tensor:
+def find_thresholds(ordered: Tensor, n: int) -> Tensor:
     """``T_g`` of groups ``(m, groups)`` in descending order: the mean of the lower half of the `n` largest magnitudes.
 
     A dense group has ``n = M`` (domino.md, 3). Where that half is all zeros, as in a group that was pruned or is short, no
@@ -49,8 +41,8 @@ def thresholds(ordered: Tensor, n: int) -> Tensor:
 
 
 @torch.no_grad()
-def attach_scores(
-    model: nn.Module, sites: Sites, groupings: Mapping[str, Grouping], first: Mapping[str, int] | None = None
+def attach_thresholds(
+    model: nn.Module, sites: Sites, groupings: Mapping[str, Grouping], starts: Mapping[str, int] | None = None
 ) -> None:
     """Register two non-persistent buffers beside each weight: they move with the model and never reach a state dict.
 
@@ -58,7 +50,7 @@ def attach_scores(
     - ``weight_count`` ``(groups,)``, uint8: how many weights of the group exceed ``T_g`` now.
 
     Args:
-        first: the N that a site starts from, where that is not M (see `thresholds`).
+        starts: the N that a site starts from, where that is not M (see `find_thresholds`).
 
     Raises:
         NmfxError: a module already has something under one of the names; nothing is attached then.
@@ -71,14 +63,14 @@ def attach_scores(
                 )
     for name, grouping in groupings.items():
         ordered = sorted_magnitudes(weight_of(model, sites[name]), grouping)
-        threshold = thresholds(ordered, (first or {}).get(name, grouping.m))
+        threshold = find_thresholds(ordered, (starts or {}).get(name, grouping.m))
         count = (ordered > threshold).sum(dim=0, dtype=torch.uint8)
         for (owner, buffer), value in zip(_places(model, sites[name]), (threshold, count), strict=True):
             owner.register_buffer(buffer, value, persistent=False)
 
 
-def detach_scores(model: nn.Module, sites: Sites, names: Iterable[str] | None = None) -> None:
-    """Remove what `attach_scores` registered, for these sites or for all."""
+def detach_thresholds(model: nn.Module, sites: Sites, names: Iterable[str] | None = None) -> None:
+    """Remove what `attach_thresholds` registered, for these sites or for all."""
     for name in [site.name for site in sites] if names is None else names:
         for owner, buffer in _places(model, sites[name]):
             owner._buffers.pop(buffer, None)
@@ -90,7 +82,7 @@ def _places(model: nn.Module, site: Site) -> list[tuple[nn.Module, str]]:
     return [(model.get_submodule(path), attr + suffix) for suffix in SUFFIXES]
 
 
-def scores_of(model: nn.Module, site: Site) -> tuple[Tensor, Tensor]:
+def thresholds_of(model: nn.Module, site: Site) -> tuple[Tensor, Tensor]:
     """The attached ``(threshold, count)`` of a site, both ``(groups,)``."""
     path, attr = site.owners[0]
     owner = model.get_submodule(path)
@@ -98,12 +90,12 @@ def scores_of(model: nn.Module, site: Site) -> tuple[Tensor, Tensor]:
 
 
 @contextlib.contextmanager
-def scored(
-    model: nn.Module, sites: Sites, groupings: Mapping[str, Grouping], first: Mapping[str, int] | None = None
+def thresholds_attached(
+    model: nn.Module, sites: Sites, groupings: Mapping[str, Grouping], starts: Mapping[str, int] | None = None
 ) -> Iterator[None]:
-    """Score buffers for the time of a search; gone afterwards, whatever happens."""
-    attach_scores(model, sites, groupings, first)
+    """`attach_thresholds` for the time of a ``with`` block; they are gone afterwards, whatever happens."""
+    attach_thresholds(model, sites, groupings, starts)
     try:
         yield
     finally:
-        detach_scores(model, sites, groupings)
+        detach_thresholds(model, sites, groupings)
