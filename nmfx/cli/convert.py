@@ -68,9 +68,9 @@ def convert(name: str, path: Path, args: Namespace) -> work.Work:
     out.print(f"verified: {reads}, dense against original: largest difference {difference:g} ({exact})")
     if len(scheme):
         transform(model, scheme, sites=sites, inplace=True)
-        checked = verify(model)
+        checked = verify(model, example_input=example)
         counts = tables.pattern_counts(scheme, sites)
-        out.print(f"verified: {checked.groups:,} groups of {checked.sites} sites hold at most N ({counts})")
+        out.print(f"verified: {checked} ({counts})", soft_wrap=True)
     if args.graph:
         out.print(str(to_graph(model).graph), soft_wrap=True)
     result = work.create(path, built, size, scheme if len(scheme) else None, sites, start=start, force=args.force)

@@ -46,7 +46,7 @@ def _write(found: work.Work, scheme_path: Path, paths: Mapping[str, Path], epoch
         scheme = Scheme.load(scheme_path, sites)
         dense = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
         weights = _convert(model, scheme, sites, found, epoch)
-        checked = verify(model) if len(scheme) else None
+        checked = verify(model, example_input=example) if len(scheme) else None
         with all_or_nothing(folder) as draft:
             written = work.save_scheme(scheme, draft / paths["scheme"].name, sites)
             save_checkpoint(model, draft / paths["checkpoint"].name, info={**scheme.info, "weights": weights})
@@ -59,7 +59,7 @@ def _write(found: work.Work, scheme_path: Path, paths: Mapping[str, Path], epoch
     out.print(tables.totals_table(scheme.totals(sites)))
     out.print(f"\npatterns: {tables.pattern_counts(scheme, sites)}")
     if checked is not None:
-        out.print(f"verified: {checked.groups:,} groups of {checked.sites} sites hold at most N")
+        out.print(f"verified: {checked}", soft_wrap=True)
     if len(written) > 1:
         out.print(f"wrote {folder / written[1].name}", soft_wrap=True)
     for kind, path in paths.items():

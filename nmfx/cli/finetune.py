@@ -183,6 +183,6 @@ def _show(model: nn.Module, result: Finetuned, best: Evaluation, folder: Path) -
         out.print(f"{which}: {scores} ({name})", soft_wrap=True)
     if len(scheme_of(model)):
         checked = verify(model)
-        out.print(f"verified: {checked.groups:,} groups of {checked.sites} sites hold at most N")
+        out.print(f"verified: {checked}", soft_wrap=True)
     out.print(f"verified: {folder / MODEL}, loaded again, evaluates the same to the last digit", soft_wrap=True)
     out.print(f"wrote {', '.join(str(folder / name) for name in (*TUNED.values(), BEST, LAST, LOG))}", soft_wrap=True)

@@ -285,7 +285,7 @@ def _export(job: Job, advance: Advance) -> Done:
         load_checkpoint(job.folder / TUNING / TUNED[section.epoch], model)
     else:
         transform(model, scheme, sites=sites, inplace=True)
-    checked = verify(model) if len(scheme) else None
+    checked = verify(model, example_input=example) if len(scheme) else None
     name, written = dense.source.name, []
     with all_or_nothing(job.folder / "export") as draft:
         written += _save_scheme(scheme, draft, sites)
@@ -302,7 +302,7 @@ def _export(job: Job, advance: Advance) -> Done:
         earlier = [f"export/{file.name}" for file in (job.folder / "export").iterdir()]
         stale = [path for path in earlier if path not in paths and left.ours(path)]  # of a run with other settings
         kept = left.clear(*paths, *stale)
-    lines = [f"{checked.groups:,} groups of {checked.sites} sites hold at most N"] if checked else []
+    lines = [str(checked)] if checked else []
     lines += kept
     lines += [f"wrote {job.folder / path} ({(job.folder / path).stat().st_size:,} bytes)" for path in paths]
     return Done(paths, tuple(lines))
