@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from nmfx.runtime.chain import Chain, link
+from nmfx.runtime.compiled import copy_of
 from nmfx.runtime.layers import Depthwise, sparse_layer
 from nmfx.runtime.lowering import export, lower
 from nmfx.runtime.packed import Tile
@@ -62,10 +63,12 @@ def lanes_case(seed: int, threads: tuple[int, ...] = (1, 2, 3)) -> int:
             module.weight.data *= torch.rand_like(module.weight) < pick.choice([0.1, 0.3, 1.0])
     found = []
     try:
+        exported, _ = export(net, x)
+        sites = lower(exported)
         for count in threads:
             torch.set_num_threads(count)
-            graph, _ = export(net, x)
-            for node, fused in lower(graph):
+            graph = copy_of(exported)
+            for node, fused in sites:
                 layer = Depthwise(fused, lanes=True) if fused.depthwise else sparse_layer(fused, tile)
                 graph.add_submodule(str(node.target), layer)
             link(graph, pick.randint(0, 1))

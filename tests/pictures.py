@@ -51,7 +51,7 @@ def labelled() -> tuple[Tensor, Tensor]:
 
 
 @cache
-def calibration(batches: int = 16) -> tuple[Tensor, ...]:
+def calibration(batches: int = 8) -> tuple[Tensor, ...]:
     """Batches of 20 augmented pictures to re-estimate batch normalisation on, always the same ones."""
     import random
 

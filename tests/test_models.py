@@ -34,15 +34,12 @@ LARGE = [
     "timm:beit_base_patch16_224",  # F.linear on self.qkv.weight
     "timm:eva02_tiny_patch14_224",
     "timm:halonet26t",  # position tables in matmuls
-    "timm:sequencer2d_s",  # LSTM
     "timm:naflexvit_base_patch16_gap",
-    "torchvision:inception_v3",  # an auxiliary head
     "torchvision:mvit_v1_b",
     "timm:hiera_tiny_224",  # defaulted forward arguments
-    "timm:swin_tiny_patch4_window7_224",
     "timm:swinv2_tiny_window8_256",
-    "timm:vit_base_patch16_224",
 ]
+ALIKE = ["timm:sequencer2d_s", "torchvision:inception_v3", "timm:swin_tiny_patch4_window7_224", "timm:vit_base_patch16_224"]
 ODD_WARNINGS = pytest.mark.filterwarnings("ignore")  # of the models themselves
 
 
@@ -56,7 +53,7 @@ def test_masked_equals_premasked(name):
 
 
 @ODD_WARNINGS
-@pytest.mark.parametrize("name", SMALL + LARGE)
+@pytest.mark.parametrize("name", [*SMALL, *LARGE, *(pytest.param(name, marks=pytest.mark.slow) for name in ALIKE)])
 def test_every_weight_is_a_site_and_read_masked(name):
     record, _ = structure(find_source(name))
     assert record["reads"] == "all masked" or "not followed" in record["reads"]

@@ -71,8 +71,9 @@ def convert(
     _show(record, scheme or Scheme({}), chosen.reasons if chosen else {})
     if scheme:
         transform(record.model, scheme, sites=record.sites, inplace=True)
-        checked, counts = verify(record.model), tables.pattern_counts(scheme, record.sites)
-        out.print(f"verified: {checked.groups:,} groups of {checked.sites} sites hold at most N ({counts})")
+        checked = verify(record.model, example_input=record.example)
+        counts = tables.pattern_counts(scheme, record.sites)
+        out.print(f"verified: {checked} ({counts})", soft_wrap=True)
     if graph:
         out.print(str(to_graph(record.model).graph), soft_wrap=True)
     work = create(record, path, scheme or None, force=force)

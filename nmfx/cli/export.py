@@ -27,7 +27,7 @@ def run(args: Namespace) -> None:
     out.print(tables.totals_table(done.scheme.totals(done.sites)))
     out.print(f"\npatterns: {tables.pattern_counts(done.scheme, done.sites)}")
     if done.verified is not None:
-        out.print(f"verified: {done.verified.groups:,} groups of {done.verified.sites} sites hold at most N")
+        out.print(f"verified: {done.verified}", soft_wrap=True)
     for kind, name in done.files.items():
         size = (folder / name).stat().st_size
         share = f", {size / done.dense_bytes:.1%} of the dense weights" if kind == "checkpoint" else ""

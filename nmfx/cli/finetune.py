@@ -86,7 +86,6 @@ def _show(record: FinetuneRecord) -> None:
         scores = f"top-1 {one.top1:.2%}, top-5 {one.top5:.2%}, loss {one.loss:.4f} on {one.samples:,} validation pictures"
         out.print(f"{label}: {scores} ({name})", soft_wrap=True)
     if len(scheme_of(record.model)):
-        checked = verify(record.model)
-        out.print(f"verified: {checked.groups:,} groups of {checked.sites} sites hold at most N")
+        out.print(f"verified: {verify(record.model)}", soft_wrap=True)
     out.print(f"verified: {folder / TUNED['best']}, loaded again, evaluates the same to the last digit", soft_wrap=True)
     out.print(f"wrote {', '.join(str(folder / name) for name in FILES)}", soft_wrap=True)

@@ -41,9 +41,12 @@ def shard(model: nn.Module, units: Iterable[nn.Module]) -> None:
 
     if scalars := [name for name, parameter in model.named_parameters() if parameter.dim() == 0]:
         raise NmfxError(f"{', '.join(scalars)}: a parameter without dimensions cannot be shared out; train with DDP instead")
+    device = next(model.parameters()).device.type
+    if device == "cpu" and not hasattr(torch.cpu.current_stream(), "record_event"):
+        raise NmfxError(f"fully_shard of torch {torch.__version__} needs a GPU: take a newer torch, or train with DDP instead")
     for value in model.state_dict().values():
         dist.broadcast(value, 0)
-    mesh = init_device_mesh(next(model.parameters()).device.type, (world(),))
+    mesh = init_device_mesh(device, (world(),))
     for module in (*units, model):
         fully_shard(module, mesh=mesh)
 

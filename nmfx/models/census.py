@@ -207,16 +207,26 @@ def _find(
     if use.mixed or late.mixed:
         return f"{LOST}: activations mix it into the kernel of a convolution"
     derived = bool(seen.altered)
-    if derived and (seen.parts or None in seen.derived or not can_derive(model, owners)):
-        return f"{LOST}: {seen.altered[0]} makes another weight of it first"
+    if (made_by := _made_by(use, late)) or (derived and not can_derive(model, owners)):
+        return f"{LOST}: {made_by or seen.altered[0]} makes another weight of it first"
     parts: list[Part] = [part for part in seen.derived if part is not None] if derived else seen.read
-    if (part := join_parts(parts)) is None:
+    part = join_parts(parts)
+    if part is not None and part.read is not None and seen.constant:  # projections of a learned query and of activations in one
+        part = join_parts([*parts, *seen.constant]) or part
+    if part is None:
         return "products sum over different dimensions of it"
     if part.read is not None:
         return f"only a part of it, {describe(part.read, tuple(parameter.shape))}, is read by a product"
     if part.length == 0 or parameter.numel() % (part.length * part.step):
         return "what a product sums over does not lie in even steps in it"
     return seen, (parameter.numel() // (part.length * part.step), part.length, part.step), derived
+
+
+def _made_by(*uses: Use) -> str:
+    """What makes another weight of a parameter where that one cannot be masked, as it is not the only one that is read."""
+    altered = [(name, part) for use in uses for name, part in zip(use.altered, use.derived, strict=True)]
+    only = not any(use.parts for use in uses)
+    return next((name for name, part in altered if part is None or not only), "")
 
 
 def _not_read(name: str, parameter: nn.Parameter, operations: list[str]) -> str:

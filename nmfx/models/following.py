@@ -15,10 +15,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from nmfx.masking.derived import READERS
 from nmfx.models.places import Held, Part, held_by, is_plain, lay, parts_of, places_in, rebase
 from nmfx.models.products import PRODUCTS, Operand
 
@@ -33,6 +36,8 @@ _MOVING = """flip roll index index_select gather take embedding cat stack repeat
     slice_scatter diag_embed rot90 pixel_shuffle pixel_unshuffle channel_shuffle block_diag masked_select repeat_interleave
     permute_copy transpose_copy view_copy expand_copy slice_copy unfold_copy"""
 KEEPING, MOVING = frozenset(_KEEPING.split()), frozenset(_MOVING.split())
+LAYERS = dict.fromkeys(READERS, 1) | {F.bilinear: 2, F.multi_head_attention_forward: 3}  # and how many inputs come first
+INPUTS = frozenset(("input", "input1", "input2", "query", "key", "value"))
 LOOKUPS = frozenset(("index", "index_select", "gather", "take", "embedding"))
 
 
@@ -91,6 +96,29 @@ def storage_of(tensor: Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
+class Layers(TorchFunctionMode):
+    """Knows what the layer function that runs was given as its weights, which its products do not tell from data.
+
+    Attributes:
+        weights: their storages; None outside.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights: set[int] | None = None
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func not in LAYERS:
+            return func(*args, **kwargs)
+        given = [args[LAYERS[func] :], [value for name, value in kwargs.items() if name not in INPUTS]]
+        before, self.weights = self.weights, {storage_of(tensor) for tensor in _tensors(given)}
+        try:
+            return func(*args, **kwargs)
+        finally:
+            self.weights = before
+
+
 class Census(TorchDispatchMode):
     """Records how a forward pass uses the parameters of a model.
 
@@ -116,6 +144,15 @@ class Census(TorchDispatchMode):
         self.mixtures: dict[int, tuple[Tensor, ...]] = {}
         self.running: list[nn.Module] = []
         self.plain: set[int] = set()
+        self.layers = Layers()
+
+    def __enter__(self) -> Any:
+        self.layers.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self.layers.__exit__(*error)
 
     def hold(self, tensor: Tensor, held: Held) -> None:
         """Note what the storage of `tensor` holds; several parameters may share one."""
@@ -153,13 +190,27 @@ class Census(TorchDispatchMode):
         self._follow(func, args, kwargs, inputs, outputs, weight, is_product=bool(operands))
         return out
 
-    def _doubt(self, operand: Operand) -> tuple[bool, bool]:
-        """Parameters come before buffers, and what was not altered before what was."""
-        held = self.held[storage_of(operand.tensor)]
-        return id(held.parameters[0]) in self.buffers, bool(held.altered)
+    def _doubt(self, operand: Operand) -> tuple[bool, bool, bool]:
+        """What a layer takes as its weight comes first, parameters before buffers, and what was not altered before what was."""
+        held, given = self.held[storage_of(operand.tensor)], self.layers.weights or ()
+        return storage_of(operand.tensor) not in given, id(held.parameters[0]) in self.buffers, bool(held.altered)
+
+    def _is_weight(self, held: Held, operand: Operand) -> bool:
+        """Whether what a product has made is the weight of this one, rather than data (a learned query in an attention)."""
+        if operand.is_kernel or storage_of(operand.tensor) in (self.layers.weights or ()):
+            return True
+        return held.made == "weight" and storage_of(operand.other) in self.tainted
+
+    def _lose(self, parameters: Iterable[Tensor], name: str) -> None:
+        """A product reads what is made of parameters and does not receive their zeros."""
+        for parameter in parameters:
+            use = self.uses[id(parameter)]
+            use.altered.append(name)
+            use.derived.append(None)
 
     def _record_weight(self, operand: Operand) -> None:
         held = self.held[storage_of(operand.tensor)]
+        self._lose(held.beside, "mul")
         if held.altered:
             self._record_altered(held, operand)
         else:
@@ -185,19 +236,20 @@ class Census(TorchDispatchMode):
 
     def _record_altered(self, held: Held, operand: Operand) -> None:
         """A product reads what was made of parameters; its zeros are not theirs."""
-        if held.made and not operand.is_kernel:
-            return  # a product of factors: each of them is read by that product
+        if held.made and not self._is_weight(held, operand):
+            return  # data: each factor was read by the product that made it
         parameter, tensor = held.parameters[0], operand.tensor
         same = len(held.parameters) == 1 and held.order is None and tensor.numel() == parameter.numel() and not held.made
         module = self.running[-1] if self.running else None
         own = same and module is not None and any(p is parameter for p in module._parameters.values())
-        for each in held.parameters:
-            use = self.uses[id(each)]
-            use.altered.append(held.altered)
-            use.derived.append(parts_of(held, operand)[0] if own else None)
-        if own:
-            use.kind, use.conv_groups = operand.kind, operand.conv_groups
-            use.costs.append(operand.macs)
+        if not own:
+            self._lose(held.parameters, held.altered)
+            return
+        use = self.uses[id(parameter)]
+        use.altered.append(held.altered)
+        use.derived.append(parts_of(held, operand)[0])
+        use.kind, use.conv_groups = operand.kind, operand.conv_groups
+        use.costs.append(operand.macs)
 
     def _record_reads(self, name: str, inputs: list[Tensor], outputs: list[Tensor]) -> None:
         if any(storage_of(out) in map(storage_of, inputs) for out in outputs):
@@ -272,23 +324,26 @@ class Census(TorchDispatchMode):
             order.copy_(before.order if before.order is not None else torch.arange(1, size + 1, device="cpu"))
         moved = rebase(places, held, parameters)
         order.as_strided(out.shape, out.stride(), out.storage_offset()).copy_(moved.expand(out.shape))
-        self.held[key] = Held(parameters, out.element_size(), order, guessed=held.guessed)
+        beside = (*(before.beside if before else ()), *held.beside)
+        self.held[key] = Held(parameters, out.element_size(), order, beside=beside, guessed=held.guessed)
 
     def _factors(self, weight: Operand | None, out: Tensor) -> Held | None:
         """What a product without activations has made: a weight out of two factors, or out of one and constants."""
         if weight is None:
             return None
         held, other = self.held[storage_of(weight.tensor)], self.held.get(storage_of(weight.other))
-        if held.altered and not held.made:
-            return replace(held, order=None, itemsize=out.element_size())
-        parameters = tuple(dict.fromkeys((*held.parameters, *(other.parameters if other is not None else ()))))
-        parameters = tuple(p for p in parameters if id(p) not in self.buffers)
+        both = [held] if other is None else [held, other]
+        parameters = self._parameters(both)
         if not parameters:
             return None
-        rank = weight.tensor.shape[weight.dim]
-        learned = other is not None and not other.altered and len(parameters) > 1
-        made = "factors" if learned and out.dim() > 1 and rank < min(out.shape[-2:]) else "constant"
+        by_layer = weight.is_kernel or self.layers.weights is not None
+        made = "data" if by_layer or any(one.made == "data" for one in both) else "weight"
         return Held(parameters, out.element_size(), altered="a product", made=made)
+
+    def _parameters(self, several: Iterable[Held]) -> tuple[Tensor, ...]:
+        """All parameters that are in several storages, without buffers."""
+        found = dict.fromkeys(p for held in several for p in (*held.parameters, *held.beside))
+        return tuple(p for p in found if id(p) not in self.buffers)
 
     def _derive(
         self, func: Any, args: Any, kwargs: Any, inputs: list[Tensor], out: Tensor, active: list[Tensor]
@@ -299,7 +354,7 @@ class Census(TorchDispatchMode):
             held = self.held.get(storage_of(tensor))
             if held is not None and any(p.dim() > 1 for p in held.parameters):
                 found.append((tensor, held))
-        found.sort(key=lambda pair: id(pair[1].parameters[0]) in self.buffers)
+        found.sort(key=lambda pair: (id(pair[1].parameters[0]) in self.buffers, bool(pair[1].altered)))
         if name.startswith(("new_", "empty")) or name.endswith("_like"):
             return None  # of its shape only
         if not found or (active and not self._is_modulation(name, found[0][0], active)):
@@ -308,18 +363,21 @@ class Census(TorchDispatchMode):
             return self._move(func, args, kwargs, out, guessed=bool(active))
         tensor, held = next((pair for pair in found if pair[0].shape == out.shape), found[0])
         keeps = name in KEEPING and self._keeps(name, tensor, args, inputs)
-        if keeps and held.made:
-            return replace(held, itemsize=out.element_size())
-        if keeps:
-            return self._copy(tensor, held, out)
-        if active:
+        if keeps and not held.made:
+            lost = self._parameters(h for _, h in found if h is not held and h.altered)
+            beside = dict.fromkeys((*held.beside, *(p for p in lost if all(p is not own for own in held.parameters))))
+            return replace(self._copy(tensor, held, out), beside=tuple(beside))
+        if (active and not keeps) or not (out.is_floating_point() or out.is_complex() or out.dtype == torch.bool):
             return None
-        factors = [h for _, h in found if h.made == "factors"]
-        if factors and name in ("add", "sub"):
-            parameters = tuple(dict.fromkeys(p for _, h in found for p in h.parameters))
-            return Held(parameters, out.element_size(), altered=name)
-        if held.made or tensor.numel() != out.numel() or id(held.parameters[0]) in self.buffers:
+        made = {h.made for _, h in found if h.made}
+        parameters = self._parameters(h for _, h in found) if made else held.parameters
+        if not parameters or id(held.parameters[0]) in self.buffers:
             return None
+        if made:
+            kind = "data" if "data" in made else "weight"
+            return Held(parameters, out.element_size(), altered=held.altered if keeps else name, made=kind)
+        if tensor.numel() != out.numel():
+            return Held(parameters, out.element_size(), altered=held.altered or name, beside=held.beside)
         return replace(self._copy(tensor, held, out), altered=held.altered or name)
 
     def _is_modulation(self, name: str, tensor: Tensor, active: list[Tensor]) -> bool:
@@ -360,6 +418,7 @@ class Census(TorchDispatchMode):
         parts = {storage_of(t): self.held[storage_of(t)] for t in _tensors((args, kwargs)) if storage_of(t) in self.held}
         parameters = tuple(dict.fromkeys(p for held in parts.values() for p in held.parameters))
         altered = next((held.altered for held in parts.values() if held.altered), "")
+        made, beside = {held.made for held in parts.values() if held.made}, [p for h in parts.values() for p in h.beside]
         sizes = _indexed(base_name(func), args)
         guessed = guessed or any(held.guessed for held in parts.values())
 
@@ -368,7 +427,7 @@ class Census(TorchDispatchMode):
             if not isinstance(leaf, Tensor):
                 return leaf
             held = parts.get(storage_of(leaf))
-            if held is not None:
+            if held is not None and leaf.dtype != torch.bool:
                 places = places_in(held, leaf)
                 if places is None or leaf.is_complex():
                     raise ValueError("it holds complex numbers")
@@ -389,9 +448,11 @@ class Census(TorchDispatchMode):
                 places = func(*args, **kwargs)
         except Exception as error:
             log.debug("%s cannot be followed: %r", func, error)
-            same = out.numel() == sum(p.numel() for p in parameters)
-            return Held(parameters, out.element_size(), altered=altered or base_name(func)) if same else None
-        return replace(lay(Held(parameters, out.element_size()), out, places), guessed=guessed)
+            if not altered and out.numel() != sum(p.numel() for p in parameters):
+                return None
+            kind = "data" if "data" in made else next(iter(made), "")
+            return Held(parameters, out.element_size(), altered=altered or base_name(func), made=kind, beside=tuple(beside))
+        return replace(lay(Held(parameters, out.element_size(), beside=tuple(beside)), out, places), guessed=guessed)
 
 
 def _indexed(name: str, args: Any) -> dict[int, int]:

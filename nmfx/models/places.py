@@ -25,7 +25,9 @@ class Held:
         itemsize: bytes of an entry.
         order: for each entry of the storage, 1 + its place in the parameters, 0 for none; None: they are simply in order.
         altered: the operation that has put other values in the place of zeros; empty: where a parameter is zero, so is this.
-        made: ``factors`` or ``constant``, if a product of parameters or with constants has made it.
+        made: whether a product of parameters or with constants is in it: ``data`` if a layer (`F.linear`, a convolution)
+            computed it, ``weight`` if it was multiplied out by hand.
+        beside: parameters that are scaled into it in a way that loses their zeros, though not those of `parameters`.
         guessed: places were read by an index whose values are not known.
     """
 
@@ -34,6 +36,7 @@ class Held:
     order: Tensor | None = None
     altered: str = ""
     made: str = ""
+    beside: tuple[Tensor, ...] = ()
     guessed: bool = False
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
@@ -20,7 +21,8 @@ class Receipts(Census):
     """Notes which entries of each parameter arrive as something other than zero.
 
     Attributes:
-        nonzero: bool, shaped as the parameter, by its id; true where any product received a number other than zero.
+        nonzero: bool, shaped as the parameter, by its id; true where any product received a number other than zero. Where one
+            read something else that was made of the parameter, all of it counts as that.
     """
 
     def __init__(self, model: nn.Module, example: Example) -> None:
@@ -36,8 +38,13 @@ class Receipts(Census):
     def _record_weight(self, operand: Operand) -> None:
         tensor, key = operand.tensor.detach(), storage_of(operand.tensor)
         held, view = self.held[key], (key, operand.tensor.storage_offset(), operand.tensor.shape, operand.tensor.stride())
-        if view in self.seen or (held.altered and tensor.numel() != held.numel):
-            return  # a recurrent weight is read once a step; a factor of a weight is no weight
+        if view in self.seen:
+            return  # a recurrent weight is read once a step
+        self._lose(held.beside, "")
+        if held.made or (held.altered and tensor.numel() != held.numel):
+            if not held.made or self._is_weight(held, operand):
+                self._lose(held.parameters, "")
+            return
         if key in self.own:
             self.seen.add(view)
         if len(held.parameters) == 1 and is_plain(held, tensor):
@@ -51,6 +58,10 @@ class Receipts(Census):
         arrived[places[values.cpu() != 0]] = True
         for parameter, part in zip(held.parameters, arrived[1:].split([p.numel() for p in held.parameters]), strict=True):
             self._arrive(parameter, part)
+
+    def _lose(self, parameters: Iterable[Tensor], name: str) -> None:
+        for parameter in parameters:
+            self._arrive(parameter, torch.ones(parameter.shape, dtype=torch.bool))
 
     def _arrive(self, parameter: Tensor, nonzero: Tensor) -> None:
         nonzero = nonzero.reshape(parameter.shape).cpu()

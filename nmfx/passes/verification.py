@@ -28,7 +28,8 @@ log = logging.getLogger(__name__)
 class Verified:
     """Counts of `verify`: sites and groups checked, weights in them, and non-zeros found.
 
-    ``received`` is the number of sites that were also checked where a product received them.
+    ``received`` is the number of sites that were also checked where a product received them, ``unseen`` names the others: the
+    model could not be run, or did not use them on this example.
     """
 
     sites: int
@@ -36,6 +37,15 @@ class Verified:
     weights: int
     nonzeros: int
     received: int = field(default=0, compare=False)
+    unseen: tuple[str, ...] = field(default=(), compare=False)
+
+    def __str__(self) -> str:
+        """One line of what was checked, and of what was not."""
+        line = f"{self.groups:,} groups of {self.sites} sites hold at most N"
+        if not self.unseen:
+            return line
+        few = ", ".join(self.unseen[:3]) + ", ..." * (len(self.unseen) > 3)
+        return f"{line}; what products receive was seen for {self.received} of them only (not for {few})"
 
 
 @dataclass(frozen=True)
@@ -50,7 +60,8 @@ def verify(model: nn.Module, scheme: AnyScheme | None = None, *, example_input: 
     """Check that every group of every sparse site holds at most N non-zeros: as the model reads it, and as products get it.
 
     The model runs once, in eval mode, and every convolution and matmul is looked at; where no example can be had (none is
-    given, and the model does not run on what its configuration says), only the weights are checked.
+    given, and the model does not run on what its configuration says), only the weights are checked, and the result and the
+    log say so.
 
     Args:
         scheme: needed for plain (baked) models; a converted model carries its own.
@@ -68,16 +79,19 @@ def verify(model: nn.Module, scheme: AnyScheme | None = None, *, example_input: 
     checks = _masked_checks(model) if scheme is None else _scheme_checks(model, scheme, example_input)
     groups = sum(check_groups(name, c.value, c.n, c.grouping) for name, c in checks.items())
     arrived = _received(model, example_input)
-    count = 0
+    unseen = tuple(name for name, check in checks.items() if id(check.parameter) not in arrived)
     for name, check in checks.items():
         if (nonzero := arrived.get(id(check.parameter))) is not None:
-            count += 1
             try:
                 check_groups(name, nonzero, check.n, check.grouping)
             except VerificationError as error:
                 raise VerificationError(f"zeros do not reach the operation: in what it receives, {error}") from None
     values = [check.value for check in checks.values()]
-    return Verified(len(checks), groups, sum(v.numel() for v in values), sum(int(v.count_nonzero()) for v in values), count)
+    weights, nonzeros = sum(v.numel() for v in values), sum(int(v.count_nonzero()) for v in values)
+    result = Verified(len(checks), groups, weights, nonzeros, len(checks) - len(unseen), unseen)
+    if unseen:
+        log.warning("%s: %s", type(model).__name__, result)
+    return result
 
 
 def _masked_checks(model: nn.Module) -> dict[str, _Check]:
@@ -101,7 +115,8 @@ def _received(model: nn.Module, example_input: Any) -> Mapping[int, Tensor]:
     """Entries of each parameter, by its id, that a product received as non-zero; empty where the model cannot be run."""
     if any(t.device.type == "meta" for t in model.parameters()):
         return {}
-    example = Example.of(example_input) if example_input is not None else _random(example_for(model))
+    given = example_for(model) if example_input is None else example_input
+    example = _random(given) if isinstance(given, Example) else Example.of(given)  # an Example need not hold values
     try:
         return received(model, example)
     except Exception as error:

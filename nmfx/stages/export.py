@@ -84,7 +84,7 @@ def export(
     else:
         transform(model, chosen, sites=sites, inplace=True)
         weights = work.weights
-    verified, files = verify(model) if len(chosen) else None, file_names(work, settings)
+    verified, files = verify(model, example_input=example) if len(chosen) else None, file_names(work, settings)
     with all_or_nothing(folder) as draft:
         written, said = save_scheme(chosen, draft / files["scheme"], sites)
         files |= {"published": written[1].name} if len(written) > 1 else {}

@@ -107,7 +107,7 @@ def _export(job: Job, folder: Path, device: str, progress: Progress) -> Done:
     paths = tuple(f"{EXPORT}/{name}" for name in record.files.values())
     lines, checked = list[str](), record.verified
     if checked is not None:
-        lines.append(f"{checked.groups:,} groups of {checked.sites} sites hold at most N")
+        lines.append(str(checked))
     lines += [*record.notes, *(f"wrote {folder / path} ({(folder / path).stat().st_size:,} bytes)" for path in paths)]
     return Done(paths, tuple(lines))
 

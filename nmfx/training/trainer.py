@@ -186,7 +186,10 @@ class Run:
         times = {"num_epochs": s.epochs, "warmup_epochs": warmup, "updates_per_epoch": self.steps, "step_on_epochs": False}
         try:
             optimizer = create_optimizer_v2(self.model, s.opt, lr=s.lr, weight_decay=s.weight_decay, momentum=s.momentum)
-            return optimizer, create_scheduler_v2(optimizer, s.sched, warmup_lr=s.lr / 1000, **times)[0]
+            scheduler = create_scheduler_v2(optimizer, s.sched, warmup_lr=s.lr / 1000, **times)[0]
+            if scheduler is None and s.sched != "none":  # older versions say nothing
+                raise ValueError(f"unknown scheduler {s.sched!r}")
+            return optimizer, scheduler
         except (AssertionError, ValueError, TypeError, KeyError, RuntimeError) as error:
             raise NmfxError(
                 f"timm does not accept opt {s.opt!r} with sched {s.sched!r}: {error or type(error).__name__}"

@@ -16,6 +16,7 @@ from nmfx.cli.main import main
 from nmfx.data.source import open_data
 from nmfx.demo.digits import load_demo
 from nmfx.errors import NmfxError
+from nmfx.runtime import latency
 from nmfx.runtime.latency import Latency, measure_latency
 from nmfx.search.problem import pose
 from nmfx.sparsity.pattern import Pattern
@@ -47,6 +48,8 @@ def work(nmfx: Run) -> Path:
 def test_bench_of_a_work_directory_and_of_a_checkpoint(work: Path, nmfx: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nmfx.runtime.bench.TURN", 0.0)
     monkeypatch.setattr("nmfx.runtime.bench.SETTLE", 0.0)
+    freeze = latency.freeze  # half a minute of compiling: once
+    monkeypatch.setattr(latency, "freeze", lambda model, x: freeze(model, x) if len(x) == 1 else model)
     out, _ = nmfx("bench", str(work), "--turns", "1", "--batch", "1,2", "--threads", "1", "--sites", "--figure", "speed.png")
     rows = {match[1]: match[2] for match in re.finditer(r"^(\S[^(\n]*?)  +(\S.*)$", out, re.M)}
     engines = ["PyTorch", "PyTorch, channels last", "torch.compile, frozen", "ONNX Runtime", "masked, eager", "nmfx"]
@@ -60,6 +63,7 @@ def test_bench_of_a_work_directory_and_of_a_checkpoint(work: Path, nmfx: Run, mo
     )
     assert Path("speed.png").stat().st_size > 10_000
     nmfx("export")
+    monkeypatch.setattr(latency, "freeze", lambda model, x: None)
     out, _ = nmfx("bench", "digits.nmfx/export/digits.safetensors", "--turns", "1", "--batch", "1", "--threads", "1")
     assert "batch 1, 1 thread" in out
 
@@ -69,7 +73,7 @@ def test_search_for_a_latency(nmfx: Run, monkeypatch: pytest.MonkeyPatch) -> Non
         found = measure_latency(*args, **kwargs)
         return dataclasses.replace(found, baseline=40 * found.dense, run=None)
 
-    monkeypatch.setattr("nmfx.cli.latency.measure_latency", slow_baseline)
+    monkeypatch.setattr("nmfx.stages.latency.measure_latency", slow_baseline)
     monkeypatch.setattr("nmfx.runtime.latency.compile_frozen", lambda model, example: None)  # seconds; bench has it
     nmfx("convert", "digits")
     out, _ = nmfx("search", "--target-latency", "2x", "--m", "8", "--latency-batch", "2")
@@ -78,7 +82,7 @@ def test_search_for_a_latency(nmfx: Run, monkeypatch: pytest.MonkeyPatch) -> Non
     dense, wanted, *_ = map(float, found.groups())
     assert wanted <= dense
     assert "budget: latency" in Path("digits.nmfx/scheme.yaml").read_text()
-    monkeypatch.setattr("nmfx.cli.latency.measured_seconds", lambda *args: 1.0)  # a second: no scheme will do
+    monkeypatch.setattr("nmfx.stages.latency.measured_seconds", lambda *args: 1.0)  # a second: no scheme will do
     _, err = nmfx("search", "--target-latency", "2x", "--force", fails=True)
     assert re.search(r"out of reach: with the sparsest patterns it takes 1e\+03 ms, 0.00x", err)
 
@@ -88,9 +92,9 @@ def test_a_missing_kernel_is_said_in_one_line(command: str, nmfx: Run, monkeypat
     def stop(*args: Any, **kwargs: Any) -> None:
         raise NmfxError("far enough")
 
-    monkeypatch.setattr("nmfx.cli.latency.load_kernel", lambda: "no C++ compiler (c++): install one, such as g++")
+    monkeypatch.setattr("nmfx.cli.search.load_kernel", lambda: "no C++ compiler (c++): install one, such as g++")
     monkeypatch.setattr("nmfx.cli.bench.bench", stop)
-    monkeypatch.setattr("nmfx.cli.latency.measure_latency", stop)
+    monkeypatch.setattr("nmfx.stages.latency.measure_latency", stop)
     nmfx("convert", "digits", "--pattern", "2:4")
     argv = ["digits.nmfx", "--batch", "1"] if command == "bench" else ["--target-latency", "2x", "--m", "4", "--force"]
     _, err = nmfx(command, *argv, fails=True)
@@ -105,17 +109,17 @@ def test_prices_never_rise_as_weights_are_dropped(monkeypatch: pytest.MonkeyPatc
     sites = library.find_sites(model, x)
     problem = pose(sites, target=0.0, m=16)
     offered = {s.name: {p: problem.grouping(i, p) for p in problem.options[i]} for i, s in enumerate(sites)}
-    latency = measure_latency(model, offered, x)
-    assert latency.prices.keys() == {site.name for site in sites}
-    assert latency.predict({}) > 0
-    assert latency.baseline > 0
-    for price in latency.prices.values():
+    found = measure_latency(model, offered, x)
+    assert found.prices.keys() == {site.name for site in sites}
+    assert found.predict({}) > 0
+    assert found.baseline > 0
+    for price in found.prices.values():
         ordered = [price[p] for p in sorted(price, key=lambda p: p.density)]
         assert ordered == sorted(ordered)
-    everything = {name: min(price, key=lambda p: p.density) for name, price in latency.prices.items()}
-    assert latency.predict(everything) <= latency.predict({}) == pytest.approx((latency.dense + latency.rest) / 1e9)
-    assert latency.adjusted(1.0, everything).predict(everything) == pytest.approx(1.0)
-    assert Pattern.DENSE in next(iter(latency.prices.values()))
+    everything = {name: min(price, key=lambda p: p.density) for name, price in found.prices.items()}
+    assert found.predict(everything) <= found.predict({}) == pytest.approx((found.dense + found.rest) / 1e9)
+    assert found.adjusted(1.0, everything).predict(everything) == pytest.approx(1.0)
+    assert Pattern.DENSE in next(iter(found.prices.values()))
 
 
 @pytest.mark.parametrize(

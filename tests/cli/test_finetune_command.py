@@ -250,7 +250,7 @@ DDP = pytest.param([], id="ddp", marks=pytest.mark.slow)  # the same law as in t
 @pytest.mark.parametrize("how", [DDP, pytest.param(["--fsdp"], id="fsdp")])
 def test_two_processes_end_where_one_does(how: list[str], work: Path, nmfx: Run) -> None:
     """Batch statistics are each process's own, so the scores agree to 2 points, as in tests/training/test_trainer.py."""
-    argv = ("finetune", str(work), *DIGITS, "--epochs", "12", "--lr", "0.02")
+    argv = ("finetune", str(work), *DIGITS, "--epochs", "5", "--lr", "0.04")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "nmfx", *argv, *how]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(torchrun, env=environment, capture_output=True, text=True, timeout=120)

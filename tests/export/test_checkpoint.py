@@ -112,13 +112,13 @@ def network(name: str, policy: str = "2:4", dtype: torch.dtype = torch.float32, 
 
 
 @pytest.mark.parametrize(
-    ("dtype", "policy"),
+    ("name", "dtype", "policy"),
     [
-        *(("fp32", policy) for policy in POLICIES),
-        *((dtype, policy) for dtype in ("fp16", "bf16") for policy in ("2:4", "short")),
+        *((name, "fp32", "mixed") for name in NETWORKS),
+        *((name, "fp32", policy) for name in ("timm resnet", "demo") for policy in POLICIES if policy != "mixed"),
+        *((name, dtype, "short") for name in ("timm vit", "timm efficientnet") for dtype in ("fp16", "bf16")),
     ],
 )
-@pytest.mark.parametrize("name", NETWORKS)
 def test_a_network_comes_back_by_itself(name: str, dtype: str, policy: str, tmp_path: Path) -> None:
     model = network(name, policy, DTYPES[dtype])
     before = state_of(model)

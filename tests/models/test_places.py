@@ -237,6 +237,61 @@ REASONS: dict[str, tuple[Fn, tuple[int, ...], dict[str, str]]] = {
         (2, 8),
         {"a": "what a product sums over does not lie in even steps in it"},
     ),
+    "two factors": (
+        Fn(lambda m, x: F.linear(x, m.a @ m.b), (16, 8), (8, 8)),
+        (2, 8),
+        dict.fromkeys("ab", f"{LOST}a product makes another weight of it first"),
+    ),
+    "singular values": (
+        Fn(lambda m, x: x @ (m.a @ torch.diag(m.b) @ m.c), (8, 4), (4,), (4, 16)),
+        (2, 8),
+        dict.fromkeys("ac", f"{LOST}a product makes another weight of it first"),
+    ),
+    "singular values, and what follows": (
+        Fn(lambda m, x: F.linear(x, ((m.a * m.b) @ m.c).tanh().t().contiguous() + 1), (8, 4), (4,), (4, 16)),
+        (2, 8),
+        dict.fromkeys("ac", f"{LOST}add makes another weight of it first"),
+    ),
+    "Hadamard": (
+        Fn(lambda m, x: F.linear(x, m.a @ m.buffer), (16, 8), buffer=torch.ones(8, 8)),
+        (2, 8),
+        {"a": f"{LOST}a product makes another weight of it first"},
+    ),
+    "einsum": (
+        Fn(lambda m, x: torch.einsum("ni,oi->no", x, torch.einsum("or,ri->oi", m.a, m.b)), (16, 4), (4, 8)),
+        (2, 8),
+        dict.fromkeys("ab", f"{LOST}a product makes another weight of it first"),
+    ),
+    "central differences": (
+        Fn(lambda m, x: F.conv2d(x, m.a, padding=1) - F.conv2d(x, m.a.sum((2, 3), keepdim=True)), (8, 8, 3, 3)),
+        (2, 8, 5, 5),
+        {"a": f"{LOST}sum makes another weight of it first"},
+    ),
+    "its own square": (
+        Fn(lambda m, x: F.linear(F.linear(x, m.a), m.a @ m.a.t()), (16, 8)),
+        (2, 8),
+        {"a": f"{LOST}a product makes another weight of it first"},
+    ),
+    "softmax too": (
+        Fn(lambda m, x: F.linear(F.linear(x, m.a), m.a.softmax(1)), (8, 8)),
+        (2, 8),
+        {"a": f"{LOST}_softmax makes another weight of it first"},
+    ),
+    "sign of the larger": (
+        Fn(lambda m, x: F.linear(x, (m.a > 0.1).float()) + F.linear(x, m.a), (8, 8)),
+        (2, 8),
+        {"a": f"{LOST}gt makes another weight of it first"},
+    ),
+    "kernel made by a layer": (
+        Fn(lambda m, x: F.conv2d(x, F.linear(m.a, m.b).view(4, 8, 3, 3)), (4, 5), (72, 5)),
+        (2, 8, 5, 5),
+        dict.fromkeys("ab", f"{LOST}a product makes another weight of it first"),
+    ),
+    "in training": (
+        Fn(lambda m, x: F.linear(x, m.a.sigmoid() if m.training else m.a), (8, 8)),
+        (2, 8),
+        {"a": f"{LOST}sigmoid makes another weight of it first"},
+    ),
     "buffer": (
         Fn(lambda m, x: F.linear(x, m.buffer), buffer=torch.randn(4, 8)),
         (2, 8),
@@ -251,6 +306,47 @@ def test_reasons_are_true(name: str) -> None:
     sites = find_sites(model, torch.randn(shape))
     assert {skip.name.removeprefix("inner."): skip.reason for skip in sites.skipped} == reasons
     assert not len(sites)
+
+
+KEPT: dict[str, tuple[Fn, tuple[int, ...], set[str]]] = {
+    "a penalty that is returned": (Fn(lambda m, x: (F.linear(x, m.a), m.a.t() @ m.a), (16, 8)), (2, 8), {"a"}),
+    "a norm beside": (Fn(lambda m, x: (F.linear(x, m.a), m.a.square().sum()), (16, 8)), (2, 8), {"a"}),
+    "divided by its norm": (Fn(lambda m, x: F.linear(x, m.a / m.a.norm(dim=1, keepdim=True)), (16, 8)), (2, 8), {"a"}),
+    "times its softmax": (Fn(lambda m, x: F.linear(x, m.a * m.a.softmax(1)), (16, 8)), (2, 8), {"a"}),
+    "times two factors": (Fn(lambda m, x: F.linear(x, m.a * (m.b @ m.c)), (16, 8), (16, 2), (2, 8)), (2, 8), {"a"}),
+    "outputs scaled by its mean": (Fn(lambda m, x: F.linear(x, m.a) * m.a.abs().mean(1), (16, 8)), (2, 8), {"a"}),
+    "a query by a layer": (
+        Fn(lambda m, x: (F.layer_norm(F.linear(m.a, m.b), (8,)) @ F.linear(x, m.c).t()).softmax(1), (4, 8), (8, 8), (8, 8)),
+        (2, 8),
+        {"b", "c"},
+    ),
+    "a bias by two layers": (
+        Fn(
+            lambda m, x: F.linear(x, m.a) + F.linear(F.linear(m.buffer, m.b).relu(), m.c),
+            (4, 8), (6, 3), (4, 6),
+            buffer=torch.ones(1, 3),
+        ),
+        (2, 8),
+        {"a", "b", "c"},
+    ),
+    "attention of learned queries": (
+        Fn(
+            lambda m, x: F.multi_head_attention_forward(
+                m.a, x, x, 8, 2, m.b, None, None, None, False, 0.0, m.c, None, need_weights=False
+            )[0],
+            (3, 8), (24, 8), (8, 8),
+        ),
+        (2, 8),
+        {"b", "c"},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_what_loses_no_zeros_stays_a_site(name: str) -> None:
+    model, shape, names = KEPT[name]
+    found = {site.name.removeprefix("inner.") for site in find_sites(model, torch.randn(shape))}
+    assert found == names
 
 
 @pytest.mark.parametrize("kind", ["orthogonal", "weight_norm", "spectral_norm"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -59,6 +60,27 @@ def test_zeros_that_are_filled_on_the_way_are_seen() -> None:
         nmfx.verify(model, example_input=x)
 
 
+class Twice(nn.Module):
+    """Reads its weight as it is, and something that is made of it."""
+
+    def __init__(self, make: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.inner, self.make = nn.Linear(8, 8), make
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(F.linear(x, self.inner.weight), self.make(self.inner.weight))
+
+
+@pytest.mark.parametrize(
+    "make", [lambda w: w @ w.t(), lambda w: w.softmax(1), lambda w: w.sum(0, keepdim=True)], ids=["square", "softmax", "sum"]
+)
+def test_a_product_that_receives_no_zeros_beside_one_that_does_is_seen(make: Callable[[Tensor], Tensor]) -> None:
+    model, x = Twice(make), torch.randn(2, 8)
+    mask_attribute(model.inner, "weight", MaskSpec("inner.weight", Pattern("2:4"), Grouping((8, 8, 1), 4)))
+    with pytest.raises(VerificationError, match=r"zeros do not reach the operation.*inner\.weight: group 0"):
+        nmfx.verify(model, example_input=x)
+
+
 @pytest.mark.parametrize("name", ["repvgg_a0", "mobileone_s0", "repvit_m0_9", "fastvit_t8"])
 def test_a_fused_model_has_lost_its_masks_and_says_so(name: str) -> None:
     model, x = timm.create_model(name, num_classes=8).eval(), torch.rand(1, 3, 64, 64)
@@ -79,13 +101,17 @@ def test_one_lost_mask_is_named_in_a_copy_too() -> None:
         nmfx.verify(converted, example_input=example)
 
 
-def test_an_example_that_does_not_fit_is_an_error_and_a_guess_is_not() -> None:
+def test_an_example_that_does_not_fit_is_an_error_and_a_guess_is_said(caplog: pytest.LogCaptureFixture) -> None:
     model, example = build("residual")
     converted = nmfx.transform(model, "2:4", example_input=example)
     with pytest.raises(TraceError, match="the forward pass fails on an input of 2x7"):
         nmfx.verify(converted, example_input=torch.randn(2, 7))
     attention, example = build("attention")  # no picture model: 1x3x224x224 does not fit
-    assert nmfx.verify(nmfx.transform(attention, "2:4", example_input=example)).received == 0
+    with caplog.at_level("WARNING", "nmfx"):
+        checked = nmfx.verify(nmfx.transform(attention, "2:4", example_input=example))
+    assert (checked.received, len(checked.unseen)) == (0, checked.sites)
+    assert "what products receive was seen for 0 of them only" in caplog.text
+    assert str(checked) in caplog.text
 
 
 def test_modes_and_numbers_stay() -> None:

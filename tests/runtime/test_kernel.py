@@ -164,10 +164,10 @@ def test_other_instruction_sets_follow_float64(flags: str) -> None:
     if flags and os.uname().machine != "x86_64":
         pytest.skip("an instruction set of x86")
     environment = os.environ | {
-        "NMFX_CXXFLAGS": f"{flags} -O1",  # half the minute that -O3 takes: the source is tested, not the optimiser
+        "NMFX_CXXFLAGS": f"{flags} -O0",  # a third of the time that -O3 takes: the source is tested, not the optimiser
         "PYTHONPATH": f"{ROOT}:{ROOT}/tests:{ROOT}/tests/runtime",
     }
-    command = [sys.executable, "-c", "import test_kernel; test_kernel.many(60)"]
+    command = [sys.executable, "-c", "import test_kernel; test_kernel.many(30)"]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
     assert run.returncode == 0, run.stderr[-2000:]
 

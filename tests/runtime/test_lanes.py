@@ -129,6 +129,25 @@ def test_windows_wider_than_a_strip_leave_the_picture_whole() -> None:
     torch.testing.assert_close(found[0], net(x).detach(), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("shape", "stride"),
+    [((3, 4, 1, 1), (4, 1, 4, 4)), ((3, 4, 1, 6), (24, 6, 1, 1)), ((1, 4, 6, 1), (9, 6, 1, 7))],
+    ids=["one pixel, channels last", "one row", "one column of one picture"],
+)
+def test_strides_that_nothing_steps_along_do_not_matter(shape: tuple[int, ...], stride: tuple[int, ...]) -> None:
+    """As the average of channels-last pictures has them."""
+    net = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 6, 1))
+    x = torch.randn(shape)
+    odd = torch.empty(shape).as_strided(shape, stride).copy_(x)
+    assert odd.is_contiguous()
+    graph, laid = named(net, x)
+    link(graph)
+    assert laid
+    with torch.no_grad():
+        assert torch.equal(graph(odd), graph(x))
+        torch.testing.assert_close(graph(x), net(x), rtol=1e-4, atol=1e-5)
+
+
 def named(model: nn.Module, x: Tensor) -> tuple[fx.GraphModule, set[str]]:
     """The lowered graph with all sites by lanes, and which would be."""
     graph, _ = export(model.eval(), x)

@@ -175,6 +175,7 @@ def test_every_option_learns(options: dict[str, Any], digits: Data) -> None:
     verify(model)
 
 
+@pytest.mark.filterwarnings("ignore:.* should not be instantiated:DeprecationWarning")  # torch 2.6 itself does it
 def test_it_trains_compiled(few: Data) -> None:
     plain, compiled = demo(training="fixed"), demo(training="fixed")  # masks that follow would magnify another rounding
     for model, backend in ((plain, ""), (compiled, "aot_eager")):
@@ -382,7 +383,22 @@ def resumed(rank: int, folder: Path, parallel: Literal["ddp", "fsdp"]) -> None:
     assert (best.epoch, best.top1, best.loss) == (result.best.epoch, result.best.top1, result.best.loss)
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def refused(rank: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    with pytest.raises(NmfxError, match="needs a GPU: take a newer torch, or train with DDP instead"):
+        finetune(demo(), a_few(open_data("digits")), settings=replace(QUICK, parallel="fsdp"))
+    dist.destroy_process_group()
+
+
+FSDP = hasattr(torch.cpu.current_stream(), "record_event")  # the first versions of fully_shard want a GPU
+
+
+@pytest.mark.skipif(FSDP, reason="torch is new enough")
+def test_a_torch_that_cannot_share_out_on_the_cpu_is_an_error(tmp_path: Path) -> None:
+    mp.spawn(refused, args=(str(tmp_path),), nprocs=2)
+
+
+@pytest.mark.parametrize("parallel", ["ddp", pytest.param("fsdp", marks=pytest.mark.skipif(not FSDP, reason="needs a GPU"))])
 def test_two_processes_follow_one(parallel: Literal["ddp", "fsdp"], few: Data, tmp_path: Path) -> None:
     settings = replace(QUICK, accumulate=2, clip_grad=1.0, channels_last=parallel == "fsdp", parallel=parallel)
     alone = without_batch_statistics(decay=0.05)

@@ -79,7 +79,9 @@ at::Tensor pictures_of(const at::Tensor& input) {
   check(within(input.sizes().slice(1), 1, LONGEST) && input.size(0) <= LONGEST, "pictures with channels and pixels, got ",
         input.sizes());
   product({input.size(0), input.size(1), input.size(2), input.size(3)});
-  return input.contiguous();
+  const at::Tensor x = input.contiguous();
+  const int64_t row = x.size(3), plane = x.size(2) * row;  // where a size is 1, its stride can be any: channels last at 1x1
+  return x.as_strided(x.sizes(), {x.size(1) * plane, plane, row, 1});
 }
 
 // Padding: of both sides alike (height, width), or of each (top, left, bottom, right).
