@@ -29,7 +29,7 @@ from nmfx.models.example import Example
 from nmfx.runtime.bench import NMFX, bench
 from nmfx.runtime.latency import measured_seconds
 from nmfx.search.finder import find_scheme
-from nmfx.stages.latency import search_latency
+from nmfx.stages import latency
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
@@ -112,7 +112,7 @@ def search_latency(name: str, build: Any, speedup: str) -> dict[str, Any]:
 
     question: dict[str, Any] = {"m": 16}
     find = lambda **more: find_scheme(model, sites=sites, method="knapsack", **more)  # noqa: E731
-    found = search_latency(model, sites, x, speedup, question, find)
+    found = latency.search_latency(model, sites, x, speedup, question, find)
     record: dict[str, Any] = {"case": f"latency {speedup}, {name}", "dense_ms": found.dense * 1e3}
     record |= {"wanted_ms": found.wanted * 1e3, "predicted_ms": found.predicted * 1e3, "measured_ms": found.measured * 1e3}
     record["by latency"] = score(found.result.scheme)

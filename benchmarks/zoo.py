@@ -269,11 +269,8 @@ def run_one(name: str, numerics_limit: float, memory: float, path: str) -> None:
     Path(path).write_text(json.dumps(record))
 
 
-COLUMNS = ("model", "parameters", "sites", "share", "fx parts", "fx reach", "numerics", "skipped")
-
-
 def write_table(records: list[dict[str, Any]], date: str, limit: float, markdown: Path, table: Path) -> None:
-    """The records as docs/zoo.md (counts, what failed, one row a model) and as the CSV file of `nmfx.models.table`."""
+    """The records as docs/zoo.md (counts, what failed, what is skipped) and as the CSV file of `nmfx.models.table`."""
     place = {name: index for index, name in enumerate(list_models())}
     records = sorted({record["model"]: record for record in records}.values(), key=lambda r: place[r["model"]])
     good = [record for record in records if record["ok"]]
@@ -282,7 +279,7 @@ def write_table(records: list[dict[str, Any]], date: str, limit: float, markdown
         "# The zoo, measured",
         "",
         f"Measured on {date} with {with_versions} by `python benchmarks/zoo.py`; written by `python benchmarks/zoo.py "
-        f"--table docs/zoo.md --csv nmfx/models/measured.csv`. `nmfx models` shows the same rows.",
+        f"--table docs/zoo.md --csv nmfx/models/measured.csv`. One row a model: `nmfx models`, or nmfx/models/measured.csv.",
         "",
         *structure_summary(records, good),
         *graph_summary(good),
@@ -291,8 +288,6 @@ def write_table(records: list[dict[str, Any]], date: str, limit: float, markdown
         *(f"- FAILED {record['model']}: {one_line(record['error'])}" for record in records if not record["ok"]),
         "",
         *skipped_summary(good),
-        "",
-        *markdown_table(COLUMNS, map(row, good)),
     ]
     markdown.write_text("\n".join(lines) + "\n")
     table.write_text(Table(date, versions(), {record["model"]: entry(record) for record in good}).to_csv())
@@ -375,14 +370,6 @@ def markdown_table(columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> lis
     """A Markdown table, line by line."""
     head = list(columns)
     return ["| " + " | ".join(map(str, cells)) + " |" for cells in (head, ["---"] * len(head), *rows)]
-
-
-def row(record: dict[str, Any]) -> tuple[Any, ...]:
-    """One model in the columns of `COLUMNS`."""
-    reasons = "; ".join(sorted({reason for _, reason in record["skipped"].values()}))
-    graph = record["fx"]
-    head = record["model"], f"{record['parameters']:,}", record["sites"], f"{record['share']:.2%}"
-    return *head, graph["parts"], f"{graph['share']:.1%}", record.get("train", ""), reasons
 
 
 def entry(record: dict[str, Any]) -> Entry:
