@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from nmfx import __version__
 from nmfx.cli.arguments import Parser, whole
-from nmfx.cli.flags import add_flags
+from nmfx.settings.flags import add_flags
 from nmfx.settings.option import options_of
 from nmfx.settings.search import Choices, Loop, SearchSettings
 from nmfx.settings.stages import (

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 from nmfx.cli.console import advancing, warn
-from nmfx.cli.flags import read_flags, typed
 from nmfx.cli.processes import asked_to_stop
 from nmfx.errors import NmfxError
 from nmfx.models.example import Example
 from nmfx.passes.statistics import batch_norms
+from nmfx.settings.flags import read_flags, typed
 from nmfx.settings.stages import DataSettings, ModelSettings
 from nmfx.stages.data import Progress
 from nmfx.stages.work import WorkDirectory

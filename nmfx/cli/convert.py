@@ -12,7 +12,6 @@ from torch import nn
 from nmfx.cli import tables
 from nmfx.cli.common import after_search, check_random, model_settings, warn_random
 from nmfx.cli.console import heading, hint, output, working
-from nmfx.cli.flags import read_flags, typed
 from nmfx.errors import NmfxError, SearchError, TraceError
 from nmfx.models.site import Sites
 from nmfx.models.tracer import to_graph, trace
@@ -20,6 +19,7 @@ from nmfx.passes.transform import transform
 from nmfx.passes.verification import verify
 from nmfx.scheme import Scheme
 from nmfx.search.problem import pose
+from nmfx.settings.flags import read_flags, typed
 from nmfx.settings.search import Choices, SearchSettings
 from nmfx.settings.stages import ModelSettings
 from nmfx.sparsity.pattern import Pattern

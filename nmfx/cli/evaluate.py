@@ -11,11 +11,11 @@ from torch import nn
 
 from nmfx.cli.common import check_random, checked, model_settings, needed_data, warn_random
 from nmfx.cli.console import advancing, output, warn
-from nmfx.cli.flags import read_flags
 from nmfx.cli.processes import processes
 from nmfx.errors import NmfxError
 from nmfx.export.checkpoint import load_checkpoint
 from nmfx.export.start import is_compressed
+from nmfx.settings.flags import read_flags
 from nmfx.settings.stages import EvaluateSettings
 from nmfx.stages.build import build_weights
 from nmfx.stages.evaluate import FIRST, Candidate, candidates_of, score

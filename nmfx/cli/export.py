@@ -8,7 +8,7 @@ from pathlib import Path
 from nmfx.cli import tables
 from nmfx.cli.common import checked, warn_random
 from nmfx.cli.console import heading, output, warn, working
-from nmfx.cli.flags import read_flags
+from nmfx.settings.flags import read_flags
 from nmfx.settings.stages import ExportSettings
 from nmfx.stages.export import FORMATS, export, file_names
 from nmfx.stages.work import check_free, need_work

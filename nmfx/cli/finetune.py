@@ -10,13 +10,13 @@ import torch.distributed as dist
 
 from nmfx.cli.common import check_random, data_options, needed_data, resumable, warn_random
 from nmfx.cli.console import hint, output, warn
-from nmfx.cli.flags import read_flags, typed
 from nmfx.cli.processes import processes
 from nmfx.errors import NmfxError
 from nmfx.files.atomic import check_writable
 from nmfx.passes.transform import scheme_of
 from nmfx.passes.verification import verify
 from nmfx.processes import rank, world
+from nmfx.settings.flags import read_flags, typed
 from nmfx.settings.stages import FinetuneSettings
 from nmfx.stages.epochs import TUNED
 from nmfx.stages.finetune import FILES, FinetuneRecord, Origin, finetune

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from nmfx.cli.common import checked, data_options, needed_data, warn_random
 from nmfx.cli.console import hint, output, working
-from nmfx.cli.flags import read_flags
 from nmfx.cli.processes import processes
+from nmfx.settings.flags import read_flags
 from nmfx.settings.stages import RecalibrateSettings
 from nmfx.stages.recalibrate import recalibrate
 from nmfx.stages.work import check_free, need_work

@@ -8,7 +8,6 @@ from pathlib import Path
 from nmfx.cli import convert, tables
 from nmfx.cli.common import after_search, checked, data_options, data_settings, pictures_of, resumable, warn_random
 from nmfx.cli.console import advancing, heading, hint, output, warn, working
-from nmfx.cli.flags import read_flags, typed
 from nmfx.cli.processes import first_alone, processes
 from nmfx.errors import NmfxError, SearchError
 from nmfx.models.source import find_source
@@ -17,6 +16,7 @@ from nmfx.runtime.building import load_kernel
 from nmfx.scheme import Scheme
 from nmfx.search.budget import UNITS
 from nmfx.search.finder import SearchResult
+from nmfx.settings.flags import read_flags, typed
 from nmfx.settings.search import DEFAULT_TARGET, SENSITIVITIES, Loop, SearchSettings
 from nmfx.settings.stages import DataSettings, ModelSettings
 from nmfx.stages import report

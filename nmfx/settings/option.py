@@ -1,7 +1,7 @@
 """What an option is, and text as its value: the one parser behind YAML keys and flags.
 
 A settings class is a frozen dataclass whose fields are made by `option`. Its values come from three sides: Python's keyword
-arguments (`check_options` looks at their types and limits), a section of a YAML file (`section`), flags (`nmfx.cli.flags`,
+arguments (`check_options` looks at their types and limits), a section of a YAML file (`section`), flags (`nmfx.settings.flags`,
 which bring what was typed into the same form). jsonargparse (0.43 s to import), pydantic-settings (0.50 s) and tyro (0.23 s)
 were tried: none reads YAML 1.2 numbers, which ``2:4`` needs, or gives one error for a key and its flag.
 """
