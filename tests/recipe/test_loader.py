@@ -196,7 +196,7 @@ def test_the_place_of_the_data_is_not_the_recipes_business(write) -> None:
         (HEAD + "  scheme: a.yaml\n", "mine.yaml: search: 'target' says nothing beside 'scheme'"),
         (HEAD + "  pattern: 2:4\n", "mine.yaml: search: 'target' says nothing beside 'pattern'"),
         (HEAD.replace("target: 0.5", "pattern: 4:2"), "mine.yaml: search.pattern: '4:2': expected 1 <= N <= M <= 64"),
-        (HEAD.replace("0.5", "875"), "mine.yaml: search: target 875.0: expected a sparsity"),
+        (HEAD.replace("0.5", "875"), "mine.yaml: search: target 875: expected a sparsity"),
         (HEAD + "  limits: {params: 0.5}\n", "mine.yaml: search: 'target' and 'limits' say the same thing"),
         (HEAD + "  eta: false\n", "mine.yaml: search: 'eta' is of the published loop"),
         (HEAD + "  data: true\n", "search with data: true needs a data section"),
