@@ -207,7 +207,7 @@ def test_the_place_of_the_data_is_not_the_recipes_business(write) -> None:
         (HEAD + "export: true\n", "mine.yaml: export: expected keys with values, found 'true'"),
         ("model:\n  name: a\n", "mine.yaml: key 'search' is missing"),
         ("search:\nmodel:\n  weights: none\n", "mine.yaml: model: key 'name' is missing"),
-        (HEAD.replace("demo:digits", "demo:digits\n  input_size: 0x8"), "mine.yaml: model: input_size '0x8'"),
+        (HEAD.replace("demo:digits", "demo:digits\n  input_size: 0x8"), "mine.yaml: model: input_size 0x8"),
         ("- a\n", "mine.yaml: expected a YAML mapping, found list"),
         (HEAD + "search:\n", "key 'search' appears twice"),
         ("base: [a]\n", "mine.yaml: base: expected the name of a recipe beside it or of nmfx, found a list"),
