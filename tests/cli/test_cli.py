@@ -657,7 +657,7 @@ def test_help_comes_without_torch_and_without_colour() -> None:
     assert "\x1b" not in done.stdout
     imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines()}
     assert "nmfx" in imported
-    assert not imported & {"torch", "torchvision", "timm", "numpy", "rich", "yaml"}
+    assert not imported & {"torch", "torchvision", "timm", "numpy", "rich"}
 
 
 def test_an_error_from_a_shell_is_one_plain_line() -> None:
