@@ -11,17 +11,13 @@ from nmfx.models.source import find_source
 # What is checked on the CPU: outputs, gradients and buffers against pre-masked weights, baking, checkpoint, fx graph.
 SMALL = [
     "torchvision:resnet18",
-    "torchvision:regnet_x_400mf",
     "torchvision:mobilenet_v3_small",
-    "torchvision:densenet121",
     "torchvision:googlenet",  # auxiliary heads that run in training only
     "torchvision:lraspp_mobilenet_v3_large",
     "torchvision:ssdlite320_mobilenet_v3_large",
     "timm:convnext_atto",
-    "timm:deit_tiny_patch16_224",
     "timm:test_nfnet",  # standardised convolutions
     "timm:test_vit",
-    "timm:tf_efficientnet_lite0",
     "timm:tf_efficientnet_cc_b0_4e",  # expert banks
 ]
 # What is checked on the meta device: sites, keys, copies, every read of a weight through its mask.
@@ -39,12 +35,21 @@ LARGE = [
     "timm:hiera_tiny_224",  # defaulted forward arguments
     "timm:swinv2_tiny_window8_256",
 ]
+# Like others, run by `make slow`: LSTMs are in tests/graph, Lite0 in tests/real_weights.
+ALIKE_SMALL = ["torchvision:regnet_x_400mf", "torchvision:densenet121"]
+ALIKE_SMALL += ["timm:deit_tiny_patch16_224", "timm:tf_efficientnet_lite0"]
 ALIKE = ["timm:sequencer2d_s", "torchvision:inception_v3", "timm:swin_tiny_patch4_window7_224", "timm:vit_base_patch16_224"]
+
+
+def slow(names: list[str]) -> list:
+    return [pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
 ODD_WARNINGS = pytest.mark.filterwarnings("ignore")  # of the models themselves
 
 
 @ODD_WARNINGS
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", SMALL + slow(ALIKE_SMALL))
 def test_masked_equals_premasked(name):
     record = numerics(find_source(name))
     assert record["dense_difference"] == 0
@@ -53,7 +58,7 @@ def test_masked_equals_premasked(name):
 
 
 @ODD_WARNINGS
-@pytest.mark.parametrize("name", [*SMALL, *LARGE, *(pytest.param(name, marks=pytest.mark.slow) for name in ALIKE)])
+@pytest.mark.parametrize("name", SMALL + LARGE + slow(ALIKE_SMALL + ALIKE))
 def test_every_weight_is_a_site_and_read_masked(name):
     record, _ = structure(find_source(name))
     assert record["reads"] == "all masked" or "not followed" in record["reads"]

@@ -140,12 +140,8 @@ def _searched(
     text = f"searching {work.model}: {settings.method}, {what}"
     with resumable(text) if settings.looping else advancing(text) as progress:
         record = search(work, settings, data, device=device, checkpoint=checkpoint, progress=progress)
-    if record.target and record.result:
-        sites, options = record.result.sites, record.result.scheme
-        patterns = ", ".join(dict.fromkeys(str(options[site.name]) for site in sites if site.name in options))
-        said = f" {record.target} of {settings.budget}, {patterns} wherever it fits; {DEFAULT_TARGET} is out of reach"
-        said += ", --target says another"
-        output().print(heading("target:", said), soft_wrap=True)
+    if record.target:
+        output().print(heading("target:", f" {record.target}, --target says another"), soft_wrap=True)
     return record
 
 

@@ -141,11 +141,6 @@ class CompiledModel(nn.Module):
         """Samples of a pass."""
         return self._first.batch
 
-    @property
-    def free(self) -> bool:
-        """Whether the first lowering is for more than one batch size."""
-        return self._first.domain.free
-
     @torch.no_grad()
     def forward(self, x: Tensor) -> Any:
         """The outputs of the original model for `x` ``(batch, ...)``, up to rounding.

@@ -50,11 +50,6 @@ class Domain:
     guards: nn.Module | None = None
     apart: bool = False
 
-    @property
-    def free(self) -> bool:
-        """Whether there is more than one batch size."""
-        return self.batches[0] != self.batches[1]
-
     def takes(self, x: Tensor) -> bool:
         """Whether the graph is for such an input; its kind is the example's."""
         least, most = self.batches

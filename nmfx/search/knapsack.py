@@ -3,6 +3,7 @@
 Source: Kellerer, Pferschy, Pisinger, "Knapsack Problems" (Springer, 2004), chapter 11: dominance, linear relaxation by
 slopes, reduction, and dynamic programming over a growing core. Whatever decides is a whole number: costs in their
 common unit, losses in fixed point at 2**-60 of the range in play. Floats only bound, rounded so as to keep a choice.
+HiGHS, of integer programs, proves less of the hard cases and holds a budget to a tolerance only: docs/search-study.md.
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ def read_flags(args: argparse.Namespace, cls: type[T], **given: Any) -> T:
     except NmfxError as error:  # of a key: say the flag
         flags = {item.name: name_of(item) for _, item, _ in found.values()}
         first, rest = re.match(r"(\w*)(.*)", str(error), re.DOTALL).groups()  # type: ignore[union-attr]
-        raise type(error)(f"{flags[first]}{rest}" if first in flags and rest.startswith(" '") else str(error)) from None
+        raise type(error)(f"{flags[first]}{rest}" if first in flags and rest.startswith(" ") else str(error)) from None
 
 
 def typed(args: argparse.Namespace, cls: type) -> list[str]:

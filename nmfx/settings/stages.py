@@ -128,4 +128,4 @@ def parse_size(size: str, what: str) -> tuple[int, ...] | None:
             count *= number
         if count <= LARGEST_PICTURE:
             return numbers
-    raise NmfxError(f"{what} {size[:40]!r}: expected the input without its batch, as in 3x224x224")
+    raise NmfxError(f"{what} {size[:40]}: expected the input without its batch, as in 3x224x224")

@@ -134,7 +134,7 @@ def _model(origin: Origin, settings: FinetuneSettings) -> tuple[nn.Module, dict[
 
 def _teacher(origin: Origin) -> nn.Module:
     if origin.work is None or origin.work.random:
-        raise NmfxError("distill learns from the dense weights of a work directory: name one that has them")
+        raise NmfxError("distill learns from the dense weights of a work directory, and here are none: give the model some")
     return origin.work.load()
 
 

@@ -63,7 +63,7 @@ def _search(job: Job, folder: Path, device: str, progress: Progress) -> Done:
     record = search(work, job.search, job.data, device=device, checkpoint=folder / SEARCHING, progress=progress)
     written, lines, result = list[str](), [describe(record.scheme.totals(record.sites))], record.result
     if record.target:
-        lines.append(f"target {record.target}: 0.875 is out of reach")
+        lines.append(f"target: {record.target}")
     if rank() == 0:
         lines += Written(folder).clear(SCHEME, "scheme.txt")
         written = [path.name for path in save_scheme(record.scheme, folder / SCHEME, record.sites)[0]]

@@ -39,7 +39,7 @@ class SearchRecord:
         scheme: with the model and where its weights came from in its info.
         result: of the search, if there was one.
         reasons: why sites have another pattern than the one that all were to have.
-        target: what was searched for where nothing was asked and 0.875 was out of reach.
+        target: what was searched for where nothing was asked and 0.875 was out of reach, in words.
     """
 
     scheme: Scheme
@@ -105,15 +105,15 @@ def choose(
     if settings.pattern is not None:
         return _uniform(settings, sites)
     question = ask(settings, start)
-    target = "" if settings.target or settings.limits or start else default_target(sites, settings.method, question)
-    if target:
-        question["target"] = target
+    said = ""
+    if not (settings.target or settings.limits or start):
+        question["target"], said = default_target(sites, settings.method, question)
     if settings.looping:
         assert data is not None
         result = _loop(settings, model, sites, data, size, device, checkpoint, progress, question)
     else:
         result = finder(settings, model, sites, data, size, device)(**question)
-    return SearchRecord(result.scheme, sites, result, target="" if target == str(DEFAULT_TARGET) else target)
+    return SearchRecord(result.scheme, sites, result, target=said)
 
 
 def ask(settings: SearchSettings, start: Scheme | None) -> dict[str, Any]:
@@ -145,18 +145,20 @@ def finder(
     )  # fmt: skip
 
 
-def default_target(sites: Sites, method: str, question: dict[str, Any]) -> str:
-    """0.875; where that is out of reach, what the densest pattern of each site comes to."""
+def default_target(sites: Sites, method: str, question: dict[str, Any]) -> tuple[str, str]:
+    """0.875; where that is out of reach, what the densest pattern of each site comes to, and words that say so."""
     free = {key: value for key, value in question.items() if key not in ("target", "limits")}
     try:
         problem = pose(sites, target=0.0, mixed=method in MIXED, **free)
     except SearchError:
-        return str(DEFAULT_TARGET)  # and the search says what is wrong
+        return str(DEFAULT_TARGET), ""  # and the search says what is wrong
     dense, costs = problem.budget.dense, problem.costs
     kept = sum(row[-2] if len(row) > 1 else row[-1] for row in costs)
     if sum(map(min, costs)) <= dense * (1 - Fraction(str(DEFAULT_TARGET))) or kept == dense:
-        return str(DEFAULT_TARGET)
-    return f"{math.floor(10**6 * (1 - Fraction(kept, dense))) / 10**6:.6f}"
+        return str(DEFAULT_TARGET), ""
+    target = f"{math.floor(10**6 * (1 - Fraction(kept, dense))) / 10**6:.6f}"
+    patterns = ", ".join(dict.fromkeys(str(options[-2]) for options in problem.options if len(options) > 1))
+    return target, f"{target} of {problem.budget.kind}, {patterns} wherever it fits; {DEFAULT_TARGET} is out of reach"
 
 
 def _uniform(settings: SearchSettings, sites: Sites) -> SearchRecord:

@@ -104,8 +104,7 @@ def check_identity(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]
     Raises:
         CheckpointError: naming the settings that differ.
     """
-    now = {"parallel": "ddp", **json.loads(json.dumps(dict(now)))}
-    before = {"parallel": "ddp", **before}  # runs from before there was FSDP
+    now = json.loads(json.dumps(dict(now)))
     names = dict.fromkeys((*now, *before))
     different = [f"{name} {_shown(before, name)} -> {_shown(now, name)}" for name in names if before.get(name) != now.get(name)]
     if different:

@@ -248,10 +248,10 @@ def test_interrupted_anywhere_is_130(monkeypatch: pytest.MonkeyPatch, capsys: py
     def interrupt(*args: Any, **options: Any) -> None:
         raise KeyboardInterrupt
 
-    for name in ("convert.build_model", "inspect.find_source", "models.load_table", "work.find_source"):
+    for name in ("cli.convert.build_weights", "cli.inspect.find_source", "cli.models.load_table", "stages.work.find_source"):
         with monkeypatch.context() as patch:
-            patch.setattr(f"nmfx.cli.{name}", interrupt)
+            patch.setattr(f"nmfx.{name}", interrupt)
             argv = {"convert": ["convert", "digits", "-o", "x"], "inspect": ["inspect", "digits"], "models": ["models"]}
-            assert main(argv.get(name.partition(".")[0], ["convert", "digits"])) == 130, name
+            assert main(argv.get(name.split(".")[1], ["convert", "digits"])) == 130, name
         assert capsys.readouterr().err == "interrupted; nothing half-written\n"
     assert not list(Path().iterdir())

@@ -130,7 +130,7 @@ def test_a_recipe_distils_from_the_dense_network(nmfx: Run, capsys: pytest.Captu
     assert changed["finetune"].startswith("skipped")
     Path("random.yaml").write_text(QUICK.format(epochs=1) + "  distill: 0.9\nmodel:\n  weights: none\n")
     assert main(("run", "random.yaml")) == 1
-    assert "distill learns from the dense weights, but the model has random ones" in capsys.readouterr().err
+    assert "distill learns from the dense weights of a work directory, and here are none" in capsys.readouterr().err
 
 
 def test_check_needs_no_data(nmfx: Run) -> None:

@@ -26,8 +26,8 @@ ROWS = [
     ("convert digits --classes 0", 2, "argument --classes: expected a whole number, 1 to 1000000, found '0'"),
     ("convert digits --classes 3e9", 2, "found '3e9'"),
     ("convert digits --classes 99999999999", 2, "expected a whole number, 1 to 1000000"),
-    ("convert digits --input-size 1x8x99999999999", 1, "--input-size '1x8x99999999999': expected the input without its batch"),
-    ("convert digits --input-size 1x99999x99999", 1, "--input-size '1x99999x99999': expected the input without its batch"),
+    ("convert digits --input-size 1x8x99999999999", 1, "--input-size 1x8x99999999999: expected the input without its batch"),
+    ("convert digits --input-size 1x99999x99999", 1, "--input-size 1x99999x99999: expected the input without its batch"),
     ("search W --pictures 0", 2, "argument --pictures: expected a whole number, 1 or more, found '0'"),
     ("search W --batch-size -1", 2, "argument --batch-size: expected a whole number, 1 or more, found '-1'"),
     ("search W --workers -1", 2, "argument --workers: expected a whole number, 0 to 256, found '-1'"),
@@ -61,6 +61,7 @@ ROWS = [
     ("search W --force --limit params=0", 1, "limit 0: expected the share to keep"),
     ("search W --force --limit params", 2, "--limit: params: expected a name and a value"),
     ("search W --force --min-density block*=lots", 2, "argument --min-density: block*: expected a number, found 'lots'"),
+    ("search W --force --candidates 1;2", 2, "argument --candidates: expected whole numbers with commas"),
     ("search W --force --m 16,x", 2, "argument --m: expected whole numbers with commas, as in 1,2,4,8, found '16,x'"),
     ("search W --force --limit flops=0.1", 1, "budget 'flops'"),
     # Patterns and sites.
