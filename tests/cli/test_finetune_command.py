@@ -25,8 +25,7 @@ from nmfx.masking.sites import masked_sites
 from nmfx.passes.baking import bake
 from nmfx.training import trainer
 from nmfx.training.loss import task_loss
-from nmfx.training.state import Run as RunForm
-from nmfx.training.state import SavedEpoch, load_state
+from nmfx.training.state import SavedEpoch, SavedRun, load_state
 
 ROOT = Path(__file__).parents[2]
 DIGITS = ("--data", "digits", "--batch-size", "64")
@@ -237,7 +236,7 @@ def test_ctrl_c_waits_for_the_update_and_saves(work: Path, nmfx: Run, monkeypatc
         patch.setattr(trainer, "task_loss", interrupted)
         assert main(argv) == 130
     assert count == 23
-    assert load_state(work / "finetune" / "last.safetensors", RunForm)[1].at.step == 23 - 18
+    assert load_state(work / "finetune" / "last.safetensors", SavedRun)[1].at.step == 23 - 18
     nmfx(*argv)
     nmfx(*argv, "-o", "whole")
     assert log(MODEL.parent) == log(Path("whole"))
