@@ -45,6 +45,6 @@ def quick_times(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "TURN_SECONDS", 0.0)
     monkeypatch.setattr(timing, "CHANGED", math.inf)
     for module in (compiled, latency):
-        monkeypatch.setattr(module, "WHOLE", 0.0)
+        monkeypatch.setattr(module, "NETWORK_SECONDS", 0.0)
     monkeypatch.setattr(compiled, "TILES", compiled.TILES[::5])  # of every kind; all of them are built in test_kernel
     monkeypatch.setattr(compiled, "REPEATS", 2)
