@@ -42,9 +42,9 @@ def quick_times(monkeypatch: pytest.MonkeyPatch) -> None:
     from nmfx.runtime import compiled, latency, timing
 
     monkeypatch.setattr(timing, "ROUNDS", 1)
-    monkeypatch.setattr(timing, "LEAST_SECONDS", 0.0)
+    monkeypatch.setattr(timing, "TURN_SECONDS", 0.0)
     monkeypatch.setattr(timing, "CHANGED", math.inf)
     for module in (compiled, latency):
-        monkeypatch.setattr(module, "WHOLE", 0.0)
+        monkeypatch.setattr(module, "NETWORK_SECONDS", 0.0)
     monkeypatch.setattr(compiled, "TILES", compiled.TILES[::5])  # of every kind; all of them are built in test_kernel
     monkeypatch.setattr(compiled, "REPEATS", 2)

@@ -127,5 +127,6 @@ def _received(model: nn.Module, example_input: Any) -> Mapping[int, Tensor]:
 
 
 def _random(example: Example) -> Example:
-    """Numbers in place of whatever the memory of an example held."""
-    return example.filled(lambda t: torch.rand_like(t) if t.is_floating_point() else t)
+    """Numbers in place of whatever the memory of an example held; the global random state stays."""
+    with torch.random.fork_rng(devices=[]):
+        return example.filled(lambda t: torch.rand_like(t) if t.is_floating_point() else t)

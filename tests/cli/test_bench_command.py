@@ -48,8 +48,8 @@ def work(nmfx: Run) -> Path:
 def test_bench_of_a_work_directory_and_of_a_checkpoint(work: Path, nmfx: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nmfx.runtime.bench.TURN", 0.0)
     monkeypatch.setattr("nmfx.runtime.bench.SETTLE", 0.0)
-    freeze = latency.freeze  # half a minute of compiling: once
-    monkeypatch.setattr(latency, "freeze", lambda model, x: freeze(model, x) if len(x) == 1 else model)
+    freeze = latency.compile_frozen  # half a minute of compiling: once
+    monkeypatch.setattr(latency, "compile_frozen", lambda model, x: freeze(model, x) if len(x) == 1 else model)
     out, _ = nmfx("bench", str(work), "--turns", "1", "--batch", "1,2", "--threads", "1", "--sites", "--figure", "speed.png")
     rows = {match[1]: match[2] for match in re.finditer(r"^(\S[^(\n]*?)  +(\S.*)$", out, re.M)}
     engines = ["PyTorch", "PyTorch, channels last", "torch.compile, frozen", "ONNX Runtime", "masked, eager", "nmfx"]
@@ -63,7 +63,7 @@ def test_bench_of_a_work_directory_and_of_a_checkpoint(work: Path, nmfx: Run, mo
     )
     assert Path("speed.png").stat().st_size > 10_000
     nmfx("export")
-    monkeypatch.setattr(latency, "freeze", lambda model, x: None)
+    monkeypatch.setattr(latency, "compile_frozen", lambda model, x: None)
     out, _ = nmfx("bench", "digits.nmfx/export/digits.safetensors", "--turns", "1", "--batch", "1", "--threads", "1")
     assert "batch 1, 1 thread" in out
 

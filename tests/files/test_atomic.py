@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 from children import forked
 
-from nmfx import files
 from nmfx.errors import NmfxError
+from nmfx.files import atomic as files
 from nmfx.files.atomic import (
     DRAFT,
     MARK,
