@@ -79,6 +79,9 @@ class RecalibrateSettings:
     batch_size: int = option(64, "pictures a batch, of all processes together", least=1)
     seed: int = option(0, "which pictures", least=0, most=2**32 - 1)
 
+    def __post_init__(self) -> None:
+        check_options(self, "recalibration settings")
+
 
 @dataclass(frozen=True)
 class FinetuneSettings:
@@ -103,12 +106,18 @@ class ExportSettings:
     baked: bool = option(False, "also a plain state dict with real zeros")
     onnx: bool = option(False, "also an ONNX file with real zeros (needs nmfx[onnx])")
 
+    def __post_init__(self) -> None:
+        check_options(self, "export settings")
+
 
 @dataclass(frozen=True)
 class EvaluateSettings:
     """How checkpoints are evaluated."""
 
     batch_size: int = option(256, "pictures a batch, of all processes together", least=1)
+
+    def __post_init__(self) -> None:
+        check_options(self, "evaluation settings")
 
 
 def parse_size(size: str, what: str) -> tuple[int, ...] | None:
