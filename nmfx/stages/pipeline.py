@@ -169,8 +169,8 @@ class Pipeline:
         self.job, self.folder, self.device = job, folder, device
         check_folders(folder, FOLDERS)
         here = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
-        if here and not (folder / "stages").is_dir():
-            raise NmfxError(f"{folder} exists, and no recipe was run there; give -o another folder")
+        if here and not ((folder / "stages").is_dir() or (folder / WORK).is_file()):
+            raise NmfxError(f"{folder} exists, and is no work directory of nmfx; give -o another folder")
 
     @property
     def stages(self) -> list[str]:

@@ -153,7 +153,7 @@ def test_check_of_a_large_recipe(nmfx: Run) -> None:
     [
         (["run", "digit"], "no recipe file is called 'digit' (did you mean 'digits'?)"),
         (["run", "wrong.yaml"], "wrong.yaml: finetune: unknown key 'epoch' (did you mean 'epochs'?)"),
-        (["run", "resnet50-0.80", "-o", "full"], "full exists, and no recipe was run there"),
+        (["run", "resnet50-0.80", "-o", "full"], "full exists, and is no work directory of nmfx"),
         (["run", "gone.yaml"], "none.safetensors"),
     ],
 )

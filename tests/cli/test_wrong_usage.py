@@ -121,7 +121,7 @@ ROWS = [
     ("bench W --figure x.doc", 1, "x.doc: a figure is written as"),
     ("run nowhere", 1, "no recipe file is called 'nowhere'"),
     ("run digit", 1, "no recipe file is called 'digit' (did you mean 'digits'?)"),
-    ("run digits -o W", 1, "W exists, and no recipe was run there"),
+    ("run digits -o notes.txt", 1, "notes.txt exists, and is no work directory of nmfx"),
     ("run digits --until nothing", 2, "argument --until: invalid choice: 'nothing'"),
     ("inspect picture.png", 1, "picture.png: cannot be read as a scheme"),
     ("inspect none.safetensors", 1, "none.safetensors: no such file"),

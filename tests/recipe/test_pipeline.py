@@ -20,7 +20,7 @@ from nmfx.scheme import Scheme
 from nmfx.settings.search import Choices, Loop, SearchSettings
 from nmfx.settings.stages import ModelSettings
 from nmfx.sparsity.pattern import Pattern
-from nmfx.stages.build import build_weights
+from nmfx.stages.build import build, build_weights, create
 from nmfx.stages.data import open_pictures
 from nmfx.stages.evaluate import read_scores
 from nmfx.stages.pipeline import Pipeline
@@ -148,10 +148,19 @@ def test_check_goes_up_to_the_data(tmp_path: Path) -> None:
         check_recipe(replace(recipe, model=ModelSettings("demo:digits", "none", {"classes": 7})))
 
 
+def test_a_recipe_goes_into_a_work_directory_of_the_commands(tmp_path: Path) -> None:
+    """What commands wrote there is no stage of the recipe: it is kept under another name, and nothing is lost."""
+    folder = create(build(ModelSettings("demo:digits", "none")), tmp_path / "run", force=False).path
+    before = (folder / "work.yaml").read_text()
+    assert run(quick(), folder) == ALL
+    assert (folder / "work.yaml.kept").read_text() == before
+    assert run(quick(), folder) == []
+
+
 def test_what_cannot_be_run(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("")
-    with pytest.raises(NmfxError, match="mine exists, and no recipe was run there"):
+    with pytest.raises(NmfxError, match="mine exists, and is no work directory of nmfx"):
         Pipeline(quick(), tmp_path / "mine")
     with pytest.raises(ModelError, match="comes without trained weights"):
         build_weights(ModelSettings("demo:resnet56", "pretrained"))
