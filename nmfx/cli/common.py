@@ -6,6 +6,7 @@ import contextlib
 import os
 from argparse import Namespace
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,8 +16,8 @@ from nmfx.cli.processes import asked_to_stop
 from nmfx.errors import NmfxError
 from nmfx.models.example import Example
 from nmfx.passes.statistics import batch_norms
-from nmfx.settings.flags import read_flags, typed
-from nmfx.settings.stages import DataSettings, ModelSettings
+from nmfx.settings.flags import read_flags
+from nmfx.settings.stages import FOLDER, DataSettings, ModelSettings
 from nmfx.stages.data import Progress
 from nmfx.stages.work import WorkDirectory
 
@@ -30,14 +31,10 @@ def model_settings(args: Namespace, name: str = "", **given: Any) -> ModelSettin
     return read_flags(args, ModelSettings, name=name, kwargs=kwargs, **given)
 
 
-def data_settings(args: Namespace) -> DataSettings | None:
-    """The pictures of --data, if it was given."""
-    return read_flags(args, DataSettings) if "name" in typed(args, DataSettings) else None
-
-
-def needed_data(args: Namespace) -> DataSettings:
-    """The pictures of --data, which the command needs."""
-    return read_flags(args, DataSettings)
+def data_settings(args: Namespace) -> DataSettings:
+    """The pictures of --data; a folder of the name that recipes have for folders is that folder."""
+    data = read_flags(args, DataSettings)
+    return replace(data, root=FOLDER) if data.name == FOLDER and not data.root else data
 
 
 def data_options(data: DataSettings | None) -> tuple[str, ...]:

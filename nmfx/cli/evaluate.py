@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.table import Table
 from torch import nn
 
-from nmfx.cli.common import check_random, checked, model_settings, needed_data, warn_random
+from nmfx.cli.common import check_random, checked, data_settings, model_settings, warn_random
 from nmfx.cli.console import advancing, output, warn
 from nmfx.cli.processes import processes
 from nmfx.errors import NmfxError
@@ -25,7 +25,7 @@ from nmfx.training.evaluation import Evaluation
 
 def run(args: Namespace) -> None:
     """Load, evaluate, show."""
-    settings, data = read_flags(args, EvaluateSettings), needed_data(args)
+    settings, data = read_flags(args, EvaluateSettings), data_settings(args)
     with processes(args.device) as device:
         reference = _load(asked(args.reference, "evaluate"), args) if args.reference else None
         with advancing(f"evaluating on {data.name}") as progress:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from nmfx.cli.common import check_random, data_options, needed_data, resumable, warn_random
+from nmfx.cli.common import check_random, data_options, data_settings, resumable, warn_random
 from nmfx.cli.console import hint, output, warn
 from nmfx.cli.processes import processes
 from nmfx.errors import NmfxError
@@ -27,7 +27,7 @@ from nmfx.training.trainer import BEST, LAST, LOG
 
 def run(args: Namespace) -> None:
     """Train, write, show."""
-    settings, data = read_flags(args, FinetuneSettings), needed_data(args)
+    settings, data = read_flags(args, FinetuneSettings), data_settings(args)
     with processes(args.device) as device:
         work = find_work(args.work, "finetune")
         folder = _folder(args, work, random="weights" in typed(args, FinetuneSettings))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from argparse import Namespace
 from pathlib import Path
 
-from nmfx.cli.common import checked, data_options, needed_data, warn_random
+from nmfx.cli.common import checked, data_options, data_settings, warn_random
 from nmfx.cli.console import hint, output, working
 from nmfx.cli.processes import processes
 from nmfx.settings.flags import read_flags
@@ -16,7 +16,7 @@ from nmfx.stages.work import check_free, need_work
 
 def run(args: Namespace) -> None:
     """Load, match, write."""
-    settings, data = read_flags(args, RecalibrateSettings), needed_data(args)
+    settings, data = read_flags(args, RecalibrateSettings), data_settings(args)
     with processes(args.device) as device:
         work = checked(args, need_work(args.work, "recalibrate"))
         path = Path(args.out) / work.recalibrated_path.name if args.out else work.recalibrated_path

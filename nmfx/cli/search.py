@@ -67,7 +67,8 @@ def run(args: Namespace) -> None:
 
 def _settings(args: Namespace) -> tuple[SearchSettings, DataSettings | None]:
     """What is asked; options that would be ignored are refused."""
-    data, said = data_settings(args), typed(args, SearchSettings)
+    data = data_settings(args) if typed(args, DataSettings) else None
+    said = typed(args, SearchSettings)
     typed_as = vars(args)
     timed = args.target_latency or typed_as.get("SearchSettings.budget") == "latency"
     method, sensitivity = typed_as.get("SearchSettings.method", "knapsack"), typed_as.get("SearchSettings.sensitivity", "")
@@ -136,7 +137,7 @@ def _searched(
     if settings.looping and checkpoint.exists():
         output().print(f"going on with {checkpoint}; --force starts anew")
     limits = ", ".join(f"{kind}={share}" for kind, share in (settings.limits or {}).items())
-    what = limits or f"{settings.target or DEFAULT_TARGET} of {settings.budget}"
+    what = limits or f"{DEFAULT_TARGET if settings.target is None else settings.target} of {settings.budget}"
     text = f"searching {work.model}: {settings.method}, {what}"
     with resumable(text) if settings.looping else advancing(text) as progress:
         record = search(work, settings, data, device=device, checkpoint=checkpoint, progress=progress)
@@ -156,7 +157,7 @@ def _timed(args: Namespace, settings: SearchSettings, data: DataSettings | None,
     for name in ("target", "budget", "limits"):
         question.pop(name)
     check_kernel()
-    target = args.target_latency or settings.target or "2x"
+    target = args.target_latency or ("2x" if settings.target is None else settings.target)
     with advancing("timing every pattern of every site") as progress:
         find = finder(settings, model, sites, data, work.input_size, device)
         return search_latency(model, sites, pictures, target, question, find, progress)

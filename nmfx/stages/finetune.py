@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -62,6 +62,7 @@ class FinetuneRecord:
     result: Finetuned
     best: Evaluation
     folder: Path
+    notes: list[str]
 
 
 def finetune(
@@ -71,9 +72,13 @@ def finetune(
     folder: Path,
     *,
     device: str = "cpu",
+    make_way: Callable[[Iterable[str]], list[str]] = lambda names: [],
     progress: Progress = silent,
 ) -> FinetuneRecord:
     """Train, or go on with a run that was stopped in `folder`, and write the best and the last epoch; every process calls it.
+
+    Args:
+        make_way: told the names of the checkpoints in `folder` before they are written; its lines become notes.
 
     Raises:
         NmfxError: nothing to start from, a folder that cannot be written, pictures that do not fit, a run of other settings.
@@ -99,11 +104,12 @@ def finetune(
         model.to(device), data, settings=training, folder=folder, config=config, teacher=teacher, about=about,
         progress=during, after_epoch=after,
     )  # fmt: skip
+    notes = make_way(TUNED.values()) if rank() == 0 else []
     save_epochs(model, result, folder, info)
     if world() > 1:
         dist.barrier()  # it has been written
     batches = validation_loader(data, config, batch_size=training.pictures_a_pass(world()), workers=training.workers)
-    return FinetuneRecord(model, result, _check(folder / TUNED["best"], model, batches, device), folder)
+    return FinetuneRecord(model, result, _check(folder / TUNED["best"], model, batches, device), folder, notes)
 
 
 def _model(origin: Origin, settings: FinetuneSettings) -> tuple[nn.Module, dict[str, str]]:

@@ -6,7 +6,7 @@ those before it wrote, and leaves a stamp in ``stages/``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -86,12 +86,15 @@ def describe(totals: Totals) -> str:
 def _finetune(job: Job, folder: Path, device: str, progress: Progress) -> Done:
     assert job.finetune is not None  # or the stage is left out
     assert job.data is not None
-    names = tuple(f"{TUNING}/{name}" for name in TUNED.values())
-    kept = Written(folder).clear(*names) if rank() == 0 else []
-    record = finetune(Origin(open_work(folder)), job.finetune, job.data, folder / TUNING, device=device, progress=progress)
-    result = record.result
-    said = f"{len(result.epochs)} epochs; best top-1 {result.best.top1:.2%} after epoch {result.best.epoch + 1}"
-    return Done(names, (said, *kept))
+
+    def make_way(names: Iterable[str]) -> list[str]:
+        return Written(folder).clear(*(f"{TUNING}/{name}" for name in names))
+
+    origin, place = Origin(open_work(folder)), folder / TUNING
+    record = finetune(origin, job.finetune, job.data, place, device=device, make_way=make_way, progress=progress)
+    best, epochs = record.result.best, len(record.result.epochs)
+    said = f"{epochs} epochs; best top-1 {best.top1:.2%} after epoch {best.epoch + 1}"
+    return Done(tuple(f"{TUNING}/{name}" for name in TUNED.values()), (said, *record.notes))
 
 
 def _export(job: Job, folder: Path, device: str, progress: Progress) -> Done:

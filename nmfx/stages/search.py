@@ -106,7 +106,7 @@ def choose(
         return _uniform(settings, sites)
     question = ask(settings, start)
     said = ""
-    if not (settings.target or settings.limits or start):
+    if settings.target is None and not (settings.limits or start):
         question["target"], said = default_target(sites, settings.method, question)
     if settings.looping:
         assert data is not None
@@ -121,7 +121,8 @@ def ask(settings: SearchSettings, start: Scheme | None) -> dict[str, Any]:
     choices = values_of(settings.choices)
     if choices["m"] is None:
         choices["m"] = max((pattern.m for pattern in (start or {}).values()), default=DEFAULT_M)
-    asked = {"target": settings.target or DEFAULT_TARGET, "budget": settings.budget, "limits": settings.limits}
+    target = DEFAULT_TARGET if settings.target is None else settings.target
+    asked = {"target": target, "budget": settings.budget, "limits": settings.limits}
     return {**asked, **choices, "within": start}
 
 

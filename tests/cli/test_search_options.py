@@ -39,6 +39,12 @@ def test_times_fewer_is_a_target(nmfx: Run) -> None:
     assert "budget: 9,284 weights" in out
 
 
+@pytest.mark.parametrize("target", ["0", "0.0", "1x"])
+def test_a_target_of_nothing_is_a_target(target: str, nmfx: Run) -> None:
+    nmfx("search", "--target", target, "--m", "32")
+    assert scheme().totals(find_sites(load_demo(trained=True))).sparsity == 0
+
+
 def test_two_limits_are_reported_and_held(nmfx: Run) -> None:
     out, _ = nmfx("search", "--limit", "params=0.3", "--limit", "macs=2x", "--method", "knapsack")
     totals = scheme().totals(find_sites(load_demo(trained=True)))

@@ -103,6 +103,7 @@ ROWS = [
     ("search W --force --figure x.gif", 1, "x.gif: a figure is written as .png, .svg, .pdf"),
     ("search W --force --html notes.txt", 1, "notes.txt: a page's name ends in .html"),
     ("search W --force --data nowhere", 1, "no data set or folder is called 'nowhere'"),
+    ("search W --force --data folder", 1, "folder: holds nothing to train on: it is empty"),
     ("search W --force --data notes.txt", 1, "notes.txt: not a folder; expected DIR/train/CLASS/*.jpg"),
     ("search W --force --data digits --device gpu", 1, "--device gpu: "),
     (f"recalibrate W {DATA} --scheme notes.txt", 1, "notes.txt: expected a YAML mapping"),

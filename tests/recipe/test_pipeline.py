@@ -148,6 +148,20 @@ def test_check_goes_up_to_the_data(tmp_path: Path) -> None:
         check_recipe(replace(recipe, model=ModelSettings("demo:digits", "none", {"classes": 7})))
 
 
+def test_what_was_trained_stays_until_it_has_been_trained_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "run"
+    run(quick(), folder)
+    model = folder / "finetune" / "model.safetensors"
+    model.write_bytes(b"mine")
+    with monkeypatch.context() as patch:
+        patch.setattr("nmfx.stages.finetune.train", lambda *args, **options: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run(quick(), folder)
+    assert model.read_bytes() == b"mine"
+    assert run(quick(), folder) == ["finetune"]  # the same bits, so that nothing after it has to run
+    assert model.with_name("model.safetensors.kept").read_bytes() == b"mine"
+
+
 def test_a_recipe_goes_into_a_work_directory_of_the_commands(tmp_path: Path) -> None:
     """What commands wrote there is no stage of the recipe: it is kept under another name, and nothing is lost."""
     folder = create(build(ModelSettings("demo:digits", "none")), tmp_path / "run", force=False).path
