@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 import yaml
@@ -17,10 +17,9 @@ from nmfx.files import parsing
 from nmfx.files.atomic import write_atomic
 from nmfx.files.parsing import Count, Finite, Form, Text
 from nmfx.models.site import Site, Sites
-from nmfx.sparsity.layout import Grouping, Layout, group
-from nmfx.sparsity.pattern import Pattern
+from nmfx.sparsity.layout import Grouping, group
+from nmfx.sparsity.pattern import Layout, Pattern, Remainder
 
-Remainder = Literal["dense", "smaller", "short"]
 VERSION = 1
 INFO = ("model", "weights", "method", "budget", "target", "m", "sites")  # what a scheme file says about where it came from
 

@@ -12,9 +12,8 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 
-from nmfx.cli.common import check_random, checked, model_settings, pictures_of, warn_random
+from nmfx.cli.common import check_kernel, check_random, checked, model_settings, pictures_of, warn_random
 from nmfx.cli.console import advancing, output, warn, working
-from nmfx.cli.search import check_kernel
 from nmfx.errors import NmfxError
 from nmfx.export.checkpoint import load_checkpoint
 from nmfx.export.plain import save_onnx
@@ -69,7 +68,7 @@ def _models(args: Namespace) -> tuple[nn.Module, nn.Module, Tensor, str]:
         for line in notes:
             warn(line)
         if finished is not None:
-            return dense, load_checkpoint(finished), pictures, str(finished)
+            return dense, load_checkpoint(finished.path), pictures, str(finished.path)
         return dense, transform(dense, scheme, sites=sites), pictures, f"{path}"
     if path.is_file():
         if not is_compressed(path):

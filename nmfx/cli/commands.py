@@ -80,7 +80,7 @@ def _search(parser: argparse.ArgumentParser) -> None:
         "site takes more than it has. With --data, the knapsack and spdy look at a few training pictures, and domino runs the "
         "published loop, which the same command resumes."
     )
-    parser.add_argument("work", nargs="?", metavar="DIR", help="work directory made by nmfx convert")
+    _work(parser, "work directory made by nmfx convert")
     parser.add_argument("--model", metavar="NAME", help="convert this model first, if NAME.nmfx is not there yet")
     choices, loop = options_of(Choices), options_of(Loop)
     data = ("sensitivity", "pictures", "seconds", "lr", "batch_size", "most", "seed", *loop)
@@ -109,8 +109,8 @@ def _recalibrate(parser: argparse.ArgumentParser) -> None:
         "difference that its masks make on a few hundred pictures, and write DIR/recalibrated/model.safetensors: what export, "
         "evaluate and bench take where nothing has been fine-tuned."
     )
-    parser.add_argument("work", nargs="?", metavar="DIR", help="work directory with a scheme")
-    parser.add_argument("--scheme", metavar="FILE", help="another scheme than the work directory's")
+    _work(parser, "work directory with a scheme")
+    _other_scheme(parser)
     _pictures(parser)
     add_flags(parser, RecalibrateSettings)
     _output(parser, "folder to write to (default: DIR/recalibrated)")
@@ -123,7 +123,7 @@ def _finetune(parser: argparse.ArgumentParser) -> None:
         "was stopped, and with more --epochs extends it, at the learning rate that the longer schedule has there. Several "
         "processes: torchrun --nproc_per_node=K -m nmfx finetune ..."
     )
-    parser.add_argument("work", nargs="?", metavar="DIR", help="work directory with a scheme")
+    _work(parser, "work directory with a scheme")
     start = parser.add_argument_group("what to start from, and how masks train")
     start.add_argument("--from", dest="start", metavar="FILE", help="a compressed checkpoint instead of the dense weights")
     start.add_argument("--scheme", metavar="FILE|dense", help="another scheme than the work directory's, or none")
@@ -161,8 +161,8 @@ def _export(parser: argparse.ArgumentParser) -> None:
         "Write the scheme files and the compressed checkpoint of a work directory to DIR/export/: the fine-tuned weights if "
         "they were trained under this scheme, else the recalibrated ones, else those it was made with."
     )
-    parser.add_argument("work", nargs="?", metavar="DIR", help="work directory made by nmfx convert")
-    parser.add_argument("--scheme", metavar="FILE", help="another scheme than the work directory's")
+    _work(parser, "work directory made by nmfx convert")
+    _other_scheme(parser)
     add_flags(parser, ExportSettings)
     _output(parser, "folder to write to (default: DIR/export)")
 
@@ -174,7 +174,7 @@ def _bench(parser: argparse.ArgumentParser) -> None:
         "checkpoint, or a model by name under a scheme found at --target."
     )
     _what(parser)
-    parser.add_argument("--scheme", metavar="FILE", help="another scheme than the work directory's")
+    _other_scheme(parser)
     parser.add_argument("--target", default="0.875", help="for a model by name: sparsity of parameters (default: 0.875)")
     parser.add_argument("--m", type=whole(2, 64), default=16, help="for a model by name: group size M (default: 16)")
     add_flags(parser, ModelSettings, only=("input_size",))
@@ -228,6 +228,14 @@ def _compare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--all", action="store_true", help="also list the sites that agree")
     _figures(parser)
     _force(parser)
+
+
+def _work(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument("work", nargs="?", metavar="DIR", help=what)
+
+
+def _other_scheme(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--scheme", metavar="FILE", help="another scheme than the work directory's")
 
 
 def _what(parser: argparse.ArgumentParser) -> None:

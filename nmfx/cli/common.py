@@ -11,14 +11,15 @@ from typing import Any
 
 import torch
 
-from nmfx.cli.console import advancing, warn
+from nmfx.cli.console import advancing, warn, working
 from nmfx.cli.processes import asked_to_stop
 from nmfx.errors import NmfxError
 from nmfx.models.example import Example
 from nmfx.passes.statistics import batch_norms
+from nmfx.progress import Progress
+from nmfx.runtime.building import load_kernel
 from nmfx.settings.flags import read_flags
 from nmfx.settings.stages import FOLDER, DataSettings, ModelSettings
-from nmfx.stages.data import Progress
 from nmfx.stages.work import WorkDirectory
 
 DIGITS = "digits"  # the pictures that the demo network was trained on
@@ -94,3 +95,11 @@ def pictures_of(example: Example) -> torch.Tensor:
     if len(example.args) != 1 or not isinstance(example.args[0], torch.Tensor) or example.kwargs:
         raise NmfxError("speed is measured for models of one input, a batch of pictures")
     return example.args[0]
+
+
+def check_kernel() -> None:
+    """Build or load the sparse kernel; one line if it cannot be had, with what to do."""
+    with working("loading the sparse kernel; the first time it is built, which takes a minute"):
+        reason = load_kernel()
+    if reason:
+        warn(f"no sparse kernel, so nothing gets faster than dense: {reason}")

@@ -139,7 +139,8 @@ def _following(work: WorkDirectory) -> list[tuple[str, str]]:
     if not work.start_path.is_file():
         return [(work.command("search"), "a pattern for each site")]
     sites = work.sites(work.build_meta())
-    start = Scheme.load(work.start_path, sites)
+    start = work.start(sites)
+    assert start is not None  # it has been written
     kept, m = 1 - start.totals(sites).sparsity, max(pattern.m for pattern in start.values())
     remainder = "short" if start.short else "dense"
     policy = ["--layout", "flat"] if start.layout == "flat" else []

@@ -6,23 +6,32 @@ from argparse import Namespace
 from pathlib import Path
 
 from nmfx.cli import convert, tables
-from nmfx.cli.common import after_search, checked, data_options, data_settings, pictures_of, resumable, warn_random
-from nmfx.cli.console import advancing, heading, hint, output, warn, working
+from nmfx.cli.common import (
+    after_search,
+    check_kernel,
+    checked,
+    data_options,
+    data_settings,
+    pictures_of,
+    resumable,
+    warn_random,
+)
+from nmfx.cli.console import advancing, heading, hint, output, warn
 from nmfx.cli.processes import first_alone, processes
 from nmfx.errors import NmfxError, SearchError
 from nmfx.models.source import find_source
 from nmfx.processes import rank
-from nmfx.runtime.building import load_kernel
 from nmfx.scheme import Scheme
 from nmfx.search.budget import UNITS
 from nmfx.search.finder import SearchResult
-from nmfx.settings.flags import read_flags, typed
+from nmfx.settings.flags import name_of, read_flags, typed
+from nmfx.settings.option import options_of
 from nmfx.settings.search import DEFAULT_TARGET, SENSITIVITIES, Loop, SearchSettings
 from nmfx.settings.stages import DataSettings, ModelSettings
 from nmfx.stages import report
 from nmfx.stages.latency import Reached, search_latency
 from nmfx.stages.search import SearchRecord, ask, finder, search, with_origin
-from nmfx.stages.work import WorkDirectory, check_free, directory_for, find_work, open_work, save_scheme
+from nmfx.stages.work import SEARCHING, WorkDirectory, check_free, directory_for, find_work, open_work, save_scheme
 from nmfx.stages.written import is_state, remove_state
 
 DEMO = "demo:digits"
@@ -69,12 +78,11 @@ def _settings(args: Namespace) -> tuple[SearchSettings, DataSettings | None]:
     """What is asked; options that would be ignored are refused."""
     data = data_settings(args) if typed(args, DataSettings) else None
     said = typed(args, SearchSettings)
-    typed_as = vars(args)
-    timed = args.target_latency or typed_as.get("SearchSettings.budget") == "latency"
-    method, sensitivity = typed_as.get("SearchSettings.method", "knapsack"), typed_as.get("SearchSettings.sensitivity", "")
-    if "limits" in said and {"target", "budget"} & set(said):
+    timed = args.target_latency or said.get("budget") == "latency"
+    method, sensitivity = said.get("method", SearchSettings.method), said.get("sensitivity", "")
+    if "limits" in said and {"target", "budget"} & said.keys():
         raise SearchError("--limit says the budget; leave --target and --budget out")
-    if "patterns" in said and {"m", "candidates"} & set(said):
+    if "patterns" in said and {"m", "candidates"} & said.keys():
         raise SearchError("--patterns says all patterns; leave --m and --candidates out")
     if sensitivity and method != "knapsack":
         raise SearchError(f"--sensitivity is the knapsack's; method {method} has none: add --method knapsack")
@@ -88,9 +96,9 @@ def _settings(args: Namespace) -> tuple[SearchSettings, DataSettings | None]:
     if not (method == "domino" and data):
         for key in (*Loop.__dataclass_fields__, "lr", "most"):
             if key in said:
-                flag = "--no-eta" if key == "eta" else f"--{key.replace('_', '-')}"
+                flag = name_of(options_of(SearchSettings)[key][0])
                 raise SearchError(f"{flag} is of the published loop: it needs --method domino with --data")
-    if args.target_latency and {"target", "budget", "limits"} & set(said):
+    if args.target_latency and {"target", "budget", "limits"} & said.keys():
         raise SearchError("--target-latency says the budget; leave --target, --budget and --limit out")
     if timed and method not in ("knapsack", "spdy"):
         raise SearchError(f"times are the knapsack's and spdy's to budget; method {method} counts parameters, MACs or bytes")
@@ -120,10 +128,8 @@ def _work(args: Namespace) -> WorkDirectory:
 
 
 def _show_start(work: WorkDirectory) -> None:
-    if work.start_path.is_file():
-        sites = work.sites(work.build_meta())
-        said = tables.start_line(Scheme.load(work.start_path, sites), sites)
-        output().print(heading(f"starts from {work.start_path}: ", said), soft_wrap=True)
+    if work.start_path.is_file() and (start := work.start(sites := work.sites(work.build_meta()))):
+        output().print(heading(f"starts from {work.start_path}: ", tables.start_line(start, sites)), soft_wrap=True)
 
 
 def _searched(
@@ -163,16 +169,8 @@ def _timed(args: Namespace, settings: SearchSettings, data: DataSettings | None,
         return search_latency(model, sites, pictures, target, question, find, progress)
 
 
-def check_kernel() -> None:
-    """Build or load the sparse kernel; one line if it cannot be had, with what to do."""
-    with working("loading the sparse kernel; the first time it is built, which takes a minute"):
-        reason = load_kernel()
-    if reason:
-        warn(f"no sparse kernel, so nothing gets faster than dense: {reason}")
-
-
 def _checkpoint(path: Path) -> Path:
-    return path.with_suffix(".search.safetensors")
+    return path.with_suffix(SEARCHING)
 
 
 def _show_latency(found: Reached) -> None:

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from nmfx.errors import NmfxError
+from nmfx.progress import Progress, silent
 from nmfx.runtime.compiled import Choice, compile
 from nmfx.runtime.latency import COMPILED, dense_runs
-from nmfx.runtime.timing import Advance, ignore, portion
+from nmfx.runtime.timing import portion
 
 Run = Callable[[], object]
 NMFX, MASKED = "nmfx", "masked, eager"
@@ -86,7 +87,7 @@ def bench(
     threads: tuple[int, ...] = (),
     turns: int = 15,
     onnx: Path | None = None,
-    progress: Advance = ignore,
+    progress: Progress = silent,
 ) -> Bench:
     """Time a dense model and its converted counterpart on `example` repeated to each batch size.
 
@@ -136,7 +137,7 @@ def bench(
     return Bench(tuple(timings), choices, missing, difference)
 
 
-def in_turns(runs: Mapping[str, Run], turns: int, progress: Advance) -> dict[str, tuple[float, ...]]:
+def in_turns(runs: Mapping[str, Run], turns: int, progress: Progress) -> dict[str, tuple[float, ...]]:
     """Seconds a call of each, a number a turn; all take turns, so that what else the machine does meets all of them."""
     found: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(turns):

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map
 from nmfx.errors import ModelError, NmfxError
 from nmfx.masking.modes import keep_modes
 from nmfx.passes.baking import bake
+from nmfx.progress import Progress, silent
 from nmfx.runtime.building import load_kernel
 from nmfx.runtime.chain import link, repeated
 from nmfx.runtime.checks import output_size
@@ -24,7 +25,7 @@ from nmfx.runtime.layers import DEPTHWISE, LAYERS, Fused, alike, dense_layers, s
 from nmfx.runtime.lowering import EXPORTING, Domain, export, lower
 from nmfx.runtime.packed import LANES, SPARSE, TILES
 from nmfx.runtime.program import window_of
-from nmfx.runtime.timing import NETWORK_SECONDS, Advance, Times, ignore, measure, portion
+from nmfx.runtime.timing import NETWORK_SECONDS, Times, measure, portion
 
 REPEATS = 4  # calls of a sparse way in one timed chain: in a network, too, one call from Python runs many operators
 BEFORE_OTHERS = 1.5  # lanes may take this many times as long: between operators by lanes nothing is laid out anew
@@ -267,7 +268,7 @@ def _joined(parts: list[Any]) -> Any:
 
 @torch.inference_mode(False)  # whose tensors have no versions
 def compile(
-    model: nn.Module, example_input: Tensor, *, batch: int | None = None, shapes: int = SHAPES, progress: Advance = ignore
+    model: nn.Module, example_input: Tensor, *, batch: int | None = None, shapes: int = SHAPES, progress: Progress = silent
 ) -> CompiledModel:
     """Lower a converted, baked or plain model for this machine.
 
@@ -378,7 +379,7 @@ class TimedSite:
 
 
 def time_sites(
-    graph: fx.GraphModule, sites: Sites, example: Tensor, times: Times, progress: Advance = ignore
+    graph: fx.GraphModule, sites: Sites, example: Tensor, times: Times, progress: Progress = silent
 ) -> list[TimedSite]:
     """Time every way to compute each site of a lowered graph; its sites are dense layers afterwards.
 

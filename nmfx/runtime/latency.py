@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from nmfx.passes.baking import bake
+from nmfx.progress import Progress, silent
 from nmfx.runtime.building import load_kernel, quiet
 from nmfx.runtime.compiled import (
     Lowered,
@@ -23,7 +24,7 @@ from nmfx.runtime.compiled import (
 )
 from nmfx.runtime.layers import Fused
 from nmfx.runtime.lowering import export, lower
-from nmfx.runtime.timing import NETWORK_SECONDS, Advance, Times, ignore, measure
+from nmfx.runtime.timing import NETWORK_SECONDS, Times, measure
 from nmfx.sparsity.layout import Grouping
 from nmfx.sparsity.mask import make_mask
 from nmfx.sparsity.pattern import Pattern
@@ -98,7 +99,7 @@ def measure_latency(
     groupings: Mapping[str, Mapping[Pattern, Grouping]],
     example: Tensor,
     *,
-    progress: Advance = ignore,
+    progress: Progress = silent,
 ) -> Latency:
     """Time every pattern of every site that the runtime can lower, and the rest of the network.
 

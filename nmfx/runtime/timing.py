@@ -21,9 +21,9 @@ import torch
 from nmfx.errors import NmfxError
 from nmfx.files.atomic import locked, write_atomic
 from nmfx.files.parsing import Form, Seconds, read_json
+from nmfx.progress import Progress
 from nmfx.runtime.building import cache_folder, kernel_digest, processor
 
-Advance = Callable[[float, str], None]  # called with the share of the work done (0..1) and what is being done
 ROUNDS, TURN_SECONDS = 7, 0.004  # turns of each candidate, and the shortest time of one
 NETWORK_SECONDS = 0.1  # the shortest time of a turn of a whole network
 HOPELESS = 1.6  # times the fastest: more than what a choice between ways to compute a site forgives
@@ -41,11 +41,7 @@ SETTINGS = (
 log = logging.getLogger(__name__)
 
 
-def ignore(share: float, what: str) -> None:
-    """An Advance that reports to nobody."""
-
-
-def portion(progress: Advance, number: int, parts: int) -> Advance:
+def portion(progress: Progress, number: int, parts: int) -> Progress:
     """What part `number` of `parts` reports its share of the work to: `progress`, as a share of all of it."""
     return lambda share, what: progress((number + share) / parts, what)
 

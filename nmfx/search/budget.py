@@ -6,15 +6,14 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Literal, cast, get_args
+from typing import cast, get_args
 
 from nmfx import text
 from nmfx.errors import SearchError
 from nmfx.models.site import Site, Sites
-from nmfx.settings.target import parse_limit, parse_target
+from nmfx.settings.target import BudgetKind, parse_limit, parse_target
 from nmfx.sparsity.pattern import Pattern
 
-BudgetKind = Literal["params", "macs", "bytes", "latency"]
 Prices = Mapping[str, Mapping[Pattern, int]]
 KINDS: tuple[str, ...] = get_args(BudgetKind)
 UNITS = {"params": "weights", "macs": "MACs", "bytes": "bytes", "latency": "ns"}

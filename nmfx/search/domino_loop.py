@@ -21,11 +21,11 @@ from nmfx.passes.thresholds import SUFFIXES, attach_thresholds, detach_threshold
 from nmfx.processes import world
 from nmfx.scheme import Scheme
 from nmfx.search.baselines import erk_sparsities
-from nmfx.search.budget import BudgetKind
 from nmfx.search.domino import penalties
 from nmfx.search.events import Event, Outcome, trim
 from nmfx.search.problem import Problem, make_scheme, pose
 from nmfx.settings.search import Loop
+from nmfx.settings.target import BudgetKind
 from nmfx.sparsity.layout import Grouping
 from nmfx.sparsity.pattern import Pattern
 

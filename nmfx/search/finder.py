@@ -17,7 +17,7 @@ from nmfx.models.census import find_sites
 from nmfx.models.site import Sites
 from nmfx.scheme import Scheme, Totals
 from nmfx.search.baselines import erk, moves, uniform
-from nmfx.search.budget import Budget, BudgetKind, Prices
+from nmfx.search.budget import Budget, Prices
 from nmfx.search.domino import domino
 from nmfx.search.events import Event, Outcome, trim
 from nmfx.search.evidence import Evidence
@@ -27,6 +27,7 @@ from nmfx.search.problem import Problem, make_scheme, pose
 from nmfx.search.sensitivity import SENSITIVITIES
 from nmfx.search.tables import Tables
 from nmfx.search.whole import spdy
+from nmfx.settings.target import BudgetKind
 
 
 def knapsack(problem: Problem, tables: Tables) -> Outcome:

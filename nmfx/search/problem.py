@@ -15,12 +15,13 @@ from nmfx import text
 from nmfx.errors import SchemeError, SearchError
 from nmfx.models.site import Site, Sites
 from nmfx.models.source import identify_quickly
-from nmfx.scheme import Remainder, Scheme, fit, shapes_of
-from nmfx.search.budget import Budget, BudgetKind, Prices, amount, make_budgets
+from nmfx.scheme import Scheme, fit, shapes_of
+from nmfx.search.budget import Budget, Prices, amount, make_budgets
 from nmfx.settings.search import Choices
-from nmfx.sparsity.layout import Grouping, Layout, group
+from nmfx.settings.target import BudgetKind
+from nmfx.sparsity.layout import Grouping, group
 from nmfx.sparsity.packing import packed_sizes
-from nmfx.sparsity.pattern import Pattern
+from nmfx.sparsity.pattern import Layout, Pattern, Remainder
 
 Costs = tuple[tuple[int, ...], ...]
 

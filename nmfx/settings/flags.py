@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Container, Iterator, Mapping
-from dataclasses import MISSING, Field, fields
+from dataclasses import MISSING, Field
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from nmfx.errors import NmfxError
-from nmfx.settings.option import Option, about, is_mapping, is_settings, kinds_of, parse, types_of
+from nmfx.settings.option import Option, about, is_mapping, is_settings, kinds_of, parse, typed_fields
 
 T = TypeVar("T")
 Path = tuple[str, ...]  # the keys on the way to an option
@@ -59,9 +59,10 @@ def read_flags(args: argparse.Namespace, cls: type[T], **given: Any) -> T:
         raise type(error)(f"{flags[first]}{rest}" if first in flags and rest.startswith(" ") else str(error)) from None
 
 
-def typed(args: argparse.Namespace, cls: type) -> list[str]:
-    """The keys whose flags were typed."""
-    return [path[-1] for _, _, path in _flagged(cls) if _dest(cls, path) in vars(args)]
+def typed(args: argparse.Namespace, cls: type) -> dict[str, Any]:
+    """The keys whose flags were typed, with what was."""
+    texts = {path[-1]: vars(args).get(_dest(cls, path)) for _, _, path in _flagged(cls)}
+    return {key: text for key, text in texts.items() if text is not None}
 
 
 def _dest(cls: type, path: Path) -> str:
@@ -75,8 +76,7 @@ def name_of(item: Field[Any]) -> str:
 
 def _build(cls: type[T], values: Mapping[Path, Any], path: Path, given: Mapping[str, Any]) -> T:
     found = dict(given)
-    for item in fields(cls):  # type: ignore[arg-type]
-        kind, said = types_of(cls)[item.name], about(item)
+    for item, kind, said in typed_fields(cls):
         here = path if said.inline else (*path, item.name)
         if is_settings(kind) and item.name not in found:
             found[item.name] = _build(kind, values, here, {})
@@ -86,8 +86,7 @@ def _build(cls: type[T], values: Mapping[Path, Any], path: Path, given: Mapping[
 
 
 def _flagged(cls: type, path: Path = (), without: tuple[str, ...] = ()) -> Iterator[tuple[Field[Any], Any, Path]]:
-    for item in fields(cls):
-        kind, said = types_of(cls)[item.name], about(item)
+    for item, kind, said in typed_fields(cls):
         if said.flag is None or item.name in without:
             continue
         if is_settings(kind):
@@ -138,10 +137,9 @@ def _value(typed: Any, item: Field[Any], kind: Any) -> Any:
         tree = {name or "*": value for name, _, value in pairs}
         if len(tree) < len(pairs):
             raise NmfxError(f"{name_of(item)} {f' {name_of(item)} '.join(typed)}: one of a kind")
-    elif any(get_origin(kind) is tuple for kind in kinds) and not said.repeat:
+    elif (several := [kind for kind in kinds if get_origin(kind) is tuple]) and not said.repeat:
         tree = typed.split(",")
-        tree = tree[0] if len(tree) == 1 and set(kinds) & {int, float} else tree
-    numbers = any(get_args(one)[:1] == (int,) for one in kinds if get_origin(one) is tuple)
-    if numbers and not all(re.fullmatch(r"-?\d+", part) for part in typed.split(",")):
-        raise NmfxError(f"{name_of(item)}: expected whole numbers with commas, as in 1,2,4,8, found {typed!r}")
+        if get_args(several[0])[0] is int and not all(re.fullmatch(r"-?\d+", part) for part in tree):
+            raise NmfxError(f"{name_of(item)}: expected whole numbers with commas, as in 1,2,4,8, found {typed!r}")
+        tree = tree[0] if len(tree) == 1 and int in kinds else tree
     return parse(tree, kind, name_of(item), said)

@@ -12,7 +12,6 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
-from functools import cache
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -91,14 +90,10 @@ def about(item: Field[Any]) -> Option:
     return said
 
 
-def types_of(cls: type) -> dict[str, Any]:
-    """The types of a settings class's fields."""
-    return _types_of(cls)
-
-
-@cache
-def _types_of(cls: Any) -> dict[str, Any]:
-    return get_type_hints(cls)
+def typed_fields(cls: type) -> list[tuple[Field[Any], Any, Option]]:
+    """The fields of a settings class, each with its type and its option."""
+    kinds = get_type_hints(cls)
+    return [(item, kinds[item.name], about(item)) for item in fields(cls)]
 
 
 def kinds_of(kind: Any) -> tuple[Any, ...]:
@@ -119,9 +114,8 @@ def is_mapping(kind: Any) -> bool:
 def options_of(cls: type, without: Iterable[str] = ()) -> dict[str, tuple[Field[Any], Any]]:
     """The options of a settings class by their keys, with their types; those of inline classes among them."""
     found: dict[str, tuple[Field[Any], Any]] = {}
-    for item in fields(cls):
-        kind = types_of(cls)[item.name]
-        found |= options_of(kind, about(item).without) if about(item).inline else {item.name: (item, kind)}
+    for item, kind, said in typed_fields(cls):
+        found |= options_of(kind, said.without) if said.inline else {item.name: (item, kind)}
     return {key: one for key, one in found.items() if key not in without}
 
 
@@ -148,9 +142,8 @@ def check_options(settings: Any, what: str, error: type[NmfxError] = NmfxError) 
     Raises:
         NmfxError: of type `error`, naming the first option that is wrong.
     """
-    for item in fields(settings):
-        kind, value, said = types_of(type(settings))[item.name], getattr(settings, item.name), about(item)
-        kinds = kinds_of(kind)
+    for item, kind, said in typed_fields(type(settings)):
+        value, kinds = getattr(settings, item.name), kinds_of(kind)
         if value is None and NoneType in kinds:
             continue
         where = f"{what}: {item.name}={value!r}"
@@ -183,8 +176,7 @@ def section(tree: Any, cls: type[T], where: str) -> T:
     if (check := getattr(cls, "check_keys", None)) is not None:
         check(tree, where)
     values, separator = dict[str, Any](), ": " if getattr(cls, "is_whole", False) else "."
-    for item in fields(cls):  # type: ignore[arg-type]
-        kind, said = types_of(cls)[item.name], about(item)
+    for item, kind, said in typed_fields(cls):
         if said.inline:
             own = {key: value for key, value in tree.items() if key in options_of(kind, said.without)}
             values[item.name] = section(own, kind, where)

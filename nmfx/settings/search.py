@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from nmfx import text
 from nmfx.errors import NmfxError, SearchError
 from nmfx.settings.option import check_options, inline, option
-from nmfx.settings.target import parse_limit, parse_target
-from nmfx.sparsity.pattern import MAX_M, Pattern
+from nmfx.settings.target import BudgetKind, parse_limit, parse_target
+from nmfx.sparsity.pattern import MAX_M, Layout, Pattern, Remainder
 
 if TYPE_CHECKING:
     from nmfx.models.site import Site, Sites
@@ -47,8 +47,8 @@ class Choices:
     min_density: float | Mapping[str, float] = option(
         0.0, "least density of the sites", metavar="[GLOB=]SHARE", repeat=True
     )
-    layout: Literal["strict", "flat"] = option("strict", "groups within rows of input channels, or across them")
-    remainder: Literal["dense", "smaller", "short"] = option(
+    layout: Layout = option("strict", "groups within rows of input channels, or across them")
+    remainder: Remainder = option(
         "dense", "rows that M does not divide: stay dense, take a smaller M, or end in a short group"
     )
 
@@ -134,7 +134,7 @@ class SearchSettings:
     target: float | str | None = option(
         None, "sparsity to reach, as 0.875, or times fewer, as 8x; 0.875, or what is in reach"
     )
-    budget: Literal["params", "macs", "bytes", "latency"] = option(
+    budget: BudgetKind = option(
         "params", "what the target counts; bytes: of the packed weights; latency: see --target-latency"
     )
     limits: Mapping[str, float | str] | None = option(

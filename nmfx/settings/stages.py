@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Any, Literal
 from nmfx.errors import NmfxError
 from nmfx.settings.option import check_options, inline, option
 from nmfx.settings.training import Settings
-from nmfx.sparsity.rules import Training
+from nmfx.sparsity.rules import RULES, Training
 
 FOLDER = "folder"  # the name of the data that is just an image folder: the root
 LARGEST_PICTURE = 1 << 26  # numbers in one input that a file may ask for: 256 MiB
@@ -91,7 +92,7 @@ class FinetuneSettings:
     training: Training = option(
         "sr-ste", "masks follow the weights with a pull on dropped ones or without, or stay as they are (ASP)"
     )
-    decay: float = option(2e-4, "sr-ste: lambda, the pull on dropped weights", least=0, most=1e6)
+    decay: float = option(RULES["sr-ste"].decay, "sr-ste: lambda, the pull on dropped weights", least=0, most=1e6)
     settings: Settings = inline(Settings(), "workers")  # the data settings have them
 
     def __post_init__(self) -> None:
@@ -132,9 +133,6 @@ def parse_size(size: str, what: str) -> tuple[int, ...] | None:
     if all(re.fullmatch(r"0*[1-9][0-9]{0,5}", part) for part in parts) and len(parts) <= 5:
         numbers = tuple(map(int, parts))
         numbers = (3, *numbers, *numbers) if len(numbers) == 1 else numbers
-        count = 1
-        for number in numbers:
-            count *= number
-        if count <= LARGEST_PICTURE:
+        if math.prod(numbers) <= LARGEST_PICTURE:
             return numbers
     raise NmfxError(f"{what} {size[:40]}: expected the input without its batch, as in 3x224x224")

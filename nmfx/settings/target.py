@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import re
 from fractions import Fraction
+from typing import Literal
 
 from nmfx.errors import SearchError
+
+BudgetKind = Literal["params", "macs", "bytes", "latency"]
 
 
 def parse_target(target: float | str) -> float | Fraction:

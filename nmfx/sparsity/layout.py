@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 from torch import Tensor
 
 from nmfx.errors import SchemeError
-from nmfx.sparsity.pattern import Pattern
+from nmfx.sparsity.pattern import Layout, Pattern
 
-Layout = Literal["strict", "flat"]
 Rows = tuple[int, int, int]  # (outer, length, inner): a weight seen as outer x inner rows of `length` input channels
 
 

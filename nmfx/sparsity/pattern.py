@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from nmfx.errors import PatternError
 
+Layout = Literal["strict", "flat"]  # groups within rows of input channels, or across them
+Remainder = Literal["dense", "smaller", "short"]  # what becomes of rows that M does not divide
 MAX_M = 64  # a group's choice must fit one signed 64-bit integer when packed
 
 

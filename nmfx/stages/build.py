@@ -20,13 +20,16 @@ from nmfx.models.source import SOURCE, Source, find_source
 from nmfx.passes.transform import conversion_difference
 from nmfx.scheme import Scheme
 from nmfx.settings.stages import ModelSettings
-from nmfx.stages.epochs import TUNED
+from nmfx.stages.export import FORMATS
+from nmfx.stages.finetune import FILES
 from nmfx.stages.work import (
     EXPORT,
     RECALIBRATED,
     SCHEME,
     SCORES,
+    SEARCHING,
     START,
+    TUNING,
     WEIGHTS,
     WORK,
     WorkDirectory,
@@ -36,11 +39,11 @@ from nmfx.stages.work import (
 )
 from nmfx.stages.written import strangers
 
-EXPORTS = (".safetensors", ".baked.safetensors", ".onnx")
+EXPORTS = (".safetensors", *(ending for ending, _ in FORMATS.values()))
 OURS = {
-    *(WORK, WEIGHTS, START, SCHEME, "scheme.txt", "scheme.search.safetensors", RECALIBRATED, SCORES),
-    *(f"finetune/{name}" for name in ("last.safetensors", "best.safetensors", "log.csv", *TUNED.values())),
-    *(f"{EXPORT}/scheme.yaml", f"{EXPORT}/scheme.txt"),
+    *(WORK, WEIGHTS, START, SCHEME, "scheme.txt", f"scheme{SEARCHING}", RECALIBRATED, SCORES),
+    *(f"{TUNING}/{name}" for name in FILES),
+    *(f"{EXPORT}/{SCHEME}", f"{EXPORT}/scheme.txt"),
     *(f"stages/{name}.json" for name in ("build", "search", "finetune", "export", "evaluate", "written")),
 }  # what may lie in a work directory
 

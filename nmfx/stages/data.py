@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from torch import Tensor, nn
 
 from nmfx.data.config import PictureConfig, check_classes, picture_config
@@ -11,12 +9,6 @@ from nmfx.data.sample import calibration
 from nmfx.data.source import Data, open_data
 from nmfx.errors import NmfxError
 from nmfx.settings.stages import FOLDER, DataSettings
-
-Progress = Callable[..., None]  # the share done, and a line of text; lasting=True: a line to keep
-
-
-def silent(share: float, line: str = "", *, lasting: bool = False) -> None:
-    """A `Progress` that shows nothing."""
 
 
 def open_pictures(settings: DataSettings | None) -> Data:
@@ -45,10 +37,6 @@ def fit_pictures(data: Data, model: nn.Module, input_size: tuple[int, ...] | Non
     return picture_config(model, data, input_size=size)
 
 
-def sample(
-    settings: DataSettings, model: nn.Module, input_size: tuple[int, ...] | None, *, count: int, batch_size: int, seed: int
-) -> list[tuple[Tensor, Tensor]]:
-    """`count` training pictures with their labels, in batches."""
-    data = open_pictures(settings)
-    config = fit_pictures(data, model, input_size)
-    return calibration(data, config, count=count, batch_size=batch_size, seed=seed, workers=settings.workers)
+def sample(data: Data, model: nn.Module, input_size: tuple[int, ...] | None, **how: int) -> list[tuple[Tensor, Tensor]]:
+    """Training pictures for a model, with their labels, in batches; `how` are the options of `nmfx.data.calibration`."""
+    return calibration(data, fit_pictures(data, model, input_size), **how)

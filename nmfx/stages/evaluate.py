@@ -17,9 +17,10 @@ from nmfx.files.atomic import write_text
 from nmfx.files.parsing import read_json
 from nmfx.passes.transform import transform
 from nmfx.processes import world
+from nmfx.progress import Progress, silent
 from nmfx.scheme import Scheme
 from nmfx.settings.stages import DataSettings, EvaluateSettings
-from nmfx.stages.data import Progress, fit_pictures, open_pictures, silent
+from nmfx.stages.data import fit_pictures, open_pictures
 from nmfx.stages.work import SCORES, WorkDirectory
 from nmfx.text import sentence
 from nmfx.training.evaluation import Evaluation, evaluate

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import nn
 
-from nmfx.export.checkpoint import load_checkpoint, read_checkpoint, save_checkpoint
+from nmfx.export.checkpoint import load_checkpoint, save_checkpoint
 from nmfx.export.plain import save_baked, save_onnx
 from nmfx.files.atomic import all_or_nothing
 from nmfx.models.example import Example
@@ -77,13 +77,12 @@ def export(
     sites, example = work.sites(model), work.example(model)
     chosen = work.scheme(sites, scheme)
     dense = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
-    path, notes = work.finished(chosen, settings.epoch) if finished else (None, [])
-    if path is not None:
-        load_checkpoint(path, model)
-        weights = read_checkpoint(path)[0].info.get("weights", "fine-tuned")
+    done, notes = work.finished(chosen, settings.epoch) if finished else (None, [])
+    if done is not None:
+        load_checkpoint(done.path, model)
     else:
         transform(model, chosen, sites=sites, inplace=True)
-        weights = work.weights
+    weights = done.weights if done is not None else work.weights
     verified, files = verify(model, example_input=example) if len(chosen) else None, file_names(work, settings)
     with all_or_nothing(folder) as draft:
         written, said = save_scheme(chosen, draft / files["scheme"], sites)

@@ -11,7 +11,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from nmfx.data.loader import validation_loader
-from nmfx.data.source import Data
 from nmfx.errors import NmfxError
 from nmfx.export.checkpoint import load_checkpoint
 from nmfx.files.atomic import check_writable
@@ -19,9 +18,10 @@ from nmfx.models.building import build_random
 from nmfx.models.census import find_sites
 from nmfx.passes.transform import transform
 from nmfx.processes import rank, world
+from nmfx.progress import Progress, silent
 from nmfx.scheme import INFO, Scheme
 from nmfx.settings.stages import DataSettings, FinetuneSettings
-from nmfx.stages.data import Progress, fit_pictures, open_pictures, silent
+from nmfx.stages.data import fit_pictures, open_pictures
 from nmfx.stages.epochs import TUNED, describe_epoch, save_epochs
 from nmfx.stages.work import WorkDirectory, example_of
 from nmfx.training.evaluation import Evaluation, evaluate
@@ -150,11 +150,3 @@ def _check(path: Path, model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]
     if found != trained:
         raise NmfxError(f"{path}: evaluates as {found}, the trained model as {trained}; do not use it")
     return found
-
-
-def training_pictures(data: Data, most: int) -> int:
-    """How many pictures there are to train on, at most `most`."""
-    try:
-        return min(most, len(data.train))  # type: ignore[arg-type]
-    except TypeError:
-        return most

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from nmfx.errors import SearchError
 from nmfx.models.site import Sites
 from nmfx.passes.transform import transform
+from nmfx.progress import Progress, silent
 from nmfx.runtime.latency import NANO, Latency, measure_latency, measured_seconds
 from nmfx.search.finder import SearchResult
 from nmfx.search.problem import pose
 from nmfx.settings.target import parse_target
-from nmfx.stages.data import Progress, silent
 
 ROUNDS = 6  # searches, each with what the one before it measured
 NEAR = 0.05  # of the predicted time: near enough to stop

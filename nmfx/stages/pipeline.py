@@ -15,24 +15,24 @@ import torch.distributed as dist
 
 from nmfx.errors import NmfxError
 from nmfx.processes import rank, world
+from nmfx.progress import Progress, silent
 from nmfx.scheme import Totals
 from nmfx.settings.job import Job
 from nmfx.settings.option import free_keys, values_of
 from nmfx.settings.stages import FinetuneSettings
 from nmfx.settings.training import Settings
 from nmfx.stages.build import build, write_files
-from nmfx.stages.data import Progress, silent
 from nmfx.stages.epochs import TUNED
 from nmfx.stages.evaluate import exported, score, write_scores
 from nmfx.stages.export import export
 from nmfx.stages.finetune import FILES, Origin, finetune
 from nmfx.stages.search import search
 from nmfx.stages.stamp import Stamp, digest_of, digests, read_stamp, stamp, write_stamp
-from nmfx.stages.work import EXPORT, SCHEME, SCORES, START, TUNING, WEIGHTS, WORK, open_work, save_scheme
+from nmfx.stages.work import EXPORT, SCHEME, SCORES, SEARCHING, START, TUNING, WEIGHTS, WORK, open_work, save_scheme
 from nmfx.stages.written import BOARD, Written, check_folders, is_state, remove_events, remove_state
 
 FOLDERS = ("stages", EXPORT, TUNING, BOARD)
-SEARCHING = "scheme.search.safetensors"
+LOOP = f"scheme{SEARCHING}"
 
 
 @dataclass(frozen=True)
@@ -60,15 +60,15 @@ def _build(job: Job, folder: Path, device: str, progress: Progress) -> Done:
 
 def _search(job: Job, folder: Path, device: str, progress: Progress) -> Done:
     work = open_work(folder)
-    record = search(work, job.search, job.data, device=device, checkpoint=folder / SEARCHING, progress=progress)
+    record = search(work, job.search, job.data, device=device, checkpoint=folder / LOOP, progress=progress)
     written, lines, result = list[str](), [describe(record.scheme.totals(record.sites))], record.result
     if record.target:
         lines.append(f"target: {record.target}")
     if rank() == 0:
         lines += Written(folder).clear(SCHEME, "scheme.txt")
         written = [path.name for path in save_scheme(record.scheme, folder / SCHEME, record.sites)[0]]
-        if is_state(folder / SEARCHING):
-            (folder / SEARCHING).unlink()
+        if is_state(folder / LOOP):
+            (folder / LOOP).unlink()
     if result is not None:
         lines.append(f"{result.method}: {len(result.events)} steps in {result.seconds:.2f} s, {result.left:,} left")
         lines += [f"{name}: dense, or with another M ({why})" for name, why in result.dense_reasons.items()]
@@ -157,7 +157,7 @@ class Stage:
 
 STAGES = {
     "build": Stage(_build_settings, _build),
-    "search": Stage(_search_settings, _search, (SEARCHING,), together=True),
+    "search": Stage(_search_settings, _search, (LOOP,), together=True),
     "finetune": Stage(_finetune_settings, _finetune, tuple(f"{TUNING}/{name}" for name in FILES), together=True),
     "export": Stage(lambda job: values_of(job.export), _export),
     "evaluate": Stage(lambda job: values_of(job.evaluate) | _pictures(job), _evaluate, together=True),

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sized
 from dataclasses import dataclass
 from pathlib import Path
 
-from nmfx.data.sample import calibration
 from nmfx.errors import NmfxError
 from nmfx.export.checkpoint import save_checkpoint
 from nmfx.passes.statistics import batch_norms, recalibrate_bn
 from nmfx.passes.transform import transform
 from nmfx.processes import rank
+from nmfx.progress import Progress, silent
 from nmfx.settings.stages import DataSettings, RecalibrateSettings
-from nmfx.stages.data import Progress, fit_pictures, open_pictures, silent
-from nmfx.stages.finetune import training_pictures
+from nmfx.stages.data import open_pictures, sample
 from nmfx.stages.work import WorkDirectory
 
 PICTURES = 512  # looked at, unless told otherwise: more change little
@@ -52,11 +52,11 @@ def recalibrate(
     if not (norms := batch_norms(model)):
         raise NmfxError(f"{work.model} has no batch norms to recalibrate; nmfx finetune restores its accuracy")
     data = open_pictures(pictures)
-    config = fit_pictures(data, model, work.input_size)
-    count = settings.pictures or training_pictures(data, PICTURES)
+    count = settings.pictures or min(PICTURES, len(data.train) if isinstance(data.train, Sized) else PICTURES)
     size = min(settings.batch_size, max(1, count // 2))
     progress(0.0, f"matching {len(norms)} batch norms on {count} pictures of {data.name}")
-    batches = calibration(data, config, count=count, batch_size=size, seed=settings.seed, workers=pictures.workers)
+    how = {"count": count, "batch_size": size, "seed": settings.seed, "workers": pictures.workers}
+    batches = sample(data, model, work.input_size, **how)
     recalibrate_bn(model.to(device), batches, dense=dense.to(device))
     if rank() == 0:
         save_checkpoint(model.cpu(), path, info={**chosen.info, "weights": f"recalibrated, {work.weights}"}, force=force)

@@ -18,6 +18,7 @@ from nmfx.errors import SearchError
 from nmfx.models.site import Sites
 from nmfx.passes.transform import resolve_scheme
 from nmfx.processes import world
+from nmfx.progress import Progress, silent
 from nmfx.scheme import Scheme, fit, shapes_of
 from nmfx.search.domino_loop import DominoSearch
 from nmfx.search.finder import MIXED, SearchResult, conclude, find_scheme
@@ -27,7 +28,7 @@ from nmfx.search.tables import Tables
 from nmfx.settings.option import values_of
 from nmfx.settings.search import DEFAULT_M, DEFAULT_TARGET, SearchSettings
 from nmfx.settings.stages import DataSettings
-from nmfx.stages.data import Progress, fit_pictures, open_pictures, sample, silent
+from nmfx.stages.data import fit_pictures, open_pictures, sample
 from nmfx.stages.work import WorkDirectory
 
 
@@ -138,7 +139,8 @@ def finder(
     batches = None
     if settings.data and data is not None:
         batch = min(settings.batch_size, max(1, settings.pictures // 8))
-        batches = sample(data, model, size, count=settings.pictures, batch_size=batch, seed=settings.seed)
+        how = {"count": settings.pictures, "batch_size": batch, "seed": settings.seed, "workers": data.workers}
+        batches = sample(open_pictures(data), model, size, **how)
     options = {"seconds": settings.seconds, "seed": settings.seed} if settings.method == "spdy" else {}
     return partial(
         find_scheme, model.to(device), sites=sites, method=settings.method, sensitivity=settings.measured, data=batches,

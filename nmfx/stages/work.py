@@ -37,9 +37,18 @@ from nmfx.stages.written import check_folders, set_aside
 VERSION = 1
 WORK, WEIGHTS, START, SCHEME = "work.yaml", "weights.safetensors", "start.yaml", "scheme.yaml"
 RECALIBRATED, TUNING, EXPORT, SCORES = "recalibrated/model.safetensors", "finetune", "export", "evaluation.json"
+SEARCHING = ".search.safetensors"  # in the place of a scheme's ending: what the published loop goes on with
 HUBS = ("timm/", "torchvision/", "hf-hub:", "hf_hub:")  # names of models that look like paths
 FILES = (".nmfx", ".safetensors", ".yaml", ".yml", ".txt", ".pth", ".pt", ".bin", ".ckpt", ".tar")  # no model is called so
 KEYS = ("nmfx", "version", "model", "kwargs", "weights", "note", "input_size")
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A checkpoint of a work directory's network, and where it says that its weights come from."""
+
+    path: Path
+    weights: str
 
 
 @dataclass(frozen=True)
@@ -107,7 +116,7 @@ class WorkDirectory:
         named = ["--scheme", scheme] if scheme else []
         return shlex.join(["nmfx", name, str(self.path), *options, *named])
 
-    def finished(self, scheme: Scheme, epoch: str = "best") -> tuple[Path | None, list[str]]:
+    def finished(self, scheme: Scheme, epoch: str = "best") -> tuple[Finished | None, list[str]]:
         """The fine-tuned network, or else the recalibrated one, if it is under `scheme`; and what is there but is not.
 
         Args:
@@ -117,13 +126,14 @@ class WorkDirectory:
             NmfxError: the last epoch is wanted, and there is none under this scheme.
         """
         tuned, notes = self.tuned_path.with_name(TUNED[epoch]), list[str]()
-        if epoch == "last" and not (tuned.is_file() and read_checkpoint(tuned)[0].scheme.patterns == scheme.patterns):
-            raise NmfxError(f"{tuned}: no last epoch of a fine-tuning under this scheme; `nmfx finetune` writes it")
         for path, how in ((tuned, "trained"), (self.recalibrated_path, "recalibrated")):
             if path.is_file():
-                if read_checkpoint(path)[0].scheme.patterns == scheme.patterns:
-                    return path, notes
+                header = read_checkpoint(path)[0]
+                if header.scheme.patterns == scheme.patterns:
+                    return Finished(path, header.info.get("weights", "fine-tuned")), notes
                 notes.append(f"{path} was {how} under another scheme: it is left out")
+            if epoch == "last":
+                raise NmfxError(f"{tuned}: no last epoch of a fine-tuning under this scheme; `nmfx finetune` writes it")
         return None, notes
 
     def build_meta(self) -> nn.Module:
