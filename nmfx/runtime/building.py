@@ -164,7 +164,13 @@ def _load_built(reasons: list[str]) -> str:
 
 
 def _build(folder: Path) -> str:
-    """Build and load; what is kept is a copy, since the file that a process has loaded must not change."""
+    """Build and load; what is kept is a copy, since the file that a process has loaded must not change.
+
+    Raises:
+        NmfxError: the process has a kernel already (see `_load`): torch loads what it builds.
+    """
+    if _in_process:
+        raise NmfxError("this process has loaded another kernel already")
     log.info("building a kernel in %s", folder)
     with draft_in(folder) as draft, _quiet_build():
         from torch.utils import cpp_extension
@@ -179,6 +185,7 @@ def _build(folder: Path) -> str:
             is_python_module=False,
         )
         content = next(draft.glob(f"{NAME}*.so")).read_bytes()
+    _in_process.append(_digest(content))
     path = folder / f"{NAME}-{identity()}-{_builder()}-{_digest(content)}.so"
     try:
         write_atomic(path, lambda new: new.write_bytes(content), mode=0o644)

@@ -11,6 +11,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from children import Answer, apart, forked
@@ -345,3 +346,19 @@ def test_a_process_has_one_kernel(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     with pytest.raises(NmfxError, match="another kernel"):
         building._load(b"another", tmp_path / "another.so")
     assert len(loaded) == 1
+
+
+def test_a_kernel_that_was_built_counts_as_loaded(cache: Path) -> None:
+    """Torch loads what it builds: loading it once more, from the cache, would end the process."""
+
+    def twice() -> list[Any]:
+        said: list[Any] = [building.load_kernel(), building._in_process == [building.kernel_digest()]]
+        forget()
+        said.append(building.load_kernel())  # from the cache
+        shutil.rmtree(cache)
+        forget()
+        return [*said, building.load_kernel()]  # nothing is built over it
+
+    *loaded, refused = apart(twice)
+    assert loaded == ["", True, ""]
+    assert "this process has loaded another kernel already" in refused
