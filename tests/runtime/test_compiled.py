@@ -109,8 +109,9 @@ MODELS = {
 }
 
 
-LANES = (  # whose convolutions follow one another
+LANES = (  # whose convolutions follow one another; ResNetV2's norms stand between all but those of its shortcuts
     "timm convnext_atto",
+    "timm resnetv2_50x1 (standardised weights)",
     "torchvision resnet18",
     "torchvision mobilenet_v3_small",
     "torchvision googlenet",
