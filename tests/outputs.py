@@ -12,7 +12,6 @@ from torch.utils._pytree import tree_leaves
 from nmfx.errors import NmfxError
 from nmfx.runtime.compiled import CompiledModel
 
-
 ILL = 1e-5  # of the largest output: a model that rounds by more than this is ill conditioned at that input
 TIMES = 20.0  # what it may then differ by, in its own rounding: 300 draws of one pixel through ResNetV2's norms gave up to 16
 
