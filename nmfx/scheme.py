@@ -21,7 +21,7 @@ from nmfx.sparsity.layout import Grouping, group
 from nmfx.sparsity.pattern import Layout, Pattern, Remainder
 
 VERSION = 1
-INFO = ("model", "weights", "method", "budget", "target", "m", "sites")  # what a scheme file says about where it came from
+INFO = ("model", "weights", "method", "score", "budget", "target", "m", "sites")  # what a scheme file says of its origin
 
 
 @dataclass(frozen=True)

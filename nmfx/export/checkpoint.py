@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping, Set
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal
 
 import msgspec
 import torch
@@ -24,9 +24,9 @@ from nmfx.files import parsing
 from nmfx.files.parsing import Form, Size, Text
 from nmfx.files.sealed import Tensors, read_sealed, write_sealed
 from nmfx.masking.copies import throw_away_copy
-from nmfx.masking.owner import FOLDED, mask_attribute, plain_class, unmask
+from nmfx.masking.owner import FOLDED, mask_attribute, plain_class, restore_mask, unmask
 from nmfx.masking.sites import MaskedSite, check_fused, masked_sites, note_masked, renew
-from nmfx.masking.weight import STATES, MaskSpec, mask_name
+from nmfx.masking.weight import MaskSpec
 from nmfx.models.arguments import parse_kwargs
 from nmfx.models.building import build_stored, check_state, load_state
 from nmfx.models.source import Source, identify
@@ -34,6 +34,7 @@ from nmfx.scheme import Scheme
 from nmfx.sparsity.layout import Grouping
 from nmfx.sparsity.packing import pack, unpack
 from nmfx.sparsity.pattern import Pattern
+from nmfx.sparsity.score import SCORES, check_score
 
 VERSION = 1
 MOST_WEIGHTS = 1 << 48  # of one site: sizes that no arithmetic overflows
@@ -51,11 +52,13 @@ class PackedSite:
     decay: float | None
     frozen: bool
     derived: bool = False
+    score: str = "magnitude"
 
     @property
     def parts(self) -> tuple[str, ...]:
         """What is stored of it under ``NAME:``; a derived one is stored as it is, all of it counts (see `MaskSpec`)."""
-        return ("values", "positions") if not self.derived else ("mask",) if self.frozen else ()
+        stored = ("values", "positions") if not self.derived else ("mask",) if self.frozen else ()
+        return stored + (("evidence",) if SCORES[self.score].needs != "nothing" else ())
 
     @property
     def grouping(self) -> Grouping:
@@ -100,20 +103,22 @@ class _SiteForm(Form, frozen=True):
     decay: Decay | None
     frozen: bool
     derived: bool = False
+    score: str = "magnitude"
 
     def site(self, where: str) -> PackedSite:
         """As a value.
 
         Raises:
-            CheckpointError: the pattern is none, or rows and shape differ in size.
+            CheckpointError: the pattern or the score is none, or rows and shape differ in size.
         """
         try:
             pattern = Pattern(self.pattern)
+            check_score(self.score)
         except NmfxError as error:
-            raise CheckpointError(f"{where}: pattern: {parsing.printable(str(error))}") from error
+            raise CheckpointError(f"{where}: pattern or score: {parsing.printable(str(error))}") from error
         if math.prod(self.rows) != math.prod(self.shape) or math.prod(self.shape) > MOST_WEIGHTS:
             raise CheckpointError(f"{where}: shape {self.shape} does not fit rows {self.rows}")
-        return PackedSite(pattern, self.rows, self.flat, self.shape, self.decay, self.frozen, self.derived)
+        return PackedSite(pattern, self.rows, self.flat, self.shape, self.decay, self.frozen, self.derived, self.score)
 
 
 class _HeaderForm(Form, frozen=True):
@@ -152,11 +157,16 @@ def save_checkpoint(model: nn.Module, path: str | Path, *, info: Mapping[str, st
         else:
             values, positions = pack(site.parameter.detach().cpu(), site.mask.cpu(), site.spec.pattern.n, site.spec.grouping)
             tensors |= {f"{name}:values": values, f"{name}:positions": positions}
+        if (evidence := site.evidence) is not None:
+            tensors[f"{name}:evidence"] = evidence.cpu().contiguous()
     sites = {name: _describe(site) for name, site in packed.items()}
     said = {key: str(value) for key, value in (info or {}).items()}
     header = Header(_storable(identify(model)), _class_name(model), sites, aliases, said)
     content = {"version": VERSION, **asdict(header)}
-    content["sites"] = {name: {**site, "pattern": str(sites[name].pattern)} for name, site in content["sites"].items()}
+    for name, site in content["sites"].items():
+        site["pattern"] = str(sites[name].pattern)
+        if site["score"] == "magnitude":  # goes without saying, as in files from before there were others
+            del site["score"]
     _parse(msgspec.to_builtins(content), tensors, Path(path))  # what is written can be read
     write_sealed(Path(path), content, tensors, force=force)
     return header
@@ -193,7 +203,8 @@ def _unpacked(model: nn.Module, packed: Set[str]) -> tuple[dict[str, Tensor], di
 
 def _describe(site: MaskedSite) -> PackedSite:
     spec, shape = site.spec, tuple(site.parameter.shape)
-    return PackedSite(spec.pattern, spec.grouping.rows, spec.grouping.flat, shape, spec.decay, spec.frozen, spec.derived)
+    rows, flat = spec.grouping.rows, spec.grouping.flat
+    return PackedSite(spec.pattern, rows, flat, shape, spec.decay, spec.frozen, spec.derived, spec.score)
 
 
 def _class_name(model: nn.Module) -> str:
@@ -242,6 +253,13 @@ def _parse(content: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Path
             )
         if site.derived and site.frozen and name not in form.aliases:
             _check_mask(tensors[f"{name}:mask"], site, f"{path}: {parsing.printable(name)}:mask")
+        if (evidence := tensors.get(f"{name}:evidence")) is not None and not (
+            evidence.is_floating_point()
+            and evidence.dim() == 3
+            and all(size in (1, full) for size, full in zip(evidence.shape, site.rows))
+        ):
+            said = f"expected floats that fit rows {site.rows}, found {evidence.dtype} {tuple(evidence.shape)}"
+            raise CheckpointError(f"{path}: {parsing.printable(name)}:evidence: {said}")
     return Header(source, form.model, sites, form.aliases, form.info)
 
 
@@ -269,6 +287,8 @@ def load_checkpoint(path: str | Path, model: nn.Module | None = None) -> nn.Modu
     source = _source_of(header, path) if model is None else None
     state: dict[str, Tensor] = {name: value for name, value in tensors.items() if ":" not in name}
     masks: dict[str, Tensor] = {}
+    evidence = {name.removesuffix(":evidence"): value for name, value in tensors.items() if name.endswith(":evidence")}
+    evidence |= {name: evidence[first] for name, first in header.aliases.items() if first in evidence}
     shapes = {name: tuple(value.shape) for name, value in state.items()}
     shapes |= {name: site.shape for name, site in header.sites.items()}
     shapes |= {name: shapes[first] for name, first in header.aliases.items()}
@@ -287,12 +307,12 @@ def load_checkpoint(path: str | Path, model: nn.Module | None = None) -> nn.Modu
         if first in masks:
             masks[name] = masks[first]
     if rebuilt is not None:
-        return _fill(_in_dtypes_of(state, rebuilt, path), header, state, masks)
+        return _load_masked(_in_dtypes_of(state, rebuilt, path), header, state, masks, evidence)
     assert model is not None
     if baked := next((name for name, module in model.named_modules() if FOLDED in module.__dict__), None):
         raise CheckpointError(f"{path}: cannot be loaded into a baked model ({baked} is folded); give the original one")
-    _check_target(model, header, state, str(path))
-    return _fill(model, header, state, masks)
+    _check_target(model, header, state, evidence, str(path))
+    return _load_masked(model, header, state, masks, evidence)
 
 
 def _source_of(header: Header, path: str | Path) -> Source:
@@ -321,32 +341,25 @@ def _in_dtypes_of(state: Mapping[str, Tensor], model: nn.Module, path: str | Pat
     return model
 
 
-def _fill(model: nn.Module, header: Header, state: dict[str, Tensor], masks: dict[str, Tensor]) -> nn.Module:
+def _load_masked(
+    model: nn.Module, header: Header, state: Tensors, masks: Mapping[str, Tensor], evidence: Mapping[str, Tensor]
+) -> nn.Module:
     """Load and mask a model that was found to fit."""
     for module in model.modules():
         unmask(module, keep_masked=False)
     load_state(model, state)  # check_state has named every difference but missing counters
     for name in sorted(header.sites, key=lambda name: name in header.aliases):  # first owners first
         site, (owner, attr) = header.sites[name], _owner(model, name)
-        spec = MaskSpec(name, site.pattern, site.grouping, site.decay, site.frozen, site.derived)
-        if name in header.aliases:
-            mask_attribute(owner, attr, spec, _owner(model, header.aliases[name]))
-            continue
-        mask_attribute(owner, attr, spec)
-        if spec.derived:
-            if name in masks:
-                owner._buffers[mask_name(attr)] = masks[name].to(cast(nn.Parameter, owner._parameters[attr]).device)
-            continue
-        # The mask as it was, not one found anew: kept weights may be zero, and dropped ones are zero now.
-        weight = cast(nn.Parameter, owner._parameters[attr])
-        owner._buffers[mask_name(attr)] = masks[name].to(weight.device)
-        if weight.device.type != "meta":
-            owner.__dict__[STATES][attr].refresh(owner, attr, weight, update=False)
+        spec = MaskSpec(name, site.pattern, site.grouping, site.decay, site.frozen, site.derived, site.score)
+        twin = _owner(model, header.aliases[name]) if name in header.aliases else None
+        mask_attribute(owner, attr, spec, twin, evidence.get(name))
+        if twin is None and name in masks:  # as it was, not found anew: kept weights may be zero, and dropped ones are zero now
+            restore_mask(owner, attr, masks[name])
     note_masked(model, (name for name in header.sites if name not in header.aliases))
     return model.eval()
 
 
-def _check_target(model: nn.Module, header: Header, state: dict[str, Tensor], origin: str) -> None:
+def _check_target(model: nn.Module, header: Header, state: Tensors, evidence: Mapping[str, Tensor], origin: str) -> None:
     """A given model must take the weights as they are: real memory, the same dtypes, equal values where it ties weights. Last,
     all of it is tried on a copy without memory.
 
@@ -391,7 +404,8 @@ def _check_target(model: nn.Module, header: Header, state: dict[str, Tensor], or
         }  # a scripted module is copied with its values
         blank = {name: torch.empty_like(value, device=places.get(name, "meta")) for name, value in state.items()}
         masks = {name: torch.empty(site.shape, dtype=torch.bool, device="meta") for name, site in header.sites.items()}
-        _fill(copy, header, blank, masks)
+        derived = {name for name, site in header.sites.items() if site.derived}
+        _load_masked(copy, header, blank, {name: masks[name] for name in masks.keys() - derived}, evidence)
     except Exception as error:  # of hooks of any model
         why = parsing.printable(str(error))
         raise CheckpointError(f"{origin}: {type(model).__name__} cannot be loaded into: {why}") from error

@@ -29,7 +29,8 @@ class MaskSpec:
 
     ``decay`` is the SR-STE factor, applied at updates (0: plain STE; None: gradients of kept weights only); ``frozen`` keeps
     the mask as it is; ``derived`` masks what the module makes of its weight, not the parameter
-    (see `nmfx.masking.derived`), while SR-STE pulls the parameter's entries at the places that mask drops.
+    (see `nmfx.masking.derived`), while SR-STE pulls the parameter's entries at the places that mask drops. ``score`` is the
+    name of what ranks the weights (see `nmfx.sparsity.score`); what it needs lives in a buffer beside the mask.
     """
 
     name: str
@@ -38,11 +39,25 @@ class MaskSpec:
     decay: float | None = RULES["sr-ste"].decay
     frozen: bool = False
     derived: bool = False
+    score: str = "magnitude"
 
 
 def mask_name(attr: str) -> str:
     """Name of the non-persistent buffer that holds the mask of `attr`."""
     return f"{attr}_mask"
+
+
+def evidence_name(attr: str) -> str:
+    """Name of the non-persistent buffer that holds what the score of `attr` needs, if it needs anything.
+
+    Not persistent, as the keys of a converted model are those of the original; a checkpoint writes it beside the mask.
+    """
+    return f"{attr}_evidence"
+
+
+def find_mask(owner: nn.Module, attr: str, spec: MaskSpec, weight: Tensor) -> Tensor:
+    """A new mask of `weight` in plain operations (see `make_mask`)."""
+    return make_mask(weight, spec.pattern.n, spec.grouping, spec.score, owner._buffers.get(evidence_name(attr)))
 
 
 class MaskedWeight(Tensor):
@@ -236,7 +251,7 @@ class MaskState:
         else:
             masked = torch.empty_like(weight, requires_grad=False)
         if update:
-            write_mask(weight, self.spec, mask, masked)
+            write_mask(owner, attr, self.spec, weight, mask, masked)
         else:
             torch.where(mask, weight, weight.new_zeros(()), out=masked)
         alias = weight.detach()
@@ -274,32 +289,41 @@ class MaskState:
         mask = cast(Tensor, owner._buffers[mask_name(attr)])
         if not self.spec.frozen and type(value) in (Tensor, nn.Parameter) and not value.is_meta and not is_followed():
             mask = torch.empty_like(value, dtype=torch.bool, requires_grad=False)
-            write_mask(value.detach(), self.spec, mask, torch.empty_like(value, requires_grad=False))
+            write_mask(owner, attr, self.spec, value, mask, torch.empty_like(value, requires_grad=False))
             before = cast(Tensor, owner._buffers[mask_name(attr)])
             if before.device == mask.device and torch.equal(before, mask):
                 mask = before  # a read changes nothing
             owner._buffers[mask_name(attr)] = mask
         elif not self.spec.frozen:
-            mask = make_mask(value, self.spec.pattern.n, self.spec.grouping)
+            mask = find_mask(owner, attr, self.spec, value)
         return cast(Tensor, MaskedCompute.apply(value, mask.to(value.device), self.spec.decay is None))
 
     def _compute(self, owner: nn.Module, attr: str, weight: Tensor) -> Tensor:
         """The masked value as plain operations, for compilers and function transforms, which must see the computation."""
         mask = cast(Tensor, owner._buffers[mask_name(attr)])
         if not self.spec.frozen:
-            mask = make_mask(weight, self.spec.pattern.n, self.spec.grouping)
+            mask = find_mask(owner, attr, self.spec, weight)
         return cast(Tensor, MaskedCompute.apply(weight, mask, self.spec.decay is None))
 
 
-def write_mask(weight: Tensor, spec: MaskSpec, mask: Tensor, masked: Tensor) -> None:
-    """`update_mask` for any memory format: a channels-last weight still views as (outer, length, inner), others are copied."""
+def write_mask(owner: nn.Module, attr: str, spec: MaskSpec, weight: Tensor, mask: Tensor, masked: Tensor) -> None:
+    """`update_mask` for any memory format: a channels-last weight still views as (outer, length, inner), others are copied.
+
+    Args:
+        owner, attr: where the evidence of the score is.
+        spec: what is asked of the mask.
+        weight: the values to mask.
+        mask, masked: written to; see `update_mask`.
+    """
+    weight = weight.detach()
     try:
         spec.grouping.as_lines(mask)
     except RuntimeError:
-        mask.copy_(make_mask(weight.contiguous(), spec.pattern.n, spec.grouping))
+        mask.copy_(find_mask(owner, attr, spec, weight.contiguous()))
         torch.where(mask, weight, weight.new_zeros(()), out=masked)
     else:
-        update_mask(weight.detach(), spec.pattern.n, spec.grouping, mask, masked)
+        evidence = owner._buffers.get(evidence_name(attr))
+        update_mask(weight, spec.pattern.n, spec.grouping, mask, masked, spec.score, evidence)
 
 
 def _probe(alias: Tensor) -> Tensor:

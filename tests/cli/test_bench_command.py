@@ -18,7 +18,7 @@ from nmfx.demo.digits import load_demo
 from nmfx.errors import NmfxError
 from nmfx.runtime import latency
 from nmfx.runtime.latency import Latency, measure_latency
-from nmfx.search.problem import pose
+from nmfx.search.problem import make_problem
 from nmfx.sparsity.pattern import Pattern
 
 Run = Callable[..., tuple[str, str]]
@@ -107,7 +107,7 @@ def test_prices_never_rise_as_weights_are_dropped(monkeypatch: pytest.MonkeyPatc
     model, data = load_demo(trained=True), open_data("digits")
     x = torch.as_tensor(data.train.pictures[:2]).float().reshape(2, 1, 8, 8)
     sites = library.find_sites(model, x)
-    problem = pose(sites, target=0.0, m=16)
+    problem = make_problem(sites, target=0.0, m=16)
     offered = {s.name: {p: problem.grouping(i, p) for p in problem.options[i]} for i, s in enumerate(sites)}
     found = measure_latency(model, offered, x)
     assert found.prices.keys() == {site.name for site in sites}

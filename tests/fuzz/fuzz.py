@@ -42,7 +42,7 @@ from nmfx.passes.verification import verify
 from nmfx.recipe.loader import find_recipe, load_recipe
 from nmfx.runtime import timing
 from nmfx.scheme import Scheme
-from nmfx.search import run as search_run
+from nmfx.search import domino_run as search_run
 from nmfx.search.domino_loop import DominoSearch
 from nmfx.settings.training import Settings
 from nmfx.stages.stamp import Stamp, read_stamp, write_stamp
