@@ -25,7 +25,7 @@ from nmfx.files.parsing import Form, Size, Text
 from nmfx.files.sealed import Tensors, read_sealed, write_sealed
 from nmfx.masking.copies import throw_away_copy
 from nmfx.masking.owner import FOLDED, mask_attribute, plain_class, restore_mask, unmask
-from nmfx.masking.sites import MaskedSite, check_fused, masked_sites, note_masked, renew
+from nmfx.masking.sites import MaskedSite, check_fused, masked_sites, note_masked, recheck_weights
 from nmfx.masking.weight import MaskSpec
 from nmfx.models.arguments import parse_kwargs
 from nmfx.models.building import build_stored, check_state, load_state
@@ -34,7 +34,7 @@ from nmfx.scheme import Scheme
 from nmfx.sparsity.layout import Grouping
 from nmfx.sparsity.packing import pack, unpack
 from nmfx.sparsity.pattern import Pattern
-from nmfx.sparsity.score import SCORES, check_score
+from nmfx.sparsity.score import SCORES
 
 VERSION = 1
 MOST_WEIGHTS = 1 << 48  # of one site: sizes that no arithmetic overflows
@@ -113,9 +113,10 @@ class _SiteForm(Form, frozen=True):
         """
         try:
             pattern = Pattern(self.pattern)
-            check_score(self.score)
         except NmfxError as error:
-            raise CheckpointError(f"{where}: pattern or score: {parsing.printable(str(error))}") from error
+            raise CheckpointError(f"{where}: pattern: {parsing.printable(str(error))}") from error
+        if self.score not in SCORES:
+            raise CheckpointError(f"{where}: score: unknown: {parsing.printable(self.score, 60)}")
         if math.prod(self.rows) != math.prod(self.shape) or math.prod(self.shape) > MOST_WEIGHTS:
             raise CheckpointError(f"{where}: shape {self.shape} does not fit rows {self.rows}")
         return PackedSite(pattern, self.rows, self.flat, self.shape, self.decay, self.frozen, self.derived, self.score)
@@ -145,7 +146,7 @@ def save_checkpoint(model: nn.Module, path: str | Path, *, info: Mapping[str, st
         CheckpointError: the state dict holds something that is not a tensor, or has no values (meta device).
     """
     check_fused(model)
-    renew(model)
+    recheck_weights(model)
     packed = {f"{site.path}.{site.attr}".lstrip("."): site for site in masked_sites(model)}
     whole = {name for name, site in packed.items() if site.spec.derived}  # all of the weight is standardised
     tensors, aliases = _unpacked(model, packed.keys() - whole)  # first, as it refuses what cannot be saved

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from nmfx.errors import NmfxError
 from nmfx.masking.derived import Substitute, derive, fold, is_derivable
-from nmfx.masking.updates import follow
+from nmfx.masking.updates import register_owner
 from nmfx.masking.weight import STATES, MaskSpec, MaskState, evidence_name, mask_name, write_mask
 
 FOLDED = "_derivation_folded"  # in the __dict__ of a baked module: the class that derived its weight before
@@ -73,7 +73,7 @@ def _masked_class(base: type[nn.Module], attrs: tuple[str, ...], derived: bool =
 def _rebuild(base: type[nn.Module], attrs: tuple[str, ...], derived: bool = False) -> nn.Module:
     cls = _masked_class(base, attrs, derived)  # type: ignore[arg-type]
     module = cls.__new__(cls)
-    follow(module)
+    register_owner(module)
     return module
 
 
@@ -135,7 +135,7 @@ def mask_attribute(
     states[attr] = MaskState(spec) if twin is None else twin[0].__dict__[STATES][twin[1]]
     owner.__dict__.pop("_flat_weights", None)
     owner.__class__ = _masked_class(plain_class(owner), attrs, spec.derived)  # type: ignore[arg-type]
-    follow(owner)
+    register_owner(owner)
 
 
 def restore_mask(owner: nn.Module, attr: str, mask: Tensor) -> None:

@@ -70,7 +70,7 @@ def masked_sites(model: nn.Module) -> Iterator[MaskedSite]:
                 yield MaskedSite(module, path, attr, state)
 
 
-def renew(model: nn.Module) -> None:
+def recheck_weights(model: nn.Module) -> None:
     """Have the next read of every masked value compare it with its weight, which may have been written to without a trace."""
     for site in masked_sites(model):
         if site.state.cache is not None:

@@ -35,7 +35,7 @@ _owners: weakref.WeakValueDictionary[int, nn.Module] = weakref.WeakValueDictiona
 _steps: weakref.WeakKeyDictionary[Optimizer, list[list[_Lent]]] = weakref.WeakKeyDictionary()  # those that are running
 
 
-def follow(owner: nn.Module) -> None:
+def register_owner(owner: nn.Module) -> None:
     """Let optimisers find the masked weights of a module, as long as it lives."""
     _owners[id(owner)] = owner
     _install()

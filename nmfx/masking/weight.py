@@ -69,17 +69,17 @@ class MaskedWeight(Tensor):
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
     parameter: Tensor
-    renew: Callable[[], None]
+    refresh_value: Callable[[], None]
 
     @staticmethod
-    def over(value: Tensor, parameter: Tensor, renew: Callable[[], None]) -> MaskedWeight:
-        """`value`, tied to `parameter`; `renew` recomputes the value's memory after a write."""
+    def over(value: Tensor, parameter: Tensor, refresh_value: Callable[[], None]) -> MaskedWeight:
+        """`value`, tied to `parameter`; `refresh_value` recomputes the value's memory after a write."""
         result = value.as_subclass(MaskedWeight)
-        result.parameter, result.renew = parameter, renew
+        result.parameter, result.refresh_value = parameter, refresh_value
         return result
 
     def _get_data(self) -> MaskedWeight:
-        return MaskedWeight.over(Tensor.detach(self), self.parameter.detach(), self.renew)
+        return MaskedWeight.over(Tensor.detach(self), self.parameter.detach(), self.refresh_value)
 
     def _set_data(self, value: Tensor) -> None:
         own = getattr(value, "parameter", value)
@@ -104,7 +104,7 @@ class MaskedWeight(Tensor):
 def _writing(name: str) -> Any:
     def method(self: MaskedWeight, *args: Any, **kwargs: Any) -> Any:
         result = getattr(self.parameter, name)(*args, **kwargs)
-        self.renew()
+        self.refresh_value()
         return result
 
     return method
@@ -118,7 +118,7 @@ def _viewing(name: str) -> Any:
             return type(value)(tie(self, v, p) for v, p in zip(value, parameter, strict=True))
         if value.untyped_storage()._cdata != self.untyped_storage()._cdata:
             return value  # a copy
-        return MaskedWeight.over(value, parameter, self.renew)
+        return MaskedWeight.over(value, parameter, self.refresh_value)
 
     def method(self: MaskedWeight, *args: Any, **kwargs: Any) -> Any:
         value = plain(self, *args, **kwargs)
@@ -214,7 +214,7 @@ class MaskState:
         if cache.live is None or self.shared_out:  # FSDP takes up what each forward pass gives to the weight by itself
             kept_only = self.spec.decay is None
             value = cast(Tensor, MaskedRead.apply(weight, cache.mask, cache.masked, kept_only, weakref.ref(cache)))
-            cache.live = MaskedWeight.over(value, weight, cache.view.renew)
+            cache.live = MaskedWeight.over(value, weight, cache.view.refresh_value)
         return cache.live
 
     def check_writes(self) -> None:
@@ -258,7 +258,7 @@ class MaskState:
         probe = _probe(alias)
         # As nn.Parameter is made: a leaf, not a view. at::matmul chooses its kernel by requires_grad, even without gradients.
         view = Tensor._make_subclass(MaskedWeight, masked, weight.requires_grad)
-        view.parameter, view.renew = weight, self._renewal(owner, attr)
+        view.parameter, view.refresh_value = weight, self._refresher(owner, attr)
         self.cache = _Cache(
             weight, weight._version, alias, mask, masked, masked._version, probe, probe.clone(), weight.requires_grad, view
         )
@@ -273,16 +273,16 @@ class MaskState:
         self.cache, cache.dirty, cache.live = cache, False, None
         return cache
 
-    def _renewal(self, owner: nn.Module, attr: str) -> Callable[[], None]:
+    def _refresher(self, owner: nn.Module, attr: str) -> Callable[[], None]:
         """A function that brings the masked value up to date; a write through the value calls it."""
         place, me = weakref.ref(owner), weakref.ref(self)  # no cycle: masked values go when their module goes
 
-        def renew() -> None:
+        def refresh_value() -> None:
             module, state = place(), me()
             if module is not None and state is not None and isinstance(weight := module._parameters.get(attr), nn.Parameter):
                 state.refresh(module, attr, weight)
 
-        return renew
+        return refresh_value
 
     def read_derived(self, owner: nn.Module, attr: str, value: Tensor) -> Tensor:
         """The masked value of what the module has made of its weight; the mask is that of `value`."""

@@ -29,7 +29,7 @@ from nmfx.files.states import prefixed, under
 from nmfx.masking.copies import deep_copy
 from nmfx.masking.modes import keep_modes
 from nmfx.masking.parallel import find_units, gathered, shard, wrap
-from nmfx.masking.sites import masked_sites, renew
+from nmfx.masking.sites import masked_sites, recheck_weights
 from nmfx.processes import rank, summed, world
 from nmfx.settings.training import Settings
 from nmfx.training import state
@@ -303,7 +303,7 @@ class Run:
             if self.ema is not None:
                 distribute_bn(self.ema.module, world(), reduce=False)
         evaluated = self.evaluated()
-        renew(evaluated)
+        recheck_weights(evaluated)
         found = evaluate(evaluated, self.validation)
         loss = self.at.loss / self.steps
         row = Epoch(self.at.epoch, loss, found.top1, found.top5, found.loss, self.lr, self.speed)
@@ -349,7 +349,7 @@ class Run:
             for site in masked_sites(model):
                 if (name := f"{site.path}.{site.attr}".lstrip(".")) in masks:
                     site.mask.copy_(masks[name])
-            renew(model)
+            recheck_weights(model)
         at = about.at
         self.at = Position(at.epoch, at.step, at.loss, [row.value for row in at.log])
         if rank() == 0 and self.at.log:
@@ -376,7 +376,7 @@ class Run:
             self.original.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
         self.optimizer.zero_grad()
         self.original.eval()
-        renew(self.original)
+        recheck_weights(self.original)
         return Finetuned(evaluate(self.original, self.validation), tuple(self.at.log))
 
 
@@ -390,5 +390,5 @@ def load_best(folder: Path, model: nn.Module) -> Epoch:
     """Load the weights of the best epoch into the model that was trained, or a copy; says which epoch it was."""
     tensors, about = load_state(folder / BEST, state.SavedEpoch)
     fill(model, tensors, folder / BEST)
-    renew(model)
+    recheck_weights(model)
     return about.value
