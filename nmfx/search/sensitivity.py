@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from nmfx.errors import SearchError
 from nmfx.masking.copies import throw_away_copy
-from nmfx.models.following import Census, storage_of
+from nmfx.models.following import Census
 from nmfx.models.products import Operand
 from nmfx.models.site import weight_of
+from nmfx.models.storages import storage_of
 from nmfx.search.evidence import Evidence, Trial
 from nmfx.search.problem import Problem
 from nmfx.sparsity.mask import make_mask
@@ -125,7 +126,7 @@ class _Moments(Census):
 
     def _record_weight(self, operand: Operand) -> None:
         if (moment := self._moment(operand)) is not None:
-            for parameter in self.held[storage_of(operand.tensor)].parameters:
+            for parameter in self.storages.held[storage_of(operand.tensor)].parameters:
                 before = self.sums.get(id(parameter))
                 fits = before is not None and before.shape == moment.shape
                 self.sums[id(parameter)] = before + moment if fits and before is not None else moment
