@@ -65,13 +65,9 @@ def write_atomic(path: Path, write: Callable[[Path], object], *, force: bool = T
         _sync(path.parent)
 
 
-def write_text(path: Path, content: str) -> None:
+def write_text(path: Path, content: str, *, force: bool = True) -> None:
     """`write_atomic` of a text, in UTF-8."""
-
-    def write(draft: Path) -> None:
-        draft.write_text(content, encoding="utf-8")
-
-    write_atomic(path, write)
+    write_atomic(path, lambda draft: draft.write_text(content, encoding="utf-8"), force=force)
 
 
 def check_writable(folder: Path, names: Iterable[str] = (), *, size: int = 0) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nmfx.errors import NmfxError
-from nmfx.files.atomic import write_atomic
+from nmfx.files.atomic import write_text
 from nmfx.models.site import Site
 from nmfx.report.canvas import inline_svg
 from nmfx.report.figures import draw_accuracy, draw_comparison, draw_curve, draw_density, draw_stages, draw_timeline
@@ -128,11 +128,7 @@ def save_page(page: str, path: str | Path, *, force: bool = True) -> None:
     """
     path = Path(path)
     check_page(path)
-
-    def write(draft: Path) -> None:
-        draft.write_text(page, encoding="utf-8")
-
-    write_atomic(path, write, force=force)
+    write_text(path, page, force=force)
 
 
 def _document(title: str, parts: Iterable[str]) -> str:
