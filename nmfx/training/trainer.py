@@ -23,7 +23,8 @@ from nmfx.data.loader import train_loader, validation_loader
 from nmfx.data.seeding import seed_of
 from nmfx.data.source import Data
 from nmfx.errors import CheckpointError, DataError, NmfxError
-from nmfx.files.atomic import check_writable, remove_dead_drafts
+from nmfx.files.atomic import check_writable
+from nmfx.files.drafts import remove_dead_drafts
 from nmfx.files.sealed import Tensors
 from nmfx.files.states import prefixed, under
 from nmfx.masking.copies import deep_copy
