@@ -11,7 +11,8 @@ from nmfx.errors import NmfxError
 from nmfx.files.atomic import write_text
 from nmfx.models.site import Site
 from nmfx.report.canvas import inline_svg
-from nmfx.report.figures import draw_accuracy, draw_comparison, draw_curve, draw_density, draw_stages, draw_timeline
+from nmfx.report.figures import draw_comparison, draw_curve, draw_density, draw_stages, draw_timeline
+from nmfx.report.measured import draw_accuracy
 from nmfx.report.record import Point, Report
 
 if TYPE_CHECKING:
