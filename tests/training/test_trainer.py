@@ -35,11 +35,12 @@ from nmfx.passes.verification import verify
 from nmfx.settings.training import Settings
 from nmfx.training import trainer
 from nmfx.training.evaluation import evaluate
+from nmfx.training.finetuning import finetune
 from nmfx.training.loss import distilled, task_loss
 from nmfx.training.masks import set_training
 from nmfx.training.record import Progress
 from nmfx.training.state import load_state, save_state
-from nmfx.training.trainer import BEST, LAST, LOG, finetune, load_best
+from nmfx.training.trainer import BEST, LAST, LOG, load_best
 
 QUICK = Settings(epochs=2, batch_size=64, lr=0.02, save_seconds=0)
 EXAMPLE = torch.zeros(1, 1, 8, 8)
