@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Set
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import msgspec
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from nmfx.errors import CheckpointError, ModelError
 from nmfx.export.header import VERSION, Header, PackedSite, parse_header
 from nmfx.files import parsing
-from nmfx.files.sealed import Tensors, read_sealed, write_sealed
+from nmfx.files.sealed import Tensors, find_aliases, read_sealed, write_sealed
 from nmfx.masking.copies import throw_away_copy
 from nmfx.masking.owner import FOLDED, mask_attribute, plain_class, unmask
 from nmfx.masking.sites import MaskedSite, check_fused, masked_sites, note_masked, renew
@@ -80,21 +80,15 @@ def _storable(source: Source | None) -> Source | None:
 
 def _unpacked(model: nn.Module, packed: Set[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """State-dict entries that are stored as they are, and names that share memory with an earlier one."""
-    tensors: dict[str, Tensor] = {}
-    aliases: dict[str, str] = {}
-    seen: dict[tuple[Any, ...], str] = {}
-    for name, value in sorted(model.state_dict().items(), key=lambda item: item[0] not in packed):  # a masked twin stands first
+    state = dict(sorted(model.state_dict().items(), key=lambda item: item[0] not in packed))  # a masked twin stands first
+    for name, value in state.items():
         if not isinstance(value, Tensor):
             raise CheckpointError(f"{name}: extra state of type {type(value).__name__} cannot be stored in safetensors")
         if value.device.type == "meta":
             raise CheckpointError(f"{name}: on the meta device, without values; load weights before saving")
-        key = (value.data_ptr(), tuple(value.shape), value.stride(), value.dtype)
-        first = seen.setdefault(key, name) if value.numel() else name
-        if first != name:
-            aliases[name] = first
-        elif name not in packed:
-            tensors[name] = value.detach().cpu().contiguous().clone()
-    return tensors, aliases
+    aliases = find_aliases(state)
+    plain = (name for name in state if name not in packed and name not in aliases)
+    return {name: state[name].detach().cpu().contiguous().clone() for name in plain}, aliases
 
 
 def _describe(site: MaskedSite) -> PackedSite:

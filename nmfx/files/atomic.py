@@ -36,7 +36,7 @@ def write_atomic(path: Path, write: Callable[[Path], object], *, force: bool = T
     taken = NmfxError(f"{path} exists already; give --force to overwrite it, or another name")
     if not force and os.path.lexists(path):
         raise taken
-    with _said(path), new_draft(path.parent) as draft:
+    with _system_errors(path), new_draft(path.parent) as draft:
         new = draft / NEW / path.name
         write(new)
         new.chmod((draft / MARK).stat().st_mode & mode)
@@ -62,7 +62,7 @@ def check_writable(folder: Path, names: Iterable[str] = (), *, size: int = 0) ->
     for name in names:
         if (folder / name).is_dir():
             raise NmfxError(f"{folder / name}: a file is to be written there, but it is a folder; move it away")
-    with _said(folder):
+    with _system_errors(folder):
         here = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
         with new_draft(here) as draft:
             (draft / NEW / "probe").write_bytes(bytes(4096))
@@ -79,7 +79,7 @@ def draft_in(folder: Path) -> Iterator[Path]:
         NmfxError: `folder` cannot be written to.
     """
     with contextlib.ExitStack() as stack:
-        with _said(folder):
+        with _system_errors(folder):
             draft = stack.enter_context(new_draft(folder))
         yield draft / NEW
 
@@ -94,7 +94,7 @@ def all_or_nothing(folder: Path) -> Iterator[Path]:
     try:
         with draft_in(folder) as draft:
             yield draft
-            with _said(folder):
+            with _system_errors(folder):
                 files = sorted(draft.iterdir())
                 for file in files:
                     _sync(file)
@@ -118,7 +118,7 @@ def replace_folder(path: Path, write: Callable[[Path], object]) -> None:
     """
     if path.name in ("", ".."):
         raise NmfxError(f"{path}: cannot be replaced from inside; go out of it and give its name")
-    with _said(path), new_draft(path.parent, path.name) as draft:
+    with _system_errors(path), new_draft(path.parent, path.name) as draft:
         new = draft / NEW
         write(new)
         _sync_tree(new)
@@ -132,8 +132,8 @@ def replace_folder(path: Path, write: Callable[[Path], object]) -> None:
 
 
 @contextlib.contextmanager
-def _said(path: Path) -> Iterator[None]:
-    """Errors of the system as one of ours."""
+def _system_errors(path: Path) -> Iterator[None]:
+    """Errors of the operating system become one NmfxError that names `path`."""
     try:
         yield
     except (OSError, SafetensorError) as error:

@@ -181,6 +181,10 @@ def convert(tree: Any, kind: type[T], origin: str, error: type[NmfxError] = Nmfx
     """A tree as a value of `kind`: a `Form`, or another type that msgspec knows.
 
     Args:
+        tree: plain values, as `json_tree` and `yaml_tree` give them.
+        kind: what it should be.
+        origin: where it stands, for the error.
+        error: what to raise.
         strict: false for YAML, whose numbers and truths are text.
 
     Raises:

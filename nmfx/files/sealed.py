@@ -40,6 +40,13 @@ def write_sealed(path: Path, content: Mapping[str, Any], tensors: Mapping[str, T
     write_atomic(path, lambda draft: save_file(dict(tensors), draft, metadata=metadata), force=force)
 
 
+def find_aliases(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Names whose tensor is another one's, which stands before them: the same memory, shape, strides and type."""
+    owners: dict[tuple[Any, ...], str] = {}
+    keys = {name: (v.data_ptr(), tuple(v.shape), v.stride(), v.dtype) for name, v in tensors.items() if v.numel()}
+    return {name: owner for name, key in keys.items() if (owner := owners.setdefault(key, name)) != name}
+
+
 def digest_of(content: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 of a header without its digest and of all tensors, their names, types and shapes."""
     digest = hashlib.sha256(json.dumps({k: v for k, v in content.items() if k != "digest"}, sort_keys=True).encode())

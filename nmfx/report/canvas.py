@@ -197,7 +197,7 @@ def _name_stages(axes: Axes, spans: Sequence[tuple[str, float, float]], below: b
     widths = [(0.6 * 8 * len(name) + 6) * per_point for name, _, _ in spans]
     apart = zip(itertools.pairwise(centres), itertools.pairwise(widths), strict=True)
     flat = not below or all(b - a >= (u + v) / 2 for (a, b), (u, v) in apart)
-    places = centres if below and flat else spread(centres, LINE * per_point)
+    places = centres if below and flat else space_out(centres, LINE * per_point)
     transform = axes.get_xaxis_transform() if below else axes.get_yaxis_transform()
     for (name, _, _), centre, place in zip(spans, centres, places, strict=True):
         axes.annotate(
@@ -221,7 +221,7 @@ def _name_stages(axes: Axes, spans: Sequence[tuple[str, float, float]], below: b
         )
 
 
-def spread(wanted: Sequence[float], gap: float) -> list[float]:
+def space_out(wanted: Sequence[float], gap: float) -> list[float]:
     """The places nearest to `wanted` (ascending) that are at least `gap` apart: isotonic regression, by pooling."""
     pools: list[tuple[float, int]] = []  # mean of what is left when the gaps are taken off, and how many share it
     for index, place in enumerate(wanted):

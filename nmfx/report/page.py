@@ -85,7 +85,7 @@ def search_page(report: Report, points: Sequence[Point] = ()) -> str:
     return _document(", ".join(filter(None, (report.model, report.method or report.label))), parts)
 
 
-def comparison_page(reports: Sequence[Report], points: Sequence[Point] = ()) -> str:
+def comparison_page(reports: Sequence[Report]) -> str:
     """The page of several schemes for one network: side by side, with their totals and each site's patterns."""
     first = reports[0]
     totals = [
@@ -103,7 +103,6 @@ def comparison_page(reports: Sequence[Report], points: Sequence[Point] = ()) -> 
     head = ("scheme", "weights kept", "sparsity", "MACs kept", "MAC sparsity", "sparse sites", *first.facts)
     parts = [_table(head, totals, numbers=range(1, len(head)))]
     parts.append(_figure("Density of each site", draw_comparison(reports), "comparison"))
-    parts += [_figure("Accuracy, measured", draw_accuracy(points), "accuracy")] if points else []
     rows = [
         (site.name, "x".join(map(str, site.shape)), *(_pattern(report, site) for report in reports)) for site in first.sites
     ]

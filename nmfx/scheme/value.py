@@ -106,7 +106,7 @@ class Scheme(Mapping[str, Pattern]):
         layout: Layout = "strict",
         remainder: Remainder = "dense",
     ) -> Scheme:
-        """`pattern` on every site that can take it (see `fit`), except those matching a glob of `keep_dense`."""
+        """`pattern` on every site that can take it (see `fit`); the options are those of `from_rules`."""
         return Scheme.from_rules(sites, {"*": pattern}, keep_dense=keep_dense, layout=layout, remainder=remainder)
 
     @staticmethod
@@ -119,6 +119,12 @@ class Scheme(Mapping[str, Pattern]):
         remainder: Remainder = "dense",
     ) -> Scheme:
         """Globs over names of sites, or modules above them, to patterns; the first match counts, and what has none stays dense.
+
+        Args:
+            sites: of the model.
+            rules: glob -> pattern.
+            keep_dense: globs of sites that stay dense whatever the rules say.
+            layout, remainder: how rows are cut, and what becomes of those that M does not divide (see `fit`).
 
         Raises:
             SchemeError: a glob matches no site, or a rule that names one site asks for what it cannot take.

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from nmfx.errors import NmfxError
 from nmfx.models.site import Site, Sites
 from nmfx.report import figures
-from nmfx.report.canvas import color_of, density_ticks, save_figure, spread
+from nmfx.report.canvas import color_of, density_ticks, save_figure, space_out
 from nmfx.report.measured import draw_accuracy
 from nmfx.report.record import Limit, Point, Report, short_names, stages_of
 from nmfx.scheme import Scheme
@@ -283,9 +283,9 @@ def test_short_names_keep_the_word_before_a_number() -> None:
 
 
 def test_spread_keeps_order_gap_and_mean() -> None:
-    assert spread([0, 10, 20], 5) == [0, 10, 20]
-    assert spread([0, 0, 0], 4) == [-4, 0, 4]
-    places = spread([1, 1.5, 1.6, 9, 9.1], 1)
+    assert space_out([0, 10, 20], 5) == [0, 10, 20]
+    assert space_out([0, 0, 0], 4) == [-4, 0, 4]
+    places = space_out([1, 1.5, 1.6, 9, 9.1], 1)
     assert all(b - a >= 1 - 1e-9 for a, b in pairwise(places))
     assert sum(places) == pytest.approx(sum([1, 1.5, 1.6, 9, 9.1]))
 

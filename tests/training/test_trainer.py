@@ -21,8 +21,10 @@ from torch import Tensor, nn
 from torchvision.models.googlenet import GoogLeNetOutputs
 from torchvision.models.inception import InceptionOutputs
 
-from nmfx.data import Augment, Data, open_data, picture_config, validation_loader
+from nmfx.data.config import picture_config
+from nmfx.data.loader import validation_loader
 from nmfx.data.pictures import ArrayPictures
+from nmfx.data.source import Data, open_data
 from nmfx.demo.digits import load_demo
 from nmfx.errors import CheckpointError, DataError, NmfxError
 from nmfx.export.checkpoint import load_checkpoint, save_checkpoint
@@ -32,7 +34,7 @@ from nmfx.masking.sites import masked_sites
 from nmfx.passes.baking import bake
 from nmfx.passes.transform import transform
 from nmfx.passes.verification import verify
-from nmfx.settings.training import Settings
+from nmfx.settings.training import Augment, Settings
 from nmfx.training import trainer
 from nmfx.training.evaluation import evaluate
 from nmfx.training.finetuning import finetune
