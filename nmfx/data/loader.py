@@ -215,10 +215,7 @@ def validation_loader(
 ) -> PictureLoader:
     """The validation pictures in their own order; each process sees every W-th, none twice, and the last batch may be short.
 
-    Args:
-        data, config: the pictures, and how they are brought to the model.
-        batch_size, workers: pictures of a batch in this process, and processes that read them.
-        share: (this process, number of processes); torch.distributed is asked when it is None.
+    Args: as `train_loader`.
 
     Raises:
         DataError: numbers out of range.
@@ -237,14 +234,7 @@ def eval_loader(
     part: tuple[int, int] = (0, 1),
     indices: Sequence[int] | None = None,
 ) -> PictureLoader:
-    """Batches of `pictures` under the validation transform.
-
-    Args:
-        pictures, config: the pictures, and how they are brought to the model.
-        batch_size, workers: pictures of a batch, and processes that read them.
-        part: (k, n) takes every n-th picture from the k-th on.
-        indices: these pictures instead.
-    """
+    """Batches of `pictures` under the validation transform: those at `indices`, or for (k, n) every n-th from the k-th on."""
     if isinstance(pictures, IterableDataset):
         return PictureLoader(_stream(pictures, config, batch_size, workers, None))
     own = range(part[0], len(pictures), part[1]) if indices is None else indices

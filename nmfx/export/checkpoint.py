@@ -9,7 +9,6 @@ after everything has been read, checked and tried.
 from __future__ import annotations
 
 from collections.abc import Mapping, Set
-from dataclasses import asdict
 from pathlib import Path
 from typing import cast
 
@@ -61,9 +60,8 @@ def save_checkpoint(model: nn.Module, path: str | Path, *, info: Mapping[str, st
     sites = {name: _describe(site) for name, site in packed.items()}
     said = {key: str(value) for key, value in (info or {}).items()}
     header = Header(_storable(identify(model)), _class_name(model), sites, aliases, said)
-    content = {"version": VERSION, **asdict(header)}
-    content["sites"] = {name: {**site, "pattern": str(sites[name].pattern)} for name, site in content["sites"].items()}
-    parse_header(msgspec.to_builtins(content), tensors, Path(path))  # what is written can be read
+    content = {"version": VERSION, **msgspec.to_builtins(header)}
+    parse_header(content, tensors, Path(path))  # what is written can be read
     write_sealed(Path(path), content, tensors, force=force)
     return header
 
@@ -93,7 +91,7 @@ def _unpacked(model: nn.Module, packed: Set[str]) -> tuple[dict[str, Tensor], di
 
 def _describe(site: MaskedSite) -> PackedSite:
     spec, shape = site.spec, tuple(site.parameter.shape)
-    return PackedSite(spec.pattern, spec.grouping.rows, spec.grouping.flat, shape, spec.decay, spec.frozen, spec.derived)
+    return PackedSite(str(spec.pattern), spec.grouping.rows, spec.grouping.flat, shape, spec.decay, spec.frozen, spec.derived)
 
 
 def _class_name(model: nn.Module) -> str:

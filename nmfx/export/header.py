@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import msgspec
 import torch
 from msgspec import Meta
 from torch import Tensor
 
-from nmfx.errors import CheckpointError, NmfxError
+from nmfx.errors import CheckpointError, PatternError
 from nmfx.files import parsing
 from nmfx.files.parsing import Form, Size, Text
 from nmfx.models.arguments import parse_kwargs
@@ -27,17 +28,29 @@ MOST_WEIGHTS = 1 << 48  # of one site: sizes that no arithmetic overflows
 Decay = Annotated[float, Meta(ge=0, le=1e6)]  # SR-STE's factor: 2e-4 and the like
 
 
-@dataclass(frozen=True)
-class PackedSite:
+class PackedSite(Form, frozen=True):
     """A sparse weight of a checkpoint: how it is cut into groups, and how its mask trains (see `MaskSpec`)."""
 
-    pattern: Pattern
-    rows: tuple[int, int, int]
+    text: str = msgspec.field(name="pattern")
+    rows: tuple[Size, Size, Size]
     flat: bool
-    shape: tuple[int, ...]
-    decay: float | None
+    shape: Annotated[tuple[Size, ...], Meta(min_length=1, max_length=8)]
+    decay: Decay | None
     frozen: bool
     derived: bool = False
+
+    def __post_init__(self) -> None:  # msgspec makes an error that names the site of a ValueError
+        try:
+            _ = self.pattern
+        except PatternError as error:
+            raise ValueError(f"pattern: {error}") from error
+        if math.prod(self.rows) != math.prod(self.shape) or math.prod(self.shape) > MOST_WEIGHTS:
+            raise ValueError(f"shape {self.shape} does not fit rows {self.rows}")
+
+    @property
+    def pattern(self) -> Pattern:
+        """N weights kept of each M."""
+        return Pattern(self.text)
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -79,30 +92,6 @@ class _SourceForm(Form, frozen=True):
     kwargs: dict[str, Any]
 
 
-class _SiteForm(Form, frozen=True):
-    pattern: str
-    rows: tuple[Size, Size, Size]
-    flat: bool
-    shape: Annotated[tuple[Size, ...], Meta(min_length=1, max_length=8)]
-    decay: Decay | None
-    frozen: bool
-    derived: bool = False
-
-    def site(self, where: str) -> PackedSite:
-        """As a value.
-
-        Raises:
-            CheckpointError: the pattern is none, or rows and shape differ in size.
-        """
-        try:
-            pattern = Pattern(self.pattern)
-        except NmfxError as error:
-            raise CheckpointError(f"{where}: pattern: {parsing.printable(str(error))}") from error
-        if math.prod(self.rows) != math.prod(self.shape) or math.prod(self.shape) > MOST_WEIGHTS:
-            raise CheckpointError(f"{where}: shape {self.shape} does not fit rows {self.rows}")
-        return PackedSite(pattern, self.rows, self.flat, self.shape, self.decay, self.frozen, self.derived)
-
-
 class _HeaderForm(Form, frozen=True):
     version: int
     source: _SourceForm | None
@@ -122,10 +111,7 @@ def parse_header(content: Mapping[str, Any], tensors: Mapping[str, Tensor], path
         raise CheckpointError(f"{path}: the state of a run to resume, not a checkpoint; load what the run has exported")
     form = parsing.convert(content, _HeaderForm, f"{path}: its header is damaged", CheckpointError)
     where = f"{path}: its header is damaged: sites"
-    sites = {
-        name: one.site(f"{where}: {parsing.printable(name)}")
-        for name, one in parsing.convert_each(form.sites, _SiteForm, where, CheckpointError).items()
-    }
+    sites = parsing.convert_each(form.sites, PackedSite, where, CheckpointError)
     source = None
     if form.source is not None:
         kwargs = parse_kwargs(form.source.kwargs, f"{path}: its header: source", CheckpointError)

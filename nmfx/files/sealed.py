@@ -92,21 +92,13 @@ def read_tensors(path: Path) -> tuple[dict[str, str], Tensors]:
 
 
 def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Shapes of the tensors of a safetensors file, which are not read.
-
-    Raises:
-        CheckpointError: no such file, truncated, or none.
-    """
+    """Shapes of the tensors of a safetensors file, which are not read; errors are those of `read_tensors`."""
     with _opened(path) as file:
         return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - not a mapping
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """Metadata of a safetensors file.
-
-    Raises:
-        CheckpointError: no such file, truncated, or none.
-    """
+    """Metadata of a safetensors file; errors are those of `read_tensors`."""
     with _opened(path) as file:
         return file.metadata() or {}
 

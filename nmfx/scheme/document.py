@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import Any
 
 import msgspec
 
@@ -13,7 +12,7 @@ from nmfx.errors import SchemeError
 from nmfx.files import parsing
 from nmfx.files.parsing import Count, Finite, Form, Text
 from nmfx.scheme.published import parse_pattern
-from nmfx.sparsity.pattern import Layout, Pattern
+from nmfx.sparsity.pattern import Layout
 
 VERSION = 1
 INFO = ("model", "weights", "method", "budget", "target", "m", "sites")  # what a scheme file says about where it came from
@@ -39,20 +38,8 @@ class _Body(Form, frozen=True):
     shapes: dict[str, str] = msgspec.field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Document:
-    """What a scheme file says (see `Scheme`)."""
-
-    patterns: Mapping[str, Pattern]
-    layout: Layout
-    short: bool
-    shapes: Mapping[str, tuple[int, ...]]
-    info: Mapping[str, str]
-    totals: StatedTotals
-
-
-def parse_document(content: str, origin: str) -> Document:
-    """Read what `Scheme.to_yaml` wrote.
+def parse_document(content: str, origin: str) -> tuple[dict[str, Any], StatedTotals]:
+    """The fields of a `Scheme` out of what `Scheme.to_yaml` wrote, and the totals that it states.
 
     Raises:
         SchemeError: naming `origin` and the key: unknown keys, doubled names, malformed patterns, another version.
@@ -78,7 +65,8 @@ def parse_document(content: str, origin: str) -> Document:
         raise SchemeError(f"{origin}: patterns or shapes are missing: the file is truncated; make it anew")
     patterns = {name: parse_pattern(p, f"{origin}: patterns.{parsing.printable(name)}") for name, p in body.patterns.items()}
     shapes = {name: _shape(shape, f"{origin}: shapes.{parsing.printable(name)}") for name, shape in body.shapes.items()}
-    return Document(patterns, body.layout, body.short, shapes, info, body.totals)
+    fields = {"patterns": patterns, "layout": body.layout, "short": body.short, "shapes": shapes, "info": info}
+    return fields, body.totals
 
 
 def _shape(said: str, where: str) -> tuple[int, ...]:

@@ -14,7 +14,7 @@ from nmfx.errors import SchemeError
 from nmfx.files import parsing
 from nmfx.files.atomic import write_text
 from nmfx.models.site import Site, Sites
-from nmfx.scheme.document import INFO, VERSION, Document, parse_document
+from nmfx.scheme.document import INFO, VERSION, parse_document
 from nmfx.scheme.published import published_entries, published_keys
 from nmfx.sparsity.layout import Grouping, group
 from nmfx.sparsity.pattern import Layout, Pattern, Remainder
@@ -211,15 +211,15 @@ class Scheme(Mapping[str, Pattern]):
         content = parsing.read_text(path, "a scheme", SchemeError)
         if content.lstrip().startswith("{"):
             return Scheme.from_published(content, _needed(sites, path), origin=str(path))
-        document = parse_document(content, str(path))
-        scheme = _scheme_of(document)
+        fields, said = parse_document(content, str(path))
+        scheme = Scheme(**fields)
         if sites is not None:
             try:
                 totals = scheme.totals(sites)
             except SchemeError as error:
                 raise SchemeError(f"{path}: {parsing.printable(str(error))}") from error
             for key in ("weights", "kept", "macs", "kept_macs"):
-                if (value := getattr(document.totals, key)) is not None and value != (found := getattr(totals, key)):
+                if (value := getattr(said, key)) is not None and value != (found := getattr(totals, key)):
                     raise SchemeError(f"{path}: says {key} {value}, its patterns come to {found}; make it anew")
         return scheme
 
@@ -243,7 +243,7 @@ class Scheme(Mapping[str, Pattern]):
     @staticmethod
     def from_yaml(content: str, origin: str = "scheme") -> Scheme:
         """The scheme that `to_yaml` wrote. Unknown keys, doubled names and malformed patterns are errors."""
-        return _scheme_of(parse_document(content, origin))
+        return Scheme(**parse_document(content, origin)[0])
 
     def to_published(self, sites: Sites) -> str:
         """The one-line format of the published code, a Python dict literal (domino.md, section 7).
@@ -279,10 +279,6 @@ class Scheme(Mapping[str, Pattern]):
         crossing = any(not p.is_dense and sites[name].length % p.m for name, p in named.items())
         m = max((p.m for p in patterns.values()), default=16)
         return Scheme(named, "flat" if crossing else "strict", shapes=shapes_of(sites), info={"m": str(m)})
-
-
-def _scheme_of(document: Document) -> Scheme:
-    return Scheme(document.patterns, document.layout, document.short, document.shapes, document.info)
 
 
 def shapes_of(sites: Sites) -> dict[str, tuple[int, ...]]:
