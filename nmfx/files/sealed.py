@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -117,10 +118,9 @@ def _opened(path: Path) -> Iterator[Any]:
 
 def _check_header(path: Path) -> None:
     """Raise unless `path` is a regular file whose header is there and of a size that is no burden."""
-    size = parsing.check_file(path, "safetensors", CheckpointError)
     try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
+        with parsing.open_regular(path, "safetensors", CheckpointError) as file:
+            size, length = os.fstat(file.fileno()).st_size, int.from_bytes(file.read(8), "little")
     except OSError as problem:
         raise CheckpointError(f"{path}: cannot be read: {problem.strerror or problem}") from problem
     if size < 8 or length > size - 8 or length > MOST_HEADER:
