@@ -145,7 +145,7 @@ class Census(TorchDispatchMode):
         out = func(*args, **kwargs)
         name, inputs, outputs = func._schema.name, dense_tensors((args, kwargs)), dense_tensors(out)
         operands = PRODUCTS[name](args, outputs[0]) if name in PRODUCTS else []
-        weight = min((o for o in operands if storage_of(o.tensor) in self.storages.held), key=self._doubt, default=None)
+        weight = min((o for o in operands if storage_of(o.tensor) in self.storages.held), key=self._weight_order, default=None)
         if weight is not None:  # the other operand of a product of two parameters is data (a learned query)
             self._record_weight(weight)
         elif operands and operands[0].is_kernel:
@@ -156,7 +156,7 @@ class Census(TorchDispatchMode):
         self.storages.follow(func, args, kwargs, inputs, outputs, weight, is_product=bool(operands), by_layer=by_layer)
         return out
 
-    def _doubt(self, operand: Operand) -> tuple[bool, bool, bool]:
+    def _weight_order(self, operand: Operand) -> tuple[bool, bool, bool]:
         """What a layer takes as its weight comes first, parameters before buffers, and what was not altered before what was."""
         held, given = self.storages.held[storage_of(operand.tensor)], self.layers.weights or ()
         return storage_of(operand.tensor) not in given, id(held.parameters[0]) in self.storages.buffers, bool(held.altered)
@@ -167,7 +167,7 @@ class Census(TorchDispatchMode):
             return True
         return held.made == "weight" and storage_of(operand.other) in self.storages.tainted
 
-    def _lose(self, parameters: Iterable[Tensor], name: str) -> None:
+    def _record_lost(self, parameters: Iterable[Tensor], name: str) -> None:
         """A product reads what is made of parameters and does not receive their zeros."""
         for parameter in parameters:
             use = self.uses[id(parameter)]
@@ -176,7 +176,7 @@ class Census(TorchDispatchMode):
 
     def _record_weight(self, operand: Operand) -> None:
         held = self.storages.held[storage_of(operand.tensor)]
-        self._lose(held.beside, "mul")
+        self._record_lost(held.beside, "mul")
         if held.altered:
             self._record_altered(held, operand)
         else:
@@ -209,7 +209,7 @@ class Census(TorchDispatchMode):
         module = self.running[-1] if self.running else None
         own = same and module is not None and any(p is parameter for p in module._parameters.values())
         if not own:
-            self._lose(held.parameters, held.altered)
+            self._record_lost(held.parameters, held.altered)
             return
         use = self.uses[id(parameter)]
         use.altered.append(held.altered)

@@ -44,10 +44,10 @@ class Receipts(Census):
         )
         if view in self.seen:
             return  # a recurrent weight is read once a step
-        self._lose(held.beside, "")
+        self._record_lost(held.beside, "")
         if held.made or (held.altered and tensor.numel() != held.numel):
             if not held.made or self._is_weight(held, operand):
-                self._lose(held.parameters, "")
+                self._record_lost(held.parameters, "")
             return
         if key in self.storages.own:
             self.seen.add(view)
@@ -63,7 +63,7 @@ class Receipts(Census):
         for parameter, part in zip(held.parameters, arrived[1:].split([p.numel() for p in held.parameters]), strict=True):
             self._arrive(parameter, part)
 
-    def _lose(self, parameters: Iterable[Tensor], name: str) -> None:
+    def _record_lost(self, parameters: Iterable[Tensor], name: str) -> None:
         for parameter in parameters:
             self._arrive(parameter, torch.ones(parameter.shape, dtype=torch.bool))
 
