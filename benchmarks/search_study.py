@@ -32,7 +32,7 @@ from nmfx.data.pictures import ArrayPictures
 from nmfx.data.sample import calibration
 from nmfx.data.source import Data, open_data
 from nmfx.report.canvas import save_figure
-from nmfx.report.figures import draw_accuracy
+from nmfx.report.measured import draw_accuracy
 from nmfx.report.record import Point
 from nmfx.search.domino_run import run_domino
 from nmfx.settings.methods import SENSITIVITIES, Sensitivity, resolve

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from nmfx.settings.training import Settings as Settings
     from nmfx.sparsity.pattern import Pattern as Pattern
     from nmfx.training.evaluation import evaluate as evaluate
-    from nmfx.training.trainer import finetune as finetune
+    from nmfx.training.finetuning import finetune as finetune
 
 __version__ = "0.1.0"
 
@@ -60,7 +60,7 @@ _HOMES = {
     "Pattern": "nmfx.sparsity.pattern",
     "recalibrate_bn": "nmfx.passes.statistics",
     "evaluate": "nmfx.training.evaluation",
-    "finetune": "nmfx.training.trainer",
+    "finetune": "nmfx.training.finetuning",
     "Settings": "nmfx.settings.training",
 }
 __all__ = [*_HOMES]

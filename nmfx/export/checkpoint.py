@@ -8,21 +8,17 @@ after everything has been read, checked and tried.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Set
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
 
 import msgspec
 import torch
-from msgspec import Meta
 from torch import Tensor, nn
 
-from nmfx.errors import CheckpointError, ModelError, NmfxError
+from nmfx.errors import CheckpointError, ModelError
+from nmfx.export.header import VERSION, Header, PackedSite, parse_header
 from nmfx.files import parsing
-from nmfx.files.parsing import Form, Size, Text
-from nmfx.files.sealed import Tensors, read_sealed, write_sealed
+from nmfx.files.sealed import Tensors, find_aliases, read_sealed, write_sealed
 from nmfx.masking.copies import throw_away_copy
 from nmfx.masking.owner import FOLDED, mask_attribute, plain_class, restore_mask, unmask
 from nmfx.masking.sites import MaskedSite, check_fused, masked_sites, note_masked, recheck_weights
@@ -30,105 +26,7 @@ from nmfx.masking.weight import MaskSpec
 from nmfx.models.arguments import parse_kwargs
 from nmfx.models.building import build_stored, check_state, load_state
 from nmfx.models.source import Source, identify
-from nmfx.scheme import Scheme
-from nmfx.sparsity.layout import Grouping
 from nmfx.sparsity.packing import pack, unpack
-from nmfx.sparsity.pattern import Pattern
-from nmfx.sparsity.score import SCORES
-
-VERSION = 1
-MOST_WEIGHTS = 1 << 48  # of one site: sizes that no arithmetic overflows
-Decay = Annotated[float, Meta(ge=0, le=1e6)]  # SR-STE's factor: 2e-4 and the like
-
-
-@dataclass(frozen=True)
-class PackedSite:
-    """A sparse weight of a checkpoint: how it is cut into groups, and how its mask trains (see `MaskSpec`)."""
-
-    pattern: Pattern
-    rows: tuple[int, int, int]
-    flat: bool
-    shape: tuple[int, ...]
-    decay: float | None
-    frozen: bool
-    derived: bool = False
-    score: str = "magnitude"
-
-    @property
-    def parts(self) -> tuple[str, ...]:
-        """What is stored of it under ``NAME:``; a derived one is stored as it is, all of it counts (see `MaskSpec`)."""
-        stored = ("values", "positions") if not self.derived else ("mask",) if self.frozen else ()
-        return stored + (("evidence",) if SCORES[self.score].needs != "nothing" else ())
-
-    @property
-    def grouping(self) -> Grouping:
-        """Its groups."""
-        return Grouping(self.rows, self.pattern.m, self.flat)
-
-
-@dataclass(frozen=True)
-class Header:
-    """What a checkpoint says of itself."""
-
-    source: Source | None
-    model: str
-    sites: Mapping[str, PackedSite]
-    aliases: Mapping[str, str]
-    info: Mapping[str, str]
-
-    @property
-    def scheme(self) -> Scheme:
-        """The scheme the weights were packed with."""
-        flat = any(site.flat for site in self.sites.values())
-        short = any(not site.flat and site.rows[1] % site.pattern.m for site in self.sites.values())
-        patterns = {name: site.pattern for name, site in self.sites.items() if name not in self.aliases}
-        return Scheme(patterns, "flat" if flat else "strict", short, info=self.info)
-
-    def grouping(self, name: str) -> Grouping:
-        """Groups of a packed site."""
-        return self.sites[name].grouping
-
-
-class _SourceForm(Form, frozen=True):
-    library: Literal["torchvision", "timm", "demo"]
-    name: Annotated[str, Meta(pattern=r"\A[\w.-]{1,200}\Z")]  # of a registry: no colon, no slash
-    kwargs: dict[str, Any]
-
-
-class _SiteForm(Form, frozen=True):
-    pattern: str
-    rows: tuple[Size, Size, Size]
-    flat: bool
-    shape: Annotated[tuple[Size, ...], Meta(min_length=1, max_length=8)]
-    decay: Decay | None
-    frozen: bool
-    derived: bool = False
-    score: str = "magnitude"
-
-    def site(self, where: str) -> PackedSite:
-        """As a value.
-
-        Raises:
-            CheckpointError: the pattern or the score is none, or rows and shape differ in size.
-        """
-        try:
-            pattern = Pattern(self.pattern)
-        except NmfxError as error:
-            raise CheckpointError(f"{where}: pattern: {parsing.printable(str(error))}") from error
-        if self.score not in SCORES:
-            raise CheckpointError(f"{where}: score: unknown: {parsing.printable(self.score, 60)}")
-        if math.prod(self.rows) != math.prod(self.shape) or math.prod(self.shape) > MOST_WEIGHTS:
-            raise CheckpointError(f"{where}: shape {self.shape} does not fit rows {self.rows}")
-        return PackedSite(pattern, self.rows, self.flat, self.shape, self.decay, self.frozen, self.derived, self.score)
-
-
-class _HeaderForm(Form, frozen=True):
-    version: int
-    source: _SourceForm | None
-    model: Text
-    sites: dict[str, Any]
-    aliases: dict[str, str]
-    info: dict[str, Text]
 
 
 def save_checkpoint(model: nn.Module, path: str | Path, *, info: Mapping[str, str] | None = None, force: bool = True) -> Header:
@@ -163,12 +61,11 @@ def save_checkpoint(model: nn.Module, path: str | Path, *, info: Mapping[str, st
     sites = {name: _describe(site) for name, site in packed.items()}
     said = {key: str(value) for key, value in (info or {}).items()}
     header = Header(_storable(identify(model)), _class_name(model), sites, aliases, said)
-    content = {"version": VERSION, **asdict(header)}
-    for name, site in content["sites"].items():
-        site["pattern"] = str(sites[name].pattern)
+    content = {"version": VERSION, **msgspec.to_builtins(header)}
+    for site in content["sites"].values():
         if site["score"] == "magnitude":  # goes without saying, as in files from before there were others
             del site["score"]
-    _parse(msgspec.to_builtins(content), tensors, Path(path))  # what is written can be read
+    parse_header(content, tensors, Path(path))  # what is written can be read
     write_sealed(Path(path), content, tensors, force=force)
     return header
 
@@ -185,27 +82,21 @@ def _storable(source: Source | None) -> Source | None:
 
 def _unpacked(model: nn.Module, packed: Set[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """State-dict entries that are stored as they are, and names that share memory with an earlier one."""
-    tensors: dict[str, Tensor] = {}
-    aliases: dict[str, str] = {}
-    seen: dict[tuple[Any, ...], str] = {}
-    for name, value in sorted(model.state_dict().items(), key=lambda item: item[0] not in packed):  # a masked twin stands first
+    state = dict(sorted(model.state_dict().items(), key=lambda item: item[0] not in packed))  # a masked twin stands first
+    for name, value in state.items():
         if not isinstance(value, Tensor):
             raise CheckpointError(f"{name}: extra state of type {type(value).__name__} cannot be stored in safetensors")
         if value.device.type == "meta":
             raise CheckpointError(f"{name}: on the meta device, without values; load weights before saving")
-        key = (value.data_ptr(), tuple(value.shape), value.stride(), value.dtype)
-        first = seen.setdefault(key, name) if value.numel() else name
-        if first != name:
-            aliases[name] = first
-        elif name not in packed:
-            tensors[name] = value.detach().cpu().contiguous().clone()
-    return tensors, aliases
+    aliases = find_aliases(state)
+    plain = (name for name in state if name not in packed and name not in aliases)
+    return {name: state[name].detach().cpu().contiguous().clone() for name in plain}, aliases
 
 
 def _describe(site: MaskedSite) -> PackedSite:
     spec, shape = site.spec, tuple(site.parameter.shape)
     rows, flat = spec.grouping.rows, spec.grouping.flat
-    return PackedSite(spec.pattern, rows, flat, shape, spec.decay, spec.frozen, spec.derived, spec.score)
+    return PackedSite(str(spec.pattern), rows, flat, shape, spec.decay, spec.frozen, spec.derived, spec.score)
 
 
 def _class_name(model: nn.Module) -> str:
@@ -221,56 +112,7 @@ def read_checkpoint(path: str | Path) -> tuple[Header, Tensors]:
     """
     path = Path(path)
     content, tensors = read_sealed(path, "a checkpoint", VERSION, otherwise="; load it with --weights instead")
-    return _parse(content, tensors, path), tensors
-
-
-def _parse(content: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Path) -> Header:
-    """The header of a checkpoint, checked against its tensors: every site has its parts, every name its place."""
-    if "kind" in content:
-        raise CheckpointError(f"{path}: the state of a run to resume, not a checkpoint; load what the run has exported")
-    form = parsing.convert(content, _HeaderForm, f"{path}: its header is damaged", CheckpointError)
-    where = f"{path}: its header is damaged: sites"
-    sites = {
-        name: one.site(f"{where}: {parsing.printable(name)}")
-        for name, one in parsing.convert_each(form.sites, _SiteForm, where, CheckpointError).items()
-    }
-    source = None
-    if form.source is not None:
-        kwargs = parse_kwargs(form.source.kwargs, f"{path}: its header: source", CheckpointError)
-        source = Source(form.source.library, form.source.name, kwargs)
-    parts = {f"{name}:{part}" for name, site in sites.items() if name not in form.aliases for part in site.parts}
-    plain = {name for name in tensors if ":" not in name}
-    if odd := next(iter(sorted(parts ^ (tensors.keys() - plain))), None):
-        is_there = "belongs to no site" if odd in tensors else "is missing"
-        raise CheckpointError(f"{path}: {parsing.printable(odd)} {is_there}")
-    for name, first in form.aliases.items():
-        mine, own = sites.get(name), sites.get(first)
-        if first in form.aliases or name in plain or not (first in plain or own) or (mine is not None and mine != own):
-            raise CheckpointError(f"{path}: aliases: {parsing.printable(f'{name} and {first}')} cannot share memory")
-    for name, site in sites.items():
-        if name not in form.aliases and (name in plain) != site.derived:
-            raise CheckpointError(
-                f"{path}: {parsing.printable(name)} is not stored once, {'as it is' if site.derived else 'packed'}"
-            )
-        if site.derived and site.frozen and name not in form.aliases:
-            _check_mask(tensors[f"{name}:mask"], site, f"{path}: {parsing.printable(name)}:mask")
-        if (evidence := tensors.get(f"{name}:evidence")) is not None and not (
-            evidence.is_floating_point()
-            and evidence.dim() == 3
-            and all(size in (1, full) for size, full in zip(evidence.shape, site.rows))
-        ):
-            said = f"expected floats that fit rows {site.rows}, found {evidence.dtype} {tuple(evidence.shape)}"
-            raise CheckpointError(f"{path}: {parsing.printable(name)}:evidence: {said}")
-    return Header(source, form.model, sites, form.aliases, form.info)
-
-
-def _check_mask(mask: Tensor, site: PackedSite, where: str) -> None:
-    if mask.dtype != torch.bool or tuple(mask.shape) != site.shape:
-        raise CheckpointError(f"{where}: expected torch.bool {site.shape}, found {mask.dtype} {tuple(mask.shape)}")
-    try:
-        pack(mask, mask, site.pattern.n, site.grouping)
-    except CheckpointError as error:
-        raise CheckpointError(f"{where}: {error}") from error
+    return parse_header(content, tensors, path), tensors
 
 
 def load_checkpoint(path: str | Path, model: nn.Module | None = None) -> nn.Module:

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from nmfx.errors import SearchError
 from nmfx.masking.copies import throw_away_copy
-from nmfx.models.following import Census, storage_of
+from nmfx.models.following import Census
 from nmfx.models.products import Operand
 from nmfx.models.site import Site, Sites, weight_of
+from nmfx.models.storages import storage_of
 from nmfx.sparsity.layout import Rows
 from nmfx.sparsity.score import check_score
 
@@ -171,7 +172,7 @@ class _InputSquares(Census):
 
     def _record_weight(self, operand: Operand) -> None:
         if (squares := self._squares(operand)) is not None:
-            for parameter in self.held[storage_of(operand.tensor)].parameters:
+            for parameter in self.storages.held[storage_of(operand.tensor)].parameters:
                 before = self.sums.get(id(parameter))
                 fits = before is not None and before.shape == squares.shape
                 self.sums[id(parameter)] = before + squares if fits and before is not None else squares

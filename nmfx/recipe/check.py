@@ -26,8 +26,8 @@ from nmfx.stages.build import BuildRecord, build
 from nmfx.stages.data import fit_pictures
 from nmfx.stages.pipeline import describe
 from nmfx.stages.search import choose
+from nmfx.training.finetuning import finetune
 from nmfx.training.loss import logits_of
-from nmfx.training.trainer import finetune
 
 PICTURES = 2  # of one update
 

@@ -26,7 +26,8 @@ from pathlib import Path
 import torch
 
 from nmfx.errors import NmfxError
-from nmfx.files.atomic import draft_in, locked, write_atomic
+from nmfx.files.atomic import draft_in, write_atomic
+from nmfx.files.drafts import locked
 
 SOURCES = Path(__file__).with_name("kernel")  # kernel.cpp and the headers it is made of
 FLAGS = ("-O3", "-std=c++20", "-fopenmp", "-fno-math-errno")  # -fopenmp: at::parallel_for runs in torch's own threads

@@ -19,7 +19,8 @@ import msgspec
 import torch
 
 from nmfx.errors import NmfxError
-from nmfx.files.atomic import locked, write_atomic
+from nmfx.files.atomic import write_atomic
+from nmfx.files.drafts import locked
 from nmfx.files.parsing import Form, Seconds, read_json
 from nmfx.progress import Progress
 from nmfx.runtime.building import cache_folder, kernel_digest, processor

@@ -28,12 +28,12 @@ from nmfx.stages.data import fit_pictures, open_pictures, sample
 from nmfx.stages.epochs import TUNED, describe_epoch, save_epochs
 from nmfx.stages.work import WorkDirectory, example_of
 from nmfx.training.evaluation import Evaluation, evaluate
+from nmfx.training.finetuning import finetune as train
 from nmfx.training.masks import set_training
 from nmfx.training.record import Epoch, Finetuned
 from nmfx.training.record import Progress as Now
 from nmfx.training.state import fingerprint
 from nmfx.training.trainer import BEST, LAST, LOG
-from nmfx.training.trainer import finetune as train
 
 FILES = (*TUNED.values(), LAST, BEST, LOG)  # what the stage writes into its folder
 
