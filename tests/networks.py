@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from nmfx.runtime.chain import Chain, link
-from nmfx.runtime.compiled import copy_of
 from nmfx.runtime.layers import Depthwise, sparse_layer
-from nmfx.runtime.lowering import export, lower
-from nmfx.runtime.packed import Tile
+from nmfx.runtime.layout.tiles import Tile
+from nmfx.runtime.lowering.exporting import copy_of, export
+from nmfx.runtime.lowering.fusion import lower
 from nmfx.runtime.program import steps_by_lanes
 
 

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from nmfx.runtime.building import load_kernel
-from nmfx.runtime.layers import Depthwise, SparseConv2d, SparseLinear
-from nmfx.runtime.program import AVERAGING, FLATTENING, MAX_POOLING, Program
+from nmfx.runtime.kernel.building import load_kernel
+from nmfx.runtime.program import FLATTENING, Program, call_of
 
 
 class Chain(nn.Module):
@@ -46,7 +45,7 @@ def link(graph: fx.GraphModule, images: int = 0) -> None:
     after: set[fx.Node] = set()  # what depends on the current run, and on nothing that ended it
     for node in graph.graph.nodes:
         depends = any(each in after for each in node.all_input_nodes)
-        if _is_step(graph, node):
+        if call_of(graph, node):
             runs[-1].append(node)
             after.add(node)
         elif depends:
@@ -74,15 +73,6 @@ def repeated(layer: nn.Module, inputs: Sequence[Tensor], times: int) -> Callable
     return partial(operator, program.stand_ins(inputs), program.constants, numbers, 0)
 
 
-def _is_step(graph: fx.GraphModule, node: fx.Node) -> bool:
-    if node.op == "call_module":
-        return isinstance(graph.get_submodule(str(node.target)), SparseConv2d | SparseLinear | Depthwise)
-    if node.target in FLATTENING:  # (batch, ...) to (batch, features)
-        shapes = [each.meta["val"].shape for each in (node.args[0], node) if isinstance(each, fx.Node) and "val" in each.meta]
-        return len(shapes) == 2 and len(shapes[1]) == 2 and len(shapes[0]) > 1 and str(shapes[0][0]) == str(shapes[1][0])
-    return node.target in (MAX_POOLING, AVERAGING)
-
-
 def _replace(graph: fx.GraphModule, run: list[fx.Node], name: str, images: int) -> None:
     inside, inputs = set(run), list[fx.Node]()
     for node in run:
@@ -96,6 +86,7 @@ def _replace(graph: fx.GraphModule, run: list[fx.Node], name: str, images: int) 
     for node in run:
         if node.target in FLATTENING:
             known[node] = part.call_function(torch.ops.aten.flatten.using_ints, (known[node.all_input_nodes[0]], 1))
+            known[node].meta = dict(node.meta)
         else:
             known[node] = part.node_copy(node, lambda each: known[each])
     part.output(tuple(known[node] for node in outputs) if len(outputs) > 1 else known[outputs[0]])

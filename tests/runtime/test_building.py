@@ -18,7 +18,7 @@ from children import Answer, apart, forked
 
 from nmfx.errors import NmfxError
 from nmfx.files.atomic import draft_in
-from nmfx.runtime import building
+from nmfx.runtime.kernel import building
 
 SOURCE = 'extern "C" __attribute__((visibility("default"))) int answer() { return 42; }\n'
 EVIL = (

@@ -9,7 +9,7 @@
 // A picture can be cut into strips from left to right, each with all its channels for itself, so that every thread has memory of
 // its own: lines that two threads write go to and fro between their caches, and where the cores are far from one another that
 // takes longer than the products. In their gaps strips hold the columns of their neighbours that windows look at.
-// nmfx/runtime/lanes.py lays all of it out.
+// nmfx/runtime/layout/ lays all of it out.
 
 #pragma once
 

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from nmfx.errors import NmfxError
 from nmfx.progress import Progress, silent
-from nmfx.runtime.compiled import Choice, compile
-from nmfx.runtime.latency import COMPILED, dense_runs
-from nmfx.runtime.timing import portion
+from nmfx.runtime.compiler import compile
+from nmfx.runtime.measuring.choices import Choice
+from nmfx.runtime.measuring.latency import COMPILED, dense_runs
+from nmfx.runtime.measuring.timing import portion
 
 Run = Callable[[], object]
 NMFX, MASKED = "nmfx", "masked, eager"

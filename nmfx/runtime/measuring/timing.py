@@ -22,7 +22,7 @@ from nmfx.errors import NmfxError
 from nmfx.files.atomic import locked, write_atomic
 from nmfx.files.parsing import Form, Seconds, read_json
 from nmfx.progress import Progress
-from nmfx.runtime.building import cache_folder, kernel_digest, processor
+from nmfx.runtime.kernel.building import cache_folder, kernel_digest, processor
 
 ROUNDS, TURN_SECONDS = 7, 0.004  # turns of each candidate, and the shortest time of one
 NETWORK_SECONDS = 0.1  # the shortest time of a turn of a whole network

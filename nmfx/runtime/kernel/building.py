@@ -27,8 +27,10 @@ import torch
 
 from nmfx.errors import NmfxError
 from nmfx.files.atomic import draft_in, locked, write_atomic
+from nmfx.runtime.operators import header
 
-SOURCES = Path(__file__).with_name("kernel")  # kernel.cpp and the headers it is made of
+SOURCES = Path(__file__).parent  # kernel.cpp and the headers it is made of, but for one
+TABLE = "table.h"  # which is written beside the build
 FLAGS = ("-O3", "-std=c++20", "-fopenmp", "-fno-math-errno")  # -fopenmp: at::parallel_for runs in torch's own threads
 NATIVE = "-march=native"
 NAME = "nmfx_runtime"
@@ -80,7 +82,7 @@ def identity() -> str:
     """
     sources = (path.read_text(encoding="utf-8") for path in sorted(SOURCES.iterdir()) if path.suffix in (".cpp", ".h"))
     machine = processor() if any("native" in flag for flag in flags()) else platform.machine()
-    return _digest("\0".join((*sources, *flags(), torch.__version__, machine)).encode())[:16]
+    return _digest("\0".join((*sources, header(), *flags(), torch.__version__, machine)).encode())[:16]
 
 
 def flags() -> tuple[str, ...]:
@@ -175,10 +177,12 @@ def _build(folder: Path) -> str:
     with draft_in(folder) as draft, _quiet_build():
         from torch.utils import cpp_extension
 
+        (draft / TABLE).write_text(header(), encoding="utf-8")
         cpp_extension.load(
             NAME,
             [str(SOURCES / "kernel.cpp")],
             extra_cflags=list(flags()),
+            extra_include_paths=[str(draft)],
             extra_ldflags=[flag for flag in flags() if flag.startswith("-fsanitize")],
             build_directory=str(draft),
             with_cuda=False,
