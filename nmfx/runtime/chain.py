@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -9,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from nmfx.runtime.calls import FLATTENING, call_of
 from nmfx.runtime.kernel.building import load_kernel
-from nmfx.runtime.program import FLATTENING, Program, call_of
+from nmfx.runtime.program import Program
 
 
 class Chain(nn.Module):
@@ -69,8 +71,7 @@ def repeated(layer: nn.Module, inputs: Sequence[Tensor], times: int) -> Callable
     for call in calls:
         call.meta = calls[0].meta
     program = Program(fx.GraphModule({"layer": layer}, graph), threads=torch.get_num_threads(), as_lanes=True)
-    operator, numbers = torch.ops.nmfx.chain.default, program.numbers()
-    return partial(operator, program.stand_ins(inputs), program.constants, numbers, 0)
+    return partial(torch.ops.nmfx.chain.default, program.stand_ins(inputs), program.constants, program.numbers(), 0)
 
 
 def _replace(graph: fx.GraphModule, run: list[fx.Node], name: str, images: int) -> None:
@@ -99,13 +100,9 @@ def _replace(graph: fx.GraphModule, run: list[fx.Node], name: str, images: int) 
         call.meta = {}
         for number, node in reversed(list(enumerate(outputs))):
             with graph.graph.inserting_after(call):
-                values[node] = graph.graph.call_function(_item, (call, number))
+                values[node] = graph.graph.call_function(operator.getitem, (call, number))
             values[node].meta = dict(node.meta)
     for node, value in values.items():
         node.replace_all_uses_with(value, delete_user_cb=lambda user: user not in inside)
     for node in reversed(run):
         graph.graph.erase_node(node)
-
-
-def _item(values: Any, number: int) -> Any:
-    return values[number]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Sequence
 from functools import partial
 
@@ -20,7 +19,7 @@ from nmfx.runtime.layout.tiles import LANES
 from nmfx.runtime.lowering.exporting import copy_of, export
 from nmfx.runtime.lowering.fusion import lower
 from nmfx.runtime.measuring.choices import Choice, TimedSite, install_layers, time_sites
-from nmfx.runtime.measuring.timing import NETWORK_SECONDS, Times, measure, portion
+from nmfx.runtime.measuring.timing import NETWORK_SECONDS, Times, measure, on_threads, portion
 
 
 @torch.inference_mode(False)  # whose tensors have no versions
@@ -70,7 +69,7 @@ def compile(
     found = list[Lowered]()
     passes = _passes(len(example), batch, domain.apart, alone=not kernel)
     for number, (size, alone) in enumerate(passes):
-        with _one_thread() if alone else contextlib.nullcontext():
+        with on_threads(1 if alone else torch.get_num_threads()):
             times = Times()
             timed = time_sites(copy_of(graph), sites, example[:size], times, portion(progress, number, len(passes)))
             times.save()
@@ -87,16 +86,6 @@ def _passes(count: int, batch: int | None, apart: bool, *, alone: bool) -> list[
     sizes = [2**i for i in range(count.bit_length()) if 2**i <= count]
     ways = [(size, False) for size in sizes]
     return [*ways, (1, True)] if alone and 1 < threads <= count else ways
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def with_and_without_lanes(

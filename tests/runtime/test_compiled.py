@@ -20,6 +20,7 @@ from torchvision.models.resnet import Bottleneck, ResNet
 
 import nmfx
 from nmfx.errors import ModelError, NmfxError
+from nmfx.runtime.calls import steps_by_lanes
 from nmfx.runtime.chain import Chain, link
 from nmfx.runtime.compiled import CompiledModel, Lowered
 from nmfx.runtime.kernel.building import load_kernel
@@ -29,7 +30,6 @@ from nmfx.runtime.lowering.exporting import Domain, copy_of, export
 from nmfx.runtime.lowering.fusion import Sites, lower
 from nmfx.runtime.measuring.choices import Choice, time_sites
 from nmfx.runtime.measuring.timing import Times
-from nmfx.runtime.program import steps_by_lanes
 
 ROOT = Path(__file__).parents[2]
 

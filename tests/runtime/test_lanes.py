@@ -8,6 +8,7 @@ from networks import lanes_case
 from torch import Tensor, fx, nn
 
 import nmfx
+from nmfx.runtime.calls import steps_by_lanes
 from nmfx.runtime.chain import link
 from nmfx.runtime.kernel.building import load_kernel
 from nmfx.runtime.layers import sparse_layer
@@ -17,7 +18,6 @@ from nmfx.runtime.layout.plan import Step, lay_out
 from nmfx.runtime.layout.tiles import Tile
 from nmfx.runtime.lowering.exporting import export
 from nmfx.runtime.lowering.fusion import lower
-from nmfx.runtime.program import steps_by_lanes
 
 SHAPES = [(56, 56), (28, 28), (14, 14), (7, 7), (9, 30), (17, 6), (1, 5), (1, 1)]
 

@@ -10,6 +10,7 @@
 #include "lanes_operators.h"
 #include "operators.h"
 #include "program.h"
+#include "rearrange.h"
 #include "table.h"  // of nmfx/runtime/operators.py, written where the kernel is built
 
 namespace {

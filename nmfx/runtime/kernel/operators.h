@@ -161,8 +161,8 @@ at::Tensor depthwise_conv2d(const at::Tensor& input, const at::Tensor& weight, c
   std::vector<int64_t> offsets(taps);
   for (int64_t tap = 0; tap < taps; ++tap) offsets[tap] = halo.offset(s, tap / s.kw, tap % s.kw);
   at::parallel_for(0, s.n * channels, 1, [&](int64_t begin, int64_t end) {
-    float* padded = plane_room.get(halo.floats(s) + WIDEST * VL);
-    float* sums = sums_room.get(lanes + WIDEST * VL);
+    float* padded = plane_scratch.get(halo.floats(s) + WIDEST * VL);
+    float* sums = sums_scratch.get(lanes + WIDEST * VL);
     std::memset(padded, 0, (halo.floats(s) + WIDEST * VL) * sizeof(float));
     for (int64_t item = begin; item < end; ++item) {
       const int64_t channel = item % channels;
@@ -222,7 +222,7 @@ at::Tensor max_pool2d(const at::Tensor& input, at::IntArrayRef kernel, at::IntAr
   const int64_t phase = (w + 2 * pw + sw - 1) / sw;
   at::parallel_for(0, x.size(0) * x.size(1), 1, [&](int64_t begin, int64_t end) {
     const int64_t lines = (w + VL) + phase * sw + SLACK;
-    float* highest = plane_room.get(lines);  // the largest of kh rows
+    float* highest = plane_scratch.get(lines);  // the largest of kh rows
     float* phases = highest + (w + VL) / VL * VL;  // the same, spread
     std::fill(phases, phases + phase * sw + SLACK / 2, -INFINITY);
     for (int64_t plane = begin; plane < end; ++plane) {

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from nmfx.progress import Progress, silent
+from nmfx.runtime.calls import window_of
 from nmfx.runtime.chain import repeated
 from nmfx.runtime.checks import output_size
 from nmfx.runtime.kernel.building import load_kernel
@@ -18,7 +19,6 @@ from nmfx.runtime.layers import DEPTHWISE, Fused, dense_layers, layer_for
 from nmfx.runtime.layout.tiles import LANES, SPARSE, TILES
 from nmfx.runtime.lowering.fusion import Sites
 from nmfx.runtime.measuring.timing import Times
-from nmfx.runtime.program import window_of
 
 REPEATS = 4  # calls of a sparse way in one timed chain: in a network, too, one call from Python runs many operators
 BEFORE_OTHERS = 1.5  # lanes may take this many times as long: between operators by lanes nothing is laid out anew
