@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from nmfx.passes.transform import scheme_of as scheme_of
     from nmfx.passes.transform import transform as transform
     from nmfx.passes.verification import verify as verify
-    from nmfx.runtime.compiled import compile as compile
+    from nmfx.runtime.compiler import compile as compile
     from nmfx.scheme import Scheme as Scheme
     from nmfx.search.domino_loop import DominoSearch as DominoSearch
     from nmfx.search.finder import find_scheme as find_scheme
@@ -53,7 +53,7 @@ _HOMES = {
     "verify": "nmfx.passes.verification",
     "scheme_of": "nmfx.passes.transform",
     "transform": "nmfx.passes.transform",
-    "compile": "nmfx.runtime.compiled",
+    "compile": "nmfx.runtime.compiler",
     "Scheme": "nmfx.scheme",
     "DominoSearch": "nmfx.search.domino_loop",
     "find_scheme": "nmfx.search.finder",

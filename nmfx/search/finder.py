@@ -109,7 +109,7 @@ def find_scheme(
         limits: budgets by name instead of `target` and `budget`, one or two at once: the share to keep, or times fewer, as in
             ``{"params": 0.125, "macs": "4x"}``; the first leads.
         latency: nanoseconds of each pattern of each site, as
-            ``nmfx.runtime.latency.measure_latency(...).prices``; sites it does not know cost nothing.
+            ``nmfx.runtime.measuring.latency.measure_latency(...).prices``; sites it does not know cost nothing.
         sensitivity: what the knapsack sums up: ``weight`` (squared weight error, data-free), ``activation`` (weighted by
             activation second moments), ``gradient`` (squared directional gradients), ``measured`` (each single choice tried);
             None is ``gradient`` with data and ``weight`` without.

@@ -13,7 +13,7 @@ from nmfx.errors import SearchError
 from nmfx.models.site import Sites
 from nmfx.passes.transform import transform
 from nmfx.progress import Progress, silent
-from nmfx.runtime.latency import NANO, Latency, measure_latency, measured_seconds
+from nmfx.runtime.measuring.latency import NANO, Latency, measure_latency, measured_seconds
 from nmfx.search.finder import SearchResult
 from nmfx.search.problem import make_problem
 from nmfx.settings.target import parse_target

@@ -40,7 +40,7 @@ from nmfx.models.census import find_sites
 from nmfx.passes.transform import transform
 from nmfx.passes.verification import verify
 from nmfx.recipe.loader import find_recipe, load_recipe
-from nmfx.runtime import timing
+from nmfx.runtime.measuring import timing
 from nmfx.scheme import Scheme
 from nmfx.search import domino_run as search_run
 from nmfx.search.domino_loop import DominoSearch
