@@ -37,9 +37,10 @@ SECTIONS: dict[
 ALONE = ("recalibrate", "bench")  # commands that no recipe has
 HEAD = """# Options
 
-Every option of stages: written from the definitions in `nmfx/settings/` by `python -m nmfx.settings.reference`;
-a test holds this page to them. A flag and a recipe's key are one option, with one type, default and limit; `-` says that there is no such flag or key. The
-help says the unit. Flags of a command that choose files (`--out`, `--force`, `--figure`) are in its `--help`.
+Every option of stages, written from the definitions in `nmfx/settings/` by `python -m nmfx.settings.reference`; a test
+holds this page to them. A flag and a recipe's key are one option, with one type, default and limit; `-` says that there
+is no such flag or key. The help says the unit. Flags of a command that choose files (`--out`, `--force`, `--figure`) are
+in its `--help`.
 """
 COLUMNS = "| flag | key | type | default | what it is |\n|---|---|---|---|---|\n"
 
