@@ -11,6 +11,7 @@ from nmfx.settings.flags import add_flags
 from nmfx.settings.option import options_of
 from nmfx.settings.search import Choices, DominoSettings, SearchSettings
 from nmfx.settings.stages import (
+    BenchSettings,
     DataSettings,
     EvaluateSettings,
     ExportSettings,
@@ -175,13 +176,9 @@ def _bench(parser: argparse.ArgumentParser) -> None:
     )
     _what(parser)
     _other_scheme(parser)
-    parser.add_argument("--target", default="0.875", help="for a model by name: sparsity of parameters (default: 0.875)")
-    parser.add_argument("--m", type=whole(2, 64), default=16, help="for a model by name: group size M (default: 16)")
+    add_flags(parser, BenchSettings)
     add_flags(parser, ModelSettings, only=("input_size",))
     _classes(parser)
-    parser.add_argument("--batch", default="1,8", metavar="B,B,...", help="batch sizes (default: 1,8)")
-    parser.add_argument("--threads", metavar="T,T,...", help="numbers of threads (default: 1 and all)")
-    parser.add_argument("--turns", type=whole(1, 100_000), default=15, help="turns of every engine (default: 15)")
     parser.add_argument("--sites", action="store_true", help="also list how each site is computed, and what was measured")
     _figures(parser, html=False)
     _strict(parser)

@@ -9,13 +9,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-import torch
-
-from nmfx.cli.console import advancing, warn, working
-from nmfx.cli.processes import asked_to_stop
+from nmfx.cli.console import advancing, silence, warn, working
 from nmfx.errors import NmfxError
-from nmfx.models.example import Example
 from nmfx.passes.statistics import batch_norms
+from nmfx.processes import asked_to_stop, joined, rank
 from nmfx.progress import Progress
 from nmfx.runtime.kernel.building import load_kernel
 from nmfx.settings.flags import read_flags
@@ -43,6 +40,15 @@ def data_options(data: DataSettings | None) -> tuple[str, ...]:
     if data is None:
         return ()
     return ("--data", data.name, *(("--data-root", data.root) if data.root else ()))
+
+
+@contextlib.contextmanager
+def processes(device: str = "auto") -> Iterator[str]:
+    """Join torchrun's processes, of which the first one prints, and yield the device of this one."""
+    with joined(device) as chosen:
+        if rank():
+            silence()
+        yield chosen
 
 
 def check_random(args: Namespace, said: str) -> None:
@@ -84,17 +90,6 @@ def resumable(text: str) -> Iterator[Progress]:
             advance(share, line, lasting=lasting)
 
         yield progress
-
-
-def pictures_of(example: Example) -> torch.Tensor:
-    """The one input of a model that is to be timed.
-
-    Raises:
-        NmfxError: it takes others.
-    """
-    if len(example.args) != 1 or not isinstance(example.args[0], torch.Tensor) or example.kwargs:
-        raise NmfxError("speed is measured for models of one input, a batch of pictures")
-    return example.args[0]
 
 
 def check_kernel() -> None:

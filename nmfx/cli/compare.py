@@ -14,6 +14,7 @@ from rich.text import Text
 
 from nmfx.cli.common import model_settings
 from nmfx.cli.console import heading, output, working
+from nmfx.cli.tables import table
 from nmfx.errors import NmfxError
 from nmfx.models.site import Site
 from nmfx.report.record import Report
@@ -67,20 +68,17 @@ def _show(names: Sequence[str], reports: Sequence[Report], errors: Sequence[floa
 
 def _site_table(reports: Sequence[Report], *, everything: bool) -> Table:
     """A row for every site that differs, marked; neighbours that agree are one row, unless `everything`."""
-    table = Table(box=None, pad_edge=False, header_style="bold", show_edge=False)
-    table.add_column("site", overflow="fold")
-    for letter, _ in zip(string.ascii_uppercase, reports, strict=False):
-        table.add_column(letter, justify="right", no_wrap=True)
-    table.add_column("", no_wrap=True)
+    letters = [f"{letter}>" for letter, _ in zip(string.ascii_uppercase, reports, strict=False)]
+    result = table("site~", *letters, "")
     for differs, run in groupby(reports[0].sites, lambda site: _differs(reports, site)):
         sites = list(run)
         if differs or everything:
             for site in sites:
                 cells = [_cell(report, site, style="yellow" if differs else "dim") for report in reports]
-                table.add_row(Text(site.name), *cells, "*" if differs else "")
+                result.add_row(Text(site.name), *cells, "*" if differs else "")
         else:
-            table.add_row(Text(f"... {len(sites)} that agree" if len(sites) > 1 else "... 1 that agrees", "dim"))
-    return table
+            result.add_row(Text(f"... {len(sites)} that agree" if len(sites) > 1 else "... 1 that agrees", "dim"))
+    return result
 
 
 def _cell(report: Report, site: Site, style: str) -> Text:
@@ -94,13 +92,11 @@ def _differs(reports: Sequence[Report], site: Site) -> bool:
 
 def _totals(reports: Sequence[Report], errors: Sequence[float]) -> Table:
     """One row a scheme: what it keeps, the squared weight error where weights are at hand, and where it leaves the first."""
-    table = Table(box=None, pad_edge=False, header_style="bold", show_edge=False)
-    columns = ("", "weights kept", "sparsity", "MACs kept", "sparsity", *(["error"] if errors else []), "unlike A")
-    for column in columns:
-        table.add_column(column, justify="right" if column else "left", no_wrap=True)
+    error = ("error>",) if errors else ()
+    result = table("", "weights kept>", "sparsity>", "MACs kept>", "sparsity>", *error, "unlike A>")
     for index, report in enumerate(reports):
-        totals, error = report.totals, [f"{errors[index]:.3%}"] if errors else []
+        totals, share = report.totals, [f"{errors[index]:.3%}"] if errors else []
         unlike = sum(_differs((reports[0], report), site) for site in report.sites)
-        cells = (f"{totals.kept:,}", f"{totals.sparsity:.3%}", f"{totals.kept_macs:,}", f"{totals.mac_sparsity:.3%}", *error)
-        table.add_row(string.ascii_uppercase[index], *cells, f"{unlike}" if index else "-")
-    return table
+        cells = (f"{totals.kept:,}", f"{totals.sparsity:.3%}", f"{totals.kept_macs:,}", f"{totals.mac_sparsity:.3%}", *share)
+        result.add_row(string.ascii_uppercase[index], *cells, f"{unlike}" if index else "-")
+    return result

@@ -9,15 +9,17 @@ from nmfx.cli import tables
 from nmfx.cli.common import checked, warn_random
 from nmfx.cli.console import heading, output, warn, working
 from nmfx.settings.flags import read_flags
+from nmfx.settings.option import values_of
 from nmfx.settings.stages import ExportSettings
-from nmfx.stages.export import FORMATS, export, file_names
-from nmfx.stages.work import check_free, need_work
+from nmfx.stages.export import FORMATS, ExportRecord, export, file_names
+from nmfx.stages.work import EXPORT, WorkDirectory, check_free, need_work
+from nmfx.stages.written import drop_stamp, leave_stamp
 
 
 def run(args: Namespace) -> None:
     """Write the work directory's model under its scheme, show."""
     work, settings, out = checked(args, need_work(args.work, "export")), read_flags(args, ExportSettings), output()
-    folder, files = Path(args.out) if args.out else work.path / "export", file_names(work, settings)
+    folder, files = Path(args.out) if args.out else work.path / EXPORT, file_names(work, settings)
     check_free([folder / name for name in (*files.values(), "scheme.txt")], force=args.force)
     with working(f"exporting {work.model}"):
         done = export(work, settings, folder, scheme=args.scheme)
@@ -33,7 +35,19 @@ def run(args: Namespace) -> None:
         share = f", {size / done.dense_bytes:.1%} of the dense weights" if kind == "checkpoint" else ""
         out.print(f"wrote {folder / name} ({tables.size(size)}{share})", soft_wrap=True)
     warn_random(work)
+    if not args.out:
+        _stamp(work, settings, done, own=args.scheme is None)
     for kind, (ending, _) in FORMATS.items():
         stale = folder / f"{work.source.name}{ending}"
         if kind not in done.files and stale.exists():
             warn(f"{stale} was there and is not of this export, so perhaps of another scheme; it is left as it was")
+
+
+def _stamp(work: WorkDirectory, settings: ExportSettings, done: ExportRecord, *, own: bool) -> None:
+    """What `nmfx run` reads; recalibrated weights and other schemes are no recipe's."""
+    if not own or done.taken == work.recalibrated_path:
+        drop_stamp(work.path, "export")
+        return
+    before = ("build", "search", "finetune") if done.taken else ("build", "search")
+    names = [f"{EXPORT}/{name}" for name in done.files.values()]
+    leave_stamp(work.path, "export", values_of(settings), names, before=before)

@@ -8,21 +8,20 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from nmfx.cli.common import check_random, data_options, data_settings, resumable, warn_random
+from nmfx.cli.common import check_random, data_options, data_settings, processes, resumable, warn_random
 from nmfx.cli.console import hint, output, warn
-from nmfx.cli.processes import processes
 from nmfx.errors import NmfxError
-from nmfx.files.atomic import check_writable
 from nmfx.passes.transform import scheme_of
 from nmfx.passes.verification import verify
 from nmfx.processes import rank, world
 from nmfx.settings.flags import read_flags, typed
 from nmfx.settings.stages import FinetuneSettings
 from nmfx.stages.epochs import TUNED
-from nmfx.stages.finetune import FILES, FinetuneRecord, Origin, finetune
-from nmfx.stages.work import WorkDirectory, check_free, find_work
-from nmfx.stages.written import remove_state
-from nmfx.training.trainer import BEST, LAST, LOG
+from nmfx.stages.finetune import FILES, FinetuneRecord, Origin, finetune, make_room
+from nmfx.stages.stamp import finetune_values
+from nmfx.stages.work import TUNING, WorkDirectory, find_work
+from nmfx.stages.written import drop_stamp, leave_stamp
+from nmfx.training.trainer import LAST
 
 
 def run(args: Namespace) -> None:
@@ -31,28 +30,33 @@ def run(args: Namespace) -> None:
     with processes(args.device) as device:
         work = find_work(args.work, "finetune")
         folder = _folder(args, work, random="weights" in typed(args, FinetuneSettings))
-        if work is not None and not args.start and settings.weights == "none":
-            check_random(args, work.random or f"{work.model} trains from random weights")
-        elif work is not None and not args.start:
-            check_random(args, work.random)
+        if work is not None and not args.start:
+            fresh = f"{work.model} trains from random weights" if settings.weights == "none" else ""
+            check_random(args, work.random or fresh)
         if rank() == 0:
-            _make_way(folder, force=args.force)
+            for line in make_room(folder, force=args.force):
+                warn(line)
         if world() > 1:
             dist.barrier()  # nobody looks for a run to resume before it is gone
         if (folder / LAST).exists():
             output().print(f"going on with {folder / LAST}; --force starts anew")
         origin = Origin(work, Path(args.start) if args.start else None, args.scheme or "")
-        name = work.model if work else args.start
-        with resumable(f"fine-tuning {name} on {data.name}") as progress:
+        with resumable(f"fine-tuning {work.model if work else args.start} on {data.name}") as progress:
             record = finetune(origin, settings, data, folder, device=device, progress=progress)
         _show(record)
         if work is not None and not args.start and settings.weights == "model":
             warn_random(work)
-        if work is not None and not args.out:
-            hint(
-                (work.command("evaluate", *data_options(replace(data, workers=0))), "what it scores"),
-                (work.command("export", scheme=args.scheme if args.scheme != "dense" else None), "write it out"),
-            )
+        if work is None or args.out:
+            return
+        if rank() == 0 and not (args.start or args.scheme):
+            names = [f"{TUNING}/{name}" for name in TUNED.values()]
+            leave_stamp(work.path, "finetune", finetune_values(settings, data), names, before=("build", "search"))
+        elif rank() == 0:
+            drop_stamp(work.path, "finetune")
+        hint(
+            (work.command("evaluate", *data_options(replace(data, workers=0))), "what it scores"),
+            (work.command("export", scheme=args.scheme if args.scheme != "dense" else None), "write it out"),
+        )
 
 
 def _folder(args: Namespace, work: WorkDirectory | None, *, random: bool) -> Path:
@@ -63,20 +67,10 @@ def _folder(args: Namespace, work: WorkDirectory | None, *, random: bool) -> Pat
         raise NmfxError("no work directory here; make one with `nmfx convert MODEL`, then `nmfx search`, or give --from FILE")
     if work is None and not args.out:
         raise NmfxError("--from without a work directory: say where to write, with -o FOLDER")
-    folder = Path(args.out) if args.out or work is None else work.path / "finetune"
+    folder = Path(args.out) if args.out or work is None else work.path / TUNING
     if args.start and (folder / TUNED["best"]).resolve() == Path(args.start).resolve():
         raise NmfxError(f"{args.start} would be overwritten; give -o another folder")
     return folder
-
-
-def _make_way(folder: Path, *, force: bool) -> None:
-    """Refuse to overwrite, or with `force` remove a run of before."""
-    check_writable(folder, FILES)
-    if not (folder / LAST).exists():  # no run to go on with, so whatever is there is something else
-        check_free([folder / name for name in (*TUNED.values(), BEST, LOG)], force=force)
-    if force:
-        for line in [line for stale in FILES for line in remove_state(folder / stale)]:
-            warn(line)
 
 
 def _show(record: FinetuneRecord) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from nmfx.cli import tables
 from nmfx.cli.common import model_settings, warn_random
 from nmfx.cli.console import heading, output, working
-from nmfx.cli.convert import show_notes
+from nmfx.cli.convert import show_sites
 from nmfx.errors import SchemeError
 from nmfx.export.checkpoint import read_checkpoint
 from nmfx.files.parsing import read_text
@@ -101,7 +101,4 @@ def _show_model(name: str, size: tuple[int, ...] | None, classes: int | None) ->
         model = source.build_meta()
         sites = find_sites(model, example_of(model, size))
     out.print(heading(str(source), f" ({type(model).__name__}), {len(sites)} sites"))
-    out.print(tables.site_table(sites, Scheme({}), {}))
-    show_notes(sites, {})
-    out.print()
-    out.print(tables.totals_table(Scheme({}).totals(sites)))
+    show_sites(sites, Scheme({}), {})

@@ -11,7 +11,7 @@ from rich.progress import track
 from rich.table import Table
 
 from nmfx.cli.console import errors, output, warn
-from nmfx.cli.tables import count
+from nmfx.cli.tables import count, table
 from nmfx.errors import ModelError
 from nmfx.models.coverage import measure
 from nmfx.models.source import find_source, list_models, versions
@@ -20,16 +20,16 @@ from nmfx.models.table import Entry, load_table
 
 def run(args: Namespace) -> None:
     """Show the models that match `args.pattern`."""
-    known, table, out = list_models(), load_table(), output()
+    known, measured, out = list_models(), load_table(), output()
     names = matching(args.pattern, known)
-    entries = dict(table.entries)
+    entries = dict(measured.entries)
     if args.measure:
         entries |= _measure([name for name in names if name not in entries])
     out.print(_table(names, entries))
-    said = ", ".join(f"{name} {version}" for name, version in table.versions.items())
-    changed = [f"{name} {version}" for name, version in versions().items() if table.versions.get(name) != version]
+    said = ", ".join(f"{name} {version}" for name, version in measured.versions.items())
+    changed = [f"{name} {version}" for name, version in versions().items() if measured.versions.get(name) != version]
     installed = f"; installed now: {', '.join(changed)}" if changed else ""
-    out.print(f"{len(names):,} of {len(known):,} models; measured {table.date} with {said}{installed}", soft_wrap=True)
+    out.print(f"{len(names):,} of {len(known):,} models; measured {measured.date} with {said}{installed}", soft_wrap=True)
 
 
 def matching(pattern: str, known: list[str]) -> list[str]:
@@ -66,18 +66,15 @@ def _measure(names: list[str]) -> dict[str, Entry]:
 
 
 def _table(names: list[str], entries: Mapping[str, Entry]) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold", show_edge=False)
-    table.add_column("model", overflow="fold")
-    for column in ("parameters", "sites", "covered", "fx", "CPU"):
-        table.add_column(column, justify="left" if column == "CPU" else "right", no_wrap=True)
+    result = table("model~", "parameters>", "sites>", "covered>", "fx>", "CPU")
     for name in names:
         if (entry := entries.get(name)) is None:
-            table.add_row(name, "", "", "", "not measured")
+            result.add_row(name, "", "", "", "not measured")
             continue
         graph = f"{entry.parts} parts, " if entry.parts > 1 else ""
         reach = graph + percent(entry.reach) if entry.parts else "none"
-        table.add_row(name, count(entry.parameters), str(entry.sites), percent(entry.share), reach, entry.numerics or "-")
-    return table
+        result.add_row(name, count(entry.parameters), str(entry.sites), percent(entry.share), reach, entry.numerics or "-")
+    return result
 
 
 def percent(share: float) -> str:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from argparse import Namespace
 from pathlib import Path
 
-from nmfx.cli.common import checked, data_options, data_settings, warn_random
+from nmfx.cli.common import checked, data_options, data_settings, processes, warn_random
 from nmfx.cli.console import hint, output, working
-from nmfx.cli.processes import processes
 from nmfx.settings.flags import read_flags
 from nmfx.settings.stages import RecalibrateSettings
 from nmfx.stages.recalibrate import recalibrate

@@ -5,10 +5,9 @@ from __future__ import annotations
 from argparse import Namespace
 from pathlib import Path
 
-from nmfx.cli.common import check_random, resumable
+from nmfx.cli.common import check_random, processes, resumable
 from nmfx.cli.console import heading, output, warn, working
 from nmfx.cli.evaluate import score_table
-from nmfx.cli.processes import processes
 from nmfx.recipe.check import check_recipe
 from nmfx.recipe.loader import find_recipe, load_recipe
 from nmfx.recipe.schema import Recipe

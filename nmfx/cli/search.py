@@ -12,15 +12,14 @@ from nmfx.cli.common import (
     checked,
     data_options,
     data_settings,
-    pictures_of,
+    processes,
     resumable,
     warn_random,
 )
 from nmfx.cli.console import advancing, heading, hint, output, warn
-from nmfx.cli.processes import first_alone, processes
 from nmfx.errors import NmfxError, SearchError
 from nmfx.models.source import find_source
-from nmfx.processes import rank
+from nmfx.processes import first_alone, rank
 from nmfx.scheme import Scheme
 from nmfx.search.budget import UNITS
 from nmfx.search.finder import SearchResult
@@ -33,8 +32,18 @@ from nmfx.sparsity.score import SCORES
 from nmfx.stages import report
 from nmfx.stages.latency import Reached, search_latency
 from nmfx.stages.search import SearchRecord, ask, finder, search, with_origin
-from nmfx.stages.work import SEARCHING, WorkDirectory, check_free, directory_for, find_work, open_work, save_scheme
-from nmfx.stages.written import is_state, remove_state
+from nmfx.stages.stamp import search_values
+from nmfx.stages.work import (
+    SEARCHING,
+    WorkDirectory,
+    check_free,
+    directory_for,
+    find_work,
+    open_work,
+    pictures_of,
+    save_scheme,
+)
+from nmfx.stages.written import drop_stamp, is_state, leave_stamp, remove_state
 
 DEMO = "demo:digits"
 
@@ -69,6 +78,11 @@ def run(args: Namespace) -> None:
         written, notes = save_scheme(record.scheme, path, record.sites, force=args.force)
         for line in notes:
             warn(line)
+        if not args.out and reached is None:
+            names = [file.name for file in written]
+            leave_stamp(work.path, "search", search_values(settings, data), names, before=("build",))
+        elif not args.out:
+            drop_stamp(work.path, "search")  # no recipe asks for a latency
         written += report.write(record.result, record.scheme, args.figure, args.html, force=args.force)
         if is_state(_checkpoint(path)):
             _checkpoint(path).unlink()

@@ -28,12 +28,23 @@ def size(number: int) -> str:
     return f"{number / 1e6:.2f} MB" if number >= 1e5 else f"{number / 1e3:.1f} kB"
 
 
+def table(*columns: str) -> Table:
+    """An empty table: a column a word, to the right where that ends in ``>``, folded instead of cut where it ends in ``~``."""
+    result = Table(box=None, pad_edge=False, header_style="bold", show_edge=False)
+    for column in columns:
+        fold = column.endswith("~")
+        result.add_column(
+            column.rstrip(">~"),
+            justify="right" if column.endswith(">") else "left",
+            no_wrap=not fold,
+            overflow="fold" if fold else "ellipsis",
+        )
+    return result
+
+
 def site_table(sites: Sites, scheme: Scheme, reasons: Mapping[str, str]) -> Table:
     """One row a site: name, shape, pattern, MACs, and its share of all weights."""
-    table = Table(box=None, pad_edge=False, header_style="bold", show_edge=False)
-    table.add_column("site", overflow="fold", ratio=1)
-    for column in ("shape", "pattern", "MACs", "of weights"):
-        table.add_column(column, justify="right" if column != "shape" else "left", no_wrap=True)
+    result = table("site~", "shape", "pattern>", "MACs>", "of weights>")
     for site in sites:
         shape = "x".join(map(str, site.shape))
         pattern = Text(str(scheme[site.name]), "green") if site.name in scheme else Text("dense", "dim")
@@ -41,27 +52,21 @@ def site_table(sites: Sites, scheme: Scheme, reasons: Mapping[str, str]) -> Tabl
             pattern.append("*", "yellow")
         macs = count(site.macs) if site.macs else ("train" if site.train_only else "0")
         share = f"{site.weights / sites.weights:.1%}"
-        table.add_row(site.name, f"{shape} {SHORT.get(site.kind, site.kind)}", pattern, macs, share)
-    return table
+        result.add_row(site.name, f"{shape} {SHORT.get(site.kind, site.kind)}", pattern, macs, share)
+    return result
 
 
 def scheme_bars(sites: Sites, scheme: Scheme, width: int) -> Table:
     """The scheme as a picture: one bar a site, its length the share of weights kept."""
-    table = Table(box=None, pad_edge=False, header_style="bold", show_edge=False)
-    table.add_column("site", overflow="fold", ratio=1)
-    table.add_column("pattern", justify="right", no_wrap=True)
-    cells = 16 if width < 100 else 32
-    table.add_column("kept", no_wrap=True, width=cells)
-    table.add_column("weights", justify="right", no_wrap=True)
-    table.add_column("MACs", justify="right", no_wrap=True)
+    cells, result = 16 if width < 100 else 32, table("site~", "pattern>", "kept", "weights>", "MACs>")
     for site in sites:
         kept = scheme.kept(site)
         density = kept / site.weights
         filled = max(1, round(density * cells))
         bar = Text("█" * filled, "green" if site.name in scheme else "cyan") + Text("░" * (cells - filled), "dim")
         pattern = str(scheme.get(site.name, "dense"))
-        table.add_row(site.name, pattern, bar, count(kept), count(site.macs * density))
-    return table
+        result.add_row(site.name, pattern, bar, count(kept), count(site.macs * density))
+    return result
 
 
 def reasons_list(reasons: Mapping[str, str], title: str) -> RenderableType:
@@ -78,14 +83,12 @@ def reasons_list(reasons: Mapping[str, str], title: str) -> RenderableType:
 
 def totals_table(totals: Totals) -> Table:
     """Weights and MACs, dense and kept."""
-    table = Table(box=None, pad_edge=False, header_style="bold", show_edge=False)
-    for column in ("", "dense", "kept", "sparsity", "times fewer"):
-        table.add_column(column, justify="right" if column else "left", no_wrap=True)
+    result = table("", "dense>", "kept>", "sparsity>", "times fewer>")
     rows = (("weights", totals.weights, totals.kept), ("MACs", totals.macs, totals.kept_macs))
     for name, dense, kept in rows:
         sparsity = 1 - kept / dense if dense else 0.0
-        table.add_row(name, f"{dense:,}", f"{kept:,}", f"{sparsity:.4%}", f"{dense / kept:.2f}x" if kept else "-")
-    return table
+        result.add_row(name, f"{dense:,}", f"{kept:,}", f"{sparsity:.4%}", f"{dense / kept:.2f}x" if kept else "-")
+    return result
 
 
 def start_line(start: Scheme, sites: Sites) -> str:

@@ -130,6 +130,38 @@ class EvaluateSettings:
         check_options(self, "evaluation settings")
 
 
+@dataclass(frozen=True)
+class BenchSettings:
+    """How a network is timed. A model by name is timed under a scheme that is searched first."""
+
+    target: str = option("0.875", "for a model by name: sparsity of parameters")
+    m: int = option(16, "for a model by name: group size M", least=2, most=64)
+    batch: str = option("1,8", "batch sizes", metavar="B,B,...")
+    threads: str = option("", "numbers of threads; 1 and all", metavar="T,T,...")
+    turns: int = option(15, "turns of every engine", least=1, most=100_000)
+
+    def __post_init__(self) -> None:
+        check_options(self, "bench settings")
+        _ = self.batches, self.thread_counts
+
+    @property
+    def batches(self) -> tuple[int, ...]:
+        """``batch`` as numbers."""
+        return _numbers(self.batch, "batch")
+
+    @property
+    def thread_counts(self) -> tuple[int, ...]:
+        """``threads`` as numbers; none: 1 and all."""
+        return _numbers(self.threads, "threads") if self.threads else ()
+
+
+def _numbers(listed: str, key: str) -> tuple[int, ...]:
+    parts = listed.split(",")
+    if not all(part.isascii() and part.isdigit() and len(part) < 5 and int(part) for part in parts):
+        raise NmfxError(f"{key} {listed}: expected whole numbers below 10,000 with commas, as in 1,8")
+    return tuple(dict.fromkeys(map(int, parts)))
+
+
 def parse_size(size: str, what: str) -> tuple[int, ...] | None:
     """``3x224x224`` as numbers; one number means a square colour picture, nothing None.
 

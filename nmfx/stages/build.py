@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
-from nmfx.errors import NmfxError
+from nmfx.errors import NmfxError, SearchError
 from nmfx.export.plain import save_baked
 from nmfx.export.start import build_start, detach_scheme, is_compressed
 from nmfx.files.atomic import replace_folder, write_text
@@ -19,9 +21,12 @@ from nmfx.models.site import Sites
 from nmfx.models.source import SOURCE, Source, find_source
 from nmfx.passes.transform import conversion_difference
 from nmfx.scheme import Scheme
+from nmfx.search.problem import make_problem
+from nmfx.settings.search import SearchSettings
 from nmfx.settings.stages import ModelSettings
 from nmfx.stages.export import FORMATS
 from nmfx.stages.finetune import FILES
+from nmfx.stages.stamp import build_values, search_values
 from nmfx.stages.work import (
     EXPORT,
     RECALIBRATED,
@@ -37,8 +42,10 @@ from nmfx.stages.work import (
     open_work,
     save_scheme,
 )
-from nmfx.stages.written import strangers
+from nmfx.stages.written import leave_stamp, strangers
+from nmfx.text import nearest
 
+KNOWN = ("auto", "pretrained", "none")  # words for weights; anything else is a file
 EXPORTS = (".safetensors", *(ending for ending, _ in FORMATS.values()))
 OURS = {
     *(WORK, WEIGHTS, START, SCHEME, "scheme.txt", f"scheme{SEARCHING}", RECALIBRATED, SCORES),
@@ -95,6 +102,18 @@ def build_weights(settings: ModelSettings) -> Built:
     return build_model(settings.name, weights=settings.weights, kwargs=settings.kwargs, entry=entry)
 
 
+def check_weights(settings: ModelSettings) -> None:
+    """Refuse weights that cannot be meant, before anything is built."""
+    weights, path, known = settings.weights, Path(settings.weights), settings.weights in KNOWN
+    expected = "expected auto, pretrained, none or a file"
+    if path.is_dir():
+        raise NmfxError(f"--weights {weights}: a folder; {expected}")
+    if not known and not path.exists() and not path.suffix:
+        raise NmfxError(f"--weights {weights}: no such file{nearest(weights, KNOWN)}; {expected}")
+    if known and settings.weights_entry:
+        raise NmfxError(f"--weights-entry {settings.weights_entry} is of a file: give --weights FILE")
+
+
 def examine(built: Built, input_size: tuple[int, ...] | None) -> BuildRecord:
     """The sites of a model that was built, the scheme it came with (which is baked into it), and the check of conversion."""
     model, source = built.model, getattr(built.model, SOURCE, built.source)
@@ -104,7 +123,7 @@ def examine(built: Built, input_size: tuple[int, ...] | None) -> BuildRecord:
     return BuildRecord(built, source, example, sites, start, conversion_difference(model, sites, example), input_size)
 
 
-def write_files(record: BuildRecord, folder: Path, scheme: Scheme | None = None) -> list[str]:
+def write_files(record: BuildRecord, folder: Path) -> list[str]:
     """Write the files of a work directory into a folder, work.yaml last; their names."""
     parse_kwargs(record.source.kwargs, f"{folder}: {record.source}", NmfxError)  # or it could not be read again
     written = []
@@ -114,21 +133,63 @@ def write_files(record: BuildRecord, folder: Path, scheme: Scheme | None = None)
     if record.start is not None:
         record.start.save(folder / START, record.sites)
         written.append(START)
-    if scheme is not None:
-        written += [path.name for path in save_scheme(scheme, folder / SCHEME, record.sites)[0]]
     write_text(folder / WORK, record.work(folder).to_yaml())
     return [*written, WORK]
 
 
-def create(record: BuildRecord, path: Path, scheme: Scheme | None = None, *, force: bool) -> WorkDirectory:
+def create(
+    record: BuildRecord,
+    path: Path,
+    scheme: Scheme | None = None,
+    *,
+    force: bool,
+    made_by: tuple[ModelSettings, SearchSettings | None] | None = None,
+) -> WorkDirectory:
     """Write a work directory whole: into a temporary one beside it, then renamed.
+
+    Args:
+        record: the model, its sites and weights.
+        path: where the directory goes.
+        scheme: a scheme to write into it.
+        force: replace a work directory that is there.
+        made_by: the settings behind the model and the scheme, for the stamps that `nmfx run` reads; without them it has none.
+
+    Returns:
+        The work directory.
 
     Raises:
         NmfxError: it exists and `force` is false, or is no work directory of ours.
     """
+
+    def fill(folder: Path) -> None:
+        names = write_files(record, folder)
+        if made_by is not None:
+            leave_stamp(folder, "build", build_values(made_by[0]), names)
+        if scheme is not None:
+            written = [file.name for file in save_scheme(scheme, folder / SCHEME, record.sites)[0]]
+            if made_by is not None and made_by[1] is not None:
+                leave_stamp(folder, "search", search_values(made_by[1], None), written, before=("build",))
+
     check_absent(path, force=force)
-    replace_folder(path, lambda folder: write_files(record, folder, scheme))
+    replace_folder(path, fill)
     return record.work(path)
+
+
+def sparser_search(work: WorkDirectory) -> tuple[str, str]:
+    """A search that a sparse start can answer, as a command that can be typed, and what it does."""
+    sites = work.sites(work.build_meta())
+    start = work.start(sites)
+    assert start is not None  # it has been written
+    kept, m = 1 - start.totals(sites).sparsity, max(pattern.m for pattern in start.values())
+    flags = ["--layout", "flat"] if start.layout == "flat" else []
+    flags += ["--remainder", "short"] if start.short else []
+    policy: dict[str, Any] = {"layout": start.layout, "remainder": "short" if start.short else "dense"}
+    for share in (0.5, 0.75, 0.9):
+        target = f"{1 - share * kept:.4f}"
+        with contextlib.suppress(SearchError):
+            make_problem(sites, target=target, m=m, mixed=True, within=start, **policy)
+            return work.command("search", "--target", target, *flags), "sparser than it is"
+    return work.command("search", "--m", "32", "--target", f"{1 - 0.9 * kept:.4f}"), "sparser than it is, if it can be"
 
 
 def check_absent(path: Path, *, force: bool) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from torch import nn
@@ -12,16 +12,18 @@ from torch import nn
 from nmfx.data.loader import validation_loader
 from nmfx.data.source import Data
 from nmfx.errors import CheckpointError, NmfxError
-from nmfx.export.checkpoint import load_checkpoint, read_checkpoint
+from nmfx.export.checkpoint import load_checkpoint
+from nmfx.export.start import is_compressed
 from nmfx.files.atomic import write_text
 from nmfx.files.parsing import read_json
-from nmfx.passes.transform import transform
+from nmfx.passes.transform import scheme_of, transform
 from nmfx.processes import world
 from nmfx.progress import Progress, silent
 from nmfx.scheme import Scheme
-from nmfx.settings.stages import DataSettings, EvaluateSettings
+from nmfx.settings.stages import DataSettings, EvaluateSettings, ModelSettings
+from nmfx.stages.build import build_weights
 from nmfx.stages.data import fit_pictures, open_pictures
-from nmfx.stages.work import SCORES, WorkDirectory
+from nmfx.stages.work import SCORES, WorkDirectory, around, open_work, random_weights
 from nmfx.text import sentence
 from nmfx.training.evaluation import Evaluation, evaluate
 
@@ -30,11 +32,18 @@ FIRST = ("dense", "start")  # labels of the model that the others are compared w
 
 @dataclass(frozen=True)
 class Candidate:
-    """A model to evaluate, what to call it, and its input size where that is not its own."""
+    """A model to evaluate, what to call it, and its input size where that is not its own.
+
+    Attributes:
+        note: what is to be said of its weights.
+        random: what is to be said of random weights; empty where they are none.
+    """
 
     label: str
     model: nn.Module
     size: tuple[int, ...] | None = None
+    note: str = ""
+    random: str = ""
 
 
 @dataclass(frozen=True)
@@ -54,10 +63,18 @@ def score(
     device: str = "cpu",
     progress: Progress = silent,
 ) -> EvaluateRecord:
-    """Evaluate models one after another.
+    """Evaluate models one after another; every process calls it.
 
     Args:
+        candidates: the models, each loaded when its turn comes.
+        settings: pictures a batch.
+        pictures: whose validation part is looked at.
         reference: a model whose answers those of the others are compared with; by default the first if it is a dense one.
+        device: where the models run.
+        progress: told which model is at work.
+
+    Returns:
+        Top-1, top-5 and loss of each model, by its label.
 
     Raises:
         NmfxError: pictures that a model cannot take.
@@ -82,6 +99,30 @@ def score(
     return EvaluateRecord(scores, data)
 
 
+def load_candidate(what: str, settings: ModelSettings, network: str | None = None) -> Candidate:
+    """A compressed checkpoint, plain weights of `network`, a work directory's dense model, or a model by name.
+
+    Raises:
+        NmfxError: plain weights, and nobody says of which network; a file or model that cannot be had.
+    """
+    path = Path(what)
+    if path.is_dir():
+        work = open_work(path)
+        return Candidate(what, work.load(), settings.size or work.input_size)
+    if not path.is_file():
+        built = build_weights(replace(settings, name=what))
+        random = random_weights(what, built.note) if built.weights == "random" else ""
+        return Candidate(what, built.model, settings.size, random=random)
+    inside = around(path)
+    size = settings.size or (inside.input_size if inside else None)
+    if is_compressed(path):
+        return Candidate(what, load_checkpoint(path), size)
+    if network is None:
+        raise NmfxError(f"{what}: plain weights; give --model NAME, the network they are for")
+    built = build_weights(replace(settings, name=network, weights=what))
+    return Candidate(what, built.model, size, note="" if built.note == f"weights from {what}" else built.note)
+
+
 def candidates_of(work: WorkDirectory, size: tuple[int, ...] | None = None) -> Iterator[Candidate]:
     """The models of a work directory: dense (or its sparse start), masked, recalibrated and fine-tuned."""
     size, dense, scheme = size or work.input_size, work.load(), None
@@ -92,8 +133,9 @@ def candidates_of(work: WorkDirectory, size: tuple[int, ...] | None = None) -> I
         yield Candidate("masked, untrained", transform(dense, scheme, sites=sites), size)
     for label, file in (("recalibrated", work.recalibrated_path), ("fine-tuned", work.tuned_path)):
         if file.is_file():
-            other = scheme is not None and read_checkpoint(file)[0].scheme.patterns != scheme.patterns
-            yield Candidate(f"{label}{', another scheme' if other else ''}", load_checkpoint(file), size)
+            model = load_checkpoint(file)
+            other = scheme is not None and scheme_of(model).patterns != scheme.patterns
+            yield Candidate(f"{label}{', another scheme' if other else ''}", model, size)
 
 
 def exported(work: WorkDirectory) -> Iterator[Candidate]:

@@ -33,12 +33,14 @@ class ExportRecord:
     Attributes:
         files: by kind (``scheme``, ``published``, ``checkpoint`` and the formats), the names in the folder.
         weights: where the weights come from.
+        taken: the checkpoint they were taken from; None for those that the work directory was made with.
         dense_bytes: of the dense weights.
         verified: the check of the masks; None without any.
     """
 
     files: dict[str, str]
     weights: str
+    taken: Path | None
     scheme: Scheme
     sites: Sites = field(repr=False)
     dense_bytes: int
@@ -66,9 +68,15 @@ def export(
     ones, else those it was made with. All files come at once, or none.
 
     Args:
+        work: the model and its scheme.
+        settings: which epoch of fine-tuning, and the formats.
+        folder: where the files go.
         scheme: the file of another scheme.
         finished: take the fine-tuned or recalibrated weights, if there are any; False: those that it was made with.
         make_way: told the names of the files before they move to `folder`; its lines become notes.
+
+    Returns:
+        What was written, and where its weights came from.
 
     Raises:
         NmfxError: no scheme, no last epoch where that is asked for, a format that cannot say it.
@@ -93,4 +101,4 @@ def export(
             if kind in files:
                 save(plain, draft / files[kind], example)
         notes += [*said, *make_way(list(files.values()))]
-    return ExportRecord(files, weights, chosen, sites, dense, verified, notes)
+    return ExportRecord(files, weights, done.path if done else None, chosen, sites, dense, verified, notes)

@@ -26,7 +26,8 @@ from nmfx.settings.stages import DataSettings, FinetuneSettings
 from nmfx.sparsity.score import SCORES
 from nmfx.stages.data import fit_pictures, open_pictures, sample
 from nmfx.stages.epochs import TUNED, describe_epoch, save_epochs
-from nmfx.stages.work import WorkDirectory, example_of
+from nmfx.stages.work import WorkDirectory, check_free, example_of
+from nmfx.stages.written import remove_state
 from nmfx.training.evaluation import Evaluation, evaluate
 from nmfx.training.finetuning import finetune as train
 from nmfx.training.masks import set_training
@@ -57,6 +58,21 @@ class Origin:
         return self.work.input_size if self.work else None
 
 
+def make_room(folder: Path, *, force: bool) -> list[str]:
+    """Make sure that a run can be written to `folder`; with `force` one of before goes, and what is not ours gets another name.
+
+    Returns:
+        A line for each file that was renamed.
+
+    Raises:
+        NmfxError: the folder cannot be written to, or holds files that are no run to go on with.
+    """
+    check_writable(folder, FILES)
+    if not (folder / LAST).exists():  # no run to go on with, so whatever is there is something else
+        check_free([folder / name for name in (*TUNED.values(), BEST, LOG)], force=force)
+    return [line for name in FILES for line in remove_state(folder / name)] if force else []
+
+
 @dataclass(frozen=True)
 class FinetuneRecord:
     """What the finetune stage did: the model holds the best epoch, as its checkpoint does, which scores `best`."""
@@ -81,7 +97,16 @@ def finetune(
     """Train, or go on with a run that was stopped in `folder`, and write the best and the last epoch; every process calls it.
 
     Args:
+        origin: the work directory or checkpoint to start from, and the scheme.
+        settings: of training and of the masks.
+        pictures: to train on and to evaluate every epoch with.
+        folder: where the checkpoints, the state to resume from and the log go.
+        device: where the model trains.
+        progress: told of every update, and with ``lasting`` of every epoch.
         make_way: told the names of the checkpoints in `folder` before they are written; its lines become notes.
+
+    Returns:
+        The model as its best epoch left it, with that checkpoint's score.
 
     Raises:
         NmfxError: nothing to start from, a folder that cannot be written, pictures that do not fit, a run of other settings.
@@ -152,7 +177,11 @@ def _teacher(origin: Origin) -> nn.Module:
 
 
 def _check(path: Path, model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], device: str) -> Evaluation:
-    """What is on disk scores as what was trained, digit for digit: that score."""
+    """What is on disk scores as what was trained, digit for digit: that score.
+
+    Both are evaluated here, though training has evaluated every epoch: it is the only proof that the file alone, rebuilt in a
+    new model by its name and arguments, answers as the trained model does.
+    """
     trained, found = evaluate(model, batches), evaluate(load_checkpoint(path).to(device), batches)
     if found != trained:
         raise NmfxError(f"{path}: evaluates as {found}, the trained model as {trained}; do not use it")

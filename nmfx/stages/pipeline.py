@@ -18,16 +18,25 @@ from nmfx.processes import rank, world
 from nmfx.progress import Progress, silent
 from nmfx.scheme import Totals
 from nmfx.settings.job import Job
-from nmfx.settings.option import free_keys, values_of
+from nmfx.settings.option import values_of
 from nmfx.settings.stages import FinetuneSettings
-from nmfx.settings.training import Settings
 from nmfx.stages.build import build, write_files
 from nmfx.stages.epochs import TUNED
 from nmfx.stages.evaluate import exported, score, write_scores
 from nmfx.stages.export import export
 from nmfx.stages.finetune import FILES, Origin, finetune
 from nmfx.stages.search import search
-from nmfx.stages.stamp import Stamp, digest_of, digests, read_stamp, stamp, write_stamp
+from nmfx.stages.stamp import (
+    Stamp,
+    build_values,
+    digests,
+    evaluate_values,
+    finetune_values,
+    read_stamp,
+    search_values,
+    stamp,
+    write_stamp,
+)
 from nmfx.stages.work import EXPORT, SCHEME, SCORES, SEARCHING, START, TUNING, WEIGHTS, WORK, open_work, save_scheme
 from nmfx.stages.written import BOARD, Written, check_folders, is_state, remove_events, remove_state
 
@@ -125,26 +134,6 @@ def _evaluate(job: Job, folder: Path, device: str, progress: Progress) -> Done:
     return Done((SCORES,), tuple(kept))
 
 
-def _pictures(job: Job) -> dict[str, Any]:
-    return job.data.identity if job.data else {}
-
-
-def _build_settings(job: Job) -> dict[str, Any]:
-    weights = job.model.weights
-    file = {} if weights in ("auto", "pretrained", "none") else {"content of weights": digest_of(Path(weights))}
-    return values_of(job.model) | file
-
-
-def _search_settings(job: Job) -> dict[str, Any]:
-    section = job.search
-    file = {"content of scheme": digest_of(Path(section.scheme))} if section.scheme else {}
-    return {"look at data": section.data} | values_of(section, ("data",)) | (_pictures(job) if section.data else {}) | file
-
-
-def _finetune_settings(job: Job) -> dict[str, Any]:
-    return values_of(job.finetune or FinetuneSettings(), free_keys(Settings)) | _pictures(job)
-
-
 @dataclass(frozen=True)
 class Stage:
     """What decides a stage's output, what runs it, and the files of a run that was stopped."""
@@ -156,11 +145,16 @@ class Stage:
 
 
 STAGES = {
-    "build": Stage(_build_settings, _build),
-    "search": Stage(_search_settings, _search, (LOOP,), together=True),
-    "finetune": Stage(_finetune_settings, _finetune, tuple(f"{TUNING}/{name}" for name in FILES), together=True),
+    "build": Stage(lambda job: build_values(job.model), _build),
+    "search": Stage(lambda job: search_values(job.search, job.data), _search, (LOOP,), together=True),
+    "finetune": Stage(
+        lambda job: finetune_values(job.finetune or FinetuneSettings(), job.data),
+        _finetune,
+        tuple(f"{TUNING}/{name}" for name in FILES),
+        together=True,
+    ),
     "export": Stage(lambda job: values_of(job.export), _export),
-    "evaluate": Stage(lambda job: values_of(job.evaluate) | _pictures(job), _evaluate, together=True),
+    "evaluate": Stage(lambda job: evaluate_values(job.evaluate, job.data), _evaluate, together=True),
 }
 
 

@@ -14,6 +14,7 @@ from nmfx.report.figures import draw_comparison, draw_search
 from nmfx.report.measured import draw_speed
 from nmfx.report.page import check_page, comparison_page, save_page, search_page
 from nmfx.report.record import Limit, Report, Speed
+from nmfx.runtime.measuring.bench import Bench
 from nmfx.scheme import Scheme
 from nmfx.search.budget import UNITS
 from nmfx.search.finder import SearchResult
@@ -34,6 +35,16 @@ def check(figure: str | None, html: str | None, *, force: bool) -> None:
         check_free([Path(path) for path in (figure, html) if path], force=force)
         with style():
             pass
+
+
+def speeds_of(found: Bench) -> list[Speed]:
+    """How many times as fast as the best dense engine each engine is, for the figure."""
+    speeds = []
+    for one in found.timings:
+        best, (low, high) = found.best_dense(one.batch, one.threads).median, one.spread
+        group = f"batch {one.batch}, {one.threads} thread{'s' * (one.threads > 1)}"
+        speeds.append(Speed(one.engine, group, best / one.median, best / high, best / low))
+    return speeds
 
 
 def write_speed(speeds: Sequence[Speed], label: str, figure: str, *, force: bool) -> None:

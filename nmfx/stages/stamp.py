@@ -1,4 +1,4 @@
-"""What a stage leaves beside its output, so that the next run knows whether that is still what the recipe asks for."""
+"""What a stage leaves beside its output, so that `nmfx run` knows whether that is still what the recipe asks for."""
 
 from __future__ import annotations
 
@@ -13,6 +13,11 @@ from typing import Any
 from nmfx.errors import NmfxError
 from nmfx.files.atomic import write_text
 from nmfx.files.parsing import Form, Text, read_json
+from nmfx.models.source import find_source
+from nmfx.settings.option import free_keys, values_of
+from nmfx.settings.search import SearchSettings
+from nmfx.settings.stages import DataSettings, EvaluateSettings, FinetuneSettings, ModelSettings
+from nmfx.settings.training import Settings
 
 FOLDER = "stages"
 
@@ -49,14 +54,43 @@ class Stamp:
             return f"changed: {', '.join(said[:3])}{f' and {len(said) - 3} more' if len(said) > 3 else ''}"
         if self.before != wanted.before:
             return "a stage before it has run again"
-        if self.outputs is None:
-            return "it was stopped, and goes on"
-        for name, digest in self.outputs.items():
+        return "it was stopped, and goes on" if self.outputs is None else self.damage(folder)
+
+    def damage(self, folder: Path) -> str:
+        """Which of its outputs is no longer there as it was written; empty when all are."""
+        for name, digest in (self.outputs or {}).items():
             if not os.path.isfile(folder / name):  # false for names that no file can have
                 return f"{name} is gone"
             if digest_of(folder / name) != digest:
                 return f"{name} was altered"
         return ""
+
+
+def build_values(model: ModelSettings) -> dict[str, Any]:
+    """What decides the output of the build stage: its settings, the model's whole name, the content of a weights file."""
+    known = model.weights in ("auto", "pretrained", "none")
+    file = {} if known else {"content of weights": digest_of(Path(model.weights))}
+    return values_of(model) | {"name": str(find_source(model.name))} | file
+
+
+def search_values(search: SearchSettings, data: DataSettings | None) -> dict[str, Any]:
+    """What decides the output of the search stage: its settings, pictures if it looks at any, the content of a scheme file."""
+    file = {"content of scheme": digest_of(Path(search.scheme))} if search.scheme else {}
+    return {"look at data": search.data} | values_of(search, ("data",)) | (_pictures(data) if search.data else {}) | file
+
+
+def finetune_values(finetune: FinetuneSettings, data: DataSettings | None) -> dict[str, Any]:
+    """What decides the output of the finetune stage: settings that change the weights, and the pictures."""
+    return values_of(finetune, free_keys(Settings)) | _pictures(data)
+
+
+def evaluate_values(evaluate: EvaluateSettings, data: DataSettings | None) -> dict[str, Any]:
+    """What decides the output of the evaluate stage: its settings and the pictures."""
+    return values_of(evaluate) | _pictures(data)
+
+
+def _pictures(data: DataSettings | None) -> dict[str, Any]:
+    return data.identity if data else {}
 
 
 class _Form(Form, frozen=True):

@@ -172,6 +172,17 @@ def example_of(model: nn.Module, input_size: tuple[int, ...] | None) -> Example:
     return Example(*torch.utils._pytree.tree_map_only(torch.Tensor, fill, (example.args, example.kwargs)))
 
 
+def pictures_of(example: Example) -> torch.Tensor:
+    """The one input of a model that is to be timed.
+
+    Raises:
+        NmfxError: it takes others.
+    """
+    if len(example.args) != 1 or not isinstance(example.args[0], torch.Tensor) or example.kwargs:
+        raise NmfxError("speed is measured for models of one input, a batch of pictures")
+    return example.args[0]
+
+
 def directory_for(model: str) -> Path:
     """Where the work directory of a model goes: NAME.nmfx in the current folder."""
     return Path(f"{find_source(model).name}.nmfx")
@@ -212,7 +223,7 @@ def open_work(path: Path) -> WorkDirectory:
     Raises:
         NmfxError: it is none, or leads elsewhere by a link in it.
     """
-    check_folders(path, ("export", "finetune", "recalibrated"))
+    check_folders(path, ("export", "finetune", "recalibrated", "stages"))
     file = path / WORK
     for folder in (path.parent, path):
         remove_dead_drafts(folder)

@@ -8,8 +8,10 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -17,7 +19,7 @@ from nmfx.errors import NmfxError
 from nmfx.files import parsing
 from nmfx.files.atomic import write_text
 from nmfx.files.drafts import DRAFT
-from nmfx.stages.stamp import FOLDER, digest_of, read_stamp
+from nmfx.stages.stamp import FOLDER, digest_of, digests, read_stamp, stamp, write_stamp
 
 LIST = f"{FOLDER}/written.json"
 BOARD = "finetune/tensorboard"
@@ -61,6 +63,33 @@ class Written:
     def _save(self) -> None:
         content = json.dumps(self.digests, indent=1)
         write_text(self.folder / LIST, content)
+
+
+def leave_stamp(
+    folder: Path, stage: str, values: Mapping[str, Any], outputs: Iterable[str], before: Sequence[str] = ()
+) -> None:
+    """Stamp what a command wrote, so that `nmfx run` does not do it again; what it wrote stays the user's: no run deletes it.
+
+    Args:
+        values: what decides the output, as ``search_values`` gives it.
+        outputs: the files that were written, by their path in `folder`.
+        before: the stages whose output it has read, in their order. Where one of them has no stamp, or its files have been
+            altered since, nobody can say what went into this one: it gets no stamp.
+    """
+    Written(folder).record({})  # a list from now on, which these files are not on
+    fingerprint = ""
+    for name in before:
+        one = read_stamp(folder, name)
+        if one is None or one.before != fingerprint or one.outputs is None or one.damage(folder):
+            drop_stamp(folder, stage)
+            return
+        fingerprint = one.fingerprint
+    write_stamp(folder, stage, replace(stamp(values, fingerprint), outputs=digests(folder, outputs)))
+
+
+def drop_stamp(folder: Path, stage: str) -> None:
+    """Take the stamp of a stage away: a command has written its output in a way that no recipe says."""
+    (folder / FOLDER / f"{stage}.json").unlink(missing_ok=True)
 
 
 def _from_stamps(folder: Path) -> dict[str, str]:

@@ -93,7 +93,7 @@ def test_a_missing_kernel_is_said_in_one_line(command: str, nmfx: Run, monkeypat
         raise NmfxError("far enough")
 
     monkeypatch.setattr("nmfx.cli.common.load_kernel", lambda: "no C++ compiler (c++): install one, such as g++")
-    monkeypatch.setattr("nmfx.cli.bench.bench", stop)
+    monkeypatch.setattr("nmfx.stages.bench.bench", stop)
     monkeypatch.setattr("nmfx.stages.latency.measure_latency", stop)
     nmfx("convert", "digits", "--pattern", "2:4")
     argv = ["digits.nmfx", "--batch", "1"] if command == "bench" else ["--target-latency", "2x", "--m", "4", "--force"]

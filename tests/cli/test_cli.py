@@ -54,6 +54,9 @@ def nmfx(capsys: pytest.CaptureFixture[str]) -> Run:
     return run
 
 
+STAMPS = ("stages/build.json", "stages/written.json")  # what `nmfx run` goes by
+
+
 def listing(folder: Path = Path()) -> dict[str, Any]:
     """Every file with its content, hidden ones too."""
     return {str(p): p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))}
@@ -96,7 +99,9 @@ def test_convert_by_name_shows_and_writes(nmfx: Run) -> None:
     assert "all 21 sites read through all-ones masks, dense against original: largest difference 0 (exact)" in out
     assert "WARNING: torchvision:resnet18 has random weights" in err
     assert "next: nmfx search resnet18.nmfx" in out
-    assert sorted(listing()) == ["resnet18.nmfx", "resnet18.nmfx/work.yaml"]
+    assert sorted(listing()) == [
+        "resnet18.nmfx", *(f"resnet18.nmfx/{name}" for name in ("stages", *STAMPS, "work.yaml"))
+    ]  # fmt: skip
     head = yaml.safe_load(Path("resnet18.nmfx/work.yaml").read_text())
     assert (head["model"], head["weights"], head["input_size"]) == ("torchvision:resnet18", "random", "3x64x64")
 
@@ -182,7 +187,7 @@ def test_random_weights_are_the_same_at_every_stage(nmfx: Run) -> None:
 def test_force_replaces_a_work_directory_whole(nmfx: Run) -> None:
     nmfx("convert", "demo:digits", "--pattern", "2:4")
     nmfx("convert", "demo:digits", "--weights", "none", "--force")
-    assert sorted(listing()) == ["digits.nmfx", "digits.nmfx/work.yaml"]
+    assert sorted(listing()) == ["digits.nmfx", *(f"digits.nmfx/{name}" for name in ("stages", *STAMPS, "work.yaml"))]
 
 
 # search
@@ -263,7 +268,9 @@ def test_a_scheme_without_words_in_the_published_format_is_said(digits: Path, nm
     nmfx("search", "--target", "0.5")
     _, err = nmfx("search", "--target", "0.5", "--remainder", "short", "--force")
     assert "warning: no scheme.txt: the published format has no short groups" in err
-    assert sorted(p.name for p in digits.iterdir()) == ["scheme.txt.kept", "scheme.yaml", "weights.safetensors", "work.yaml"]
+    assert sorted(p.name for p in digits.iterdir()) == [
+        "scheme.txt.kept", "scheme.yaml", "stages", "weights.safetensors", "work.yaml"
+    ]  # fmt: skip
 
 
 # export

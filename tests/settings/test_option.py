@@ -14,8 +14,10 @@ from nmfx.errors import NmfxError
 from nmfx.settings.flags import add_flags, name_of, read_flags
 from nmfx.settings.methods import METHODS, SENSITIVITIES, resolve
 from nmfx.settings.option import Option, about, kinds_of, options_of, parse, section, values_of
+from nmfx.settings.reference import PAGE, reference
 from nmfx.settings.search import Choices, DominoSettings, SearchSettings
 from nmfx.settings.stages import (
+    BenchSettings,
     DataSettings,
     EvaluateSettings,
     ExportSettings,
@@ -28,7 +30,7 @@ from nmfx.stages.pipeline import STAGES
 
 CLASSES = (
     *(Augment, Settings, Choices, DominoSettings, SearchSettings, ModelSettings, DataSettings),
-    *(RecalibrateSettings, FinetuneSettings, ExportSettings, EvaluateSettings),
+    *(RecalibrateSettings, FinetuneSettings, ExportSettings, EvaluateSettings, BenchSettings),
 )
 NEEDED = {ModelSettings: {"name": "digits"}, DataSettings: {"name": "digits"}}
 WHOLE = [cls for cls in CLASSES if cls not in NEEDED]
@@ -142,6 +144,13 @@ def test_yaml_1_2_and_nothing_else(text: str) -> None:
         return
     with pytest.raises(NmfxError, match="key: expected a number"):
         parse(text, float, "key")
+
+
+def test_the_reference_page_is_what_the_definitions_give() -> None:
+    assert PAGE.read_text() == reference(), "python -m nmfx.settings.reference writes it"
+    for cls in CLASSES:
+        for key, (item, _) in options_of(cls).items():
+            assert about(item).flag is None or f"`{name_of(item)}`" in reference() or key == "augment", key
 
 
 def test_every_kind_of_setting_is_frozen() -> None:

@@ -1,0 +1,91 @@
+"""The bench stage: a network, dense and converted, on every engine of this machine."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from nmfx.errors import NmfxError
+from nmfx.export.checkpoint import load_checkpoint
+from nmfx.export.plain import save_onnx
+from nmfx.export.start import is_compressed
+from nmfx.models.census import find_sites
+from nmfx.models.example import Example
+from nmfx.passes.baking import bake
+from nmfx.passes.transform import transform
+from nmfx.progress import Progress, silent
+from nmfx.runtime.measuring.bench import Bench, bench
+from nmfx.scheme import Scheme
+from nmfx.search.finder import find_scheme
+from nmfx.settings.stages import BenchSettings, ModelSettings
+from nmfx.stages.build import build_weights
+from nmfx.stages.work import around, example_of, open_work, pictures_of, random_weights
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A network to time: dense, converted, a batch of one picture for both, and what to call it.
+
+    Attributes:
+        notes: what was left out.
+        random: what is to be said of random weights; empty where they are none.
+    """
+
+    dense: nn.Module = field(repr=False)
+    converted: nn.Module = field(repr=False)
+    pictures: Tensor = field(repr=False)
+    label: str
+    notes: tuple[str, ...] = ()
+    random: str = ""
+
+
+def load_pair(what: str, model: ModelSettings, settings: BenchSettings, scheme: str | None = None) -> Pair:
+    """A work directory's network, a compressed checkpoint's, or a model by name under a scheme that is searched.
+
+    Raises:
+        NmfxError: plain weights, no scheme, a model that cannot be had or takes more than pictures.
+    """
+    path, size = Path(what), model.size
+    if path.is_dir():
+        work = open_work(path)
+        dense = work.load()
+        sites, pictures = work.sites(dense), pictures_of(example_of(dense, size or work.input_size))
+        chosen = work.scheme(sites, scheme)
+        finished, notes = work.finished(chosen)
+        label = str(path if finished is None else finished.path)
+        converted = transform(dense, chosen, sites=sites) if finished is None else load_checkpoint(finished.path)
+        return Pair(dense, converted, pictures, label, tuple(notes))
+    if path.is_file():
+        if not is_compressed(path):
+            raise NmfxError(f"{path}: plain weights; bench takes a compressed checkpoint, a work directory or a model's name")
+        converted, inside = load_checkpoint(path), around(path)
+        size = size or (inside.input_size if inside else None)
+        return Pair(bake(converted), converted, pictures_of(example_of(converted, size)), str(path))
+    built = build_weights(replace(model, name=what))
+    dense, example = built.model, example_of(built.model, size)
+    sites = find_sites(dense, example)
+    if scheme:
+        chosen = Scheme.load(scheme, sites)
+    else:
+        chosen = find_scheme(dense, sites=sites, target=settings.target, m=settings.m).scheme
+    random = random_weights(what, built.note) if built.weights == "random" else ""
+    return Pair(dense, transform(dense, chosen, sites=sites), pictures_of(example), what, random=random)
+
+
+def time_pair(pair: Pair, settings: BenchSettings, progress: Progress = silent) -> tuple[Bench, list[str]]:
+    """Time it on PyTorch, torch.compile, ONNX Runtime and nmfx; what was measured, and notes on what was left out."""
+    with tempfile.TemporaryDirectory() as folder:
+        path, notes = Path(folder) / "dense.onnx", list[str]()
+        progress(0.0, "exporting the dense model to ONNX")
+        try:
+            save_onnx(bake(pair.dense), path, Example((pair.pictures,)))
+        except NmfxError as error:
+            notes.append(f"no ONNX Runtime in the table: {error}")
+        found = bench(
+            pair.dense, pair.converted, pair.pictures, batches=settings.batches, threads=settings.thread_counts,
+            turns=settings.turns, onnx=None if notes else path, progress=progress,
+        )  # fmt: skip
+    return found, notes
