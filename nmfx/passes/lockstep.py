@@ -1,9 +1,9 @@
 """Several forward passes of one model that wait for each other at the operations one asks to see.
 
-A forward pass over some hundreds of pictures would be run again from the start for every layer that is changed on the way. Here
-each batch has a thread of its own, which stops at each operation of interest with what it has computed so far; one thread runs at
-a time, and the order is that of the batches, so the result does not depend on timing. Any model that runs can be stopped so:
-nothing is traced.
+A forward pass over some hundreds of pictures would be run again from the start for every layer that is changed on the way.
+Here each batch has a thread of its own, which stops at each operation of interest with what it has computed so far; one thread
+runs at a time, in the order of the batches, so the result does not depend on timing. Any model that runs can be stopped
+so: nothing is traced.
 """
 
 from __future__ import annotations

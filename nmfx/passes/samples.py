@@ -1,7 +1,7 @@
 """A product that reads a weight, as matrices: rows of inputs and of outputs, and the weight between them.
 
-``outputs (groups, samples, rows) = inputs (groups, samples, columns) @ weight (groups, rows, columns)'``, whatever computes it: a
-convolution in any number of dimensions, grouped or transposed, a linear, a projection inside an attention, a matmul.
+``outputs (groups, samples, rows) = inputs (groups, samples, columns) @ weight (groups, rows, columns)'``, whatever computes it:
+a convolution in any number of dimensions, grouped or transposed, a linear, a projection inside an attention, a matmul.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Product:
     columns: tuple[int, int]
     rows: int
     groups: int = 1
-    conv: tuple[Sequence[int], Sequence[int], Sequence[int], bool, Sequence[int]] | None = None
+    conv: tuple[Any, ...] | None = None
     flipped: bool = False
 
     def matrix(self, weight: Tensor) -> Tensor:
@@ -98,19 +98,21 @@ class Product:
         if self.bias is not None:
             flat = flat - self.bias.float().unsqueeze(-1)
         batch, _, count = flat.shape
-        return flat.reshape(batch, self.groups, self.rows, count).permute(1, 0, 3, 2).reshape(self.groups, batch * count, self.rows)
+        cut = flat.reshape(batch, self.groups, self.rows, count).permute(1, 0, 3, 2)
+        return cut.reshape(self.groups, batch * count, self.rows)
 
     def _geometry(self, x: Tensor) -> tuple[Tensor, Sequence[int], Sequence[int], list[int], list[int]]:
         """The padded input, strides, dilations, kernel and output sizes of the convolution that this is, transposed or not."""
         assert self.conv is not None
-        stride, padding, dilation, transposed, extra = self.conv
+        *numbers, transposed, extra = self.conv
         kernel = list(self.weight.shape[2:])
-        stride, padding, dilation, extra = ([*v] * len(kernel) if len(v) == 1 else [*v] for v in (stride, padding, dilation, extra))
+        stride, padding, dilation, extra = ([*v] * len(kernel) if len(v) == 1 else [*v] for v in (*numbers, extra))
         before = after = padding
         if transposed:  # the same as a plain one over the input with zeros between its entries
             sizes = [(size - 1) * s + 1 for size, s in zip(x.shape[2:], stride, strict=True)]
             spread = x.new_zeros((*x.shape[:2], *sizes))
-            spread[(..., *[slice(None, None, s) for s in stride])] = x
+            at: Any = (slice(None), slice(None), *[slice(None, None, s) for s in stride])
+            spread[at] = x
             before = [d * (k - 1) - p for d, k, p in zip(dilation, kernel, padding, strict=True)]
             after = [edge + more for edge, more in zip(before, extra, strict=True)]
             x, stride = spread, [1] * len(kernel)
@@ -128,8 +130,8 @@ class Product:
         if chosen is None:
             patches = patches.reshape(batch, channels, math.prod(sizes), math.prod(kernel))
         else:
-            at = torch.unravel_index(chosen, sizes)
-            patches = patches[(slice(None), slice(None), *at)].flatten(3)
+            at: Any = (slice(None), slice(None), *torch.unravel_index(chosen, sizes))
+            patches = patches[at].flatten(3)
         assert self.conv is not None
         if self.conv[3]:
             patches = patches.flip(3)  # a transposed convolution reads its kernel from the other end

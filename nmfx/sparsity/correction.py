@@ -129,8 +129,7 @@ def fit_kept(problem: Quadratic, mask: Tensor, start: Tensor, *, steps: int = 40
 
 def by_magnitude(problem: Quadratic, dense: Tensor, selection: Selection) -> Tensor:
     """The mask of the largest dense weights, its kept weights fitted."""
-    mask = selection.choose(dense.abs())
-    return fit_kept(problem, mask, dense)
+    return fit_kept(problem, selection.choose(dense.abs()), dense)
 
 
 def by_admm(problem: Quadratic, dense: Tensor, selection: Selection, *, steps: int = 100) -> Tensor:
