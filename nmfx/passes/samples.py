@@ -52,12 +52,13 @@ class Product:
         """A tensor shaped as the weight, as ``(groups, rows, columns)``; a copy."""
         positions, inputs = self.columns
         if self.conv is None:
-            return (weight if weight.dim() == 3 else weight.unsqueeze(0)).mT.contiguous()
+            return (weight if weight.dim() == 3 else weight.unsqueeze(0)).mT.clone(memory_format=torch.contiguous_format)
         if self.conv[3]:
             cut = weight.reshape(self.groups, inputs, self.rows, positions).permute(0, 2, 3, 1)
         else:
             cut = weight.reshape(self.groups, self.rows, inputs, positions).transpose(2, 3)
-        return cut.reshape(self.groups, self.rows, positions * inputs).contiguous()
+        cut = cut.clone(memory_format=torch.contiguous_format)
+        return cut.view(self.groups, self.rows, positions * inputs)
 
     def tensor(self, matrix: Tensor) -> Tensor:
         """The inverse of `matrix`."""

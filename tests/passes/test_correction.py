@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 import nmfx
 from nmfx.errors import NmfxError
+from nmfx.masking.sites import masked_sites
 from nmfx.passes.correction import correct
 
 
@@ -75,7 +76,7 @@ def test_outputs_come_back_to_the_dense_network(name: str, method: str) -> None:
     assert set(nmfx.scheme_of(masked)) <= set(named)
     assert distance(masked, model, batches) < before * (0.95 if "standardised" in name else 0.7)
     plain = nmfx.bake(masked)
-    for site in nmfx.masked_sites(masked):
+    for site in masked_sites(masked):
         if not site.spec.derived:
             assert torch.equal(plain.get_parameter(site.spec.name), site.value)
             assert torch.equal(site.parameter, site.value)  # what is dropped is zero
@@ -104,7 +105,7 @@ def test_fixed_masks_are_those_that_were_chosen() -> None:
     model, _, batches, sites = converted("kinds")
     fixed = nmfx.transform(model, {"stem.weight": "1:3", "head.weight": "2:8"}, sites=sites, training="fixed")
     correct(fixed, batches)
-    for site in nmfx.masked_sites(fixed):
+    for site in masked_sites(fixed):
         assert site.spec.frozen
         assert not site.parameter[~site.mask].any()
 
