@@ -25,7 +25,7 @@ from torch import nn
 import nmfx
 from nmfx.data.loader import train_loader, validation_loader
 from nmfx.data.source import Data, open_data
-from nmfx.search.run import run_domino
+from nmfx.search.domino_run import run_domino
 
 SEEDS = (0, 1, 2)
 TRAIN, WATCHED = 8_000, 500  # pictures of an epoch; those an epoch is watched with. Figures are of all 10,000 test pictures

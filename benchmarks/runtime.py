@@ -26,8 +26,8 @@ from torch import nn
 import nmfx
 from nmfx.export.plain import save_onnx
 from nmfx.models.example import Example
-from nmfx.runtime.bench import NMFX, bench
-from nmfx.runtime.latency import measured_seconds
+from nmfx.runtime.measuring.bench import NMFX, bench
+from nmfx.runtime.measuring.latency import measured_seconds
 from nmfx.search.finder import find_scheme
 from nmfx.stages import latency
 

@@ -18,10 +18,10 @@ import torchvision
 from torch import nn
 
 import nmfx
-from nmfx.search.evidence import Evidence
-from nmfx.search.knapsack import solve
-from nmfx.search.problem import pose
-from nmfx.search.sensitivity import by_gradients
+from nmfx.passes.calibration import Calibration
+from nmfx.search.problem import make_problem
+from nmfx.search.solver.knapsack import solve
+from nmfx.search.tables import Tables
 
 
 def _batch(size: int, count: int = 1) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -52,7 +52,7 @@ def step(pairs: int = 21) -> None:
         for masked in order:
             times[masked].append(found[masked])
     vote = time.perf_counter()
-    search._shares(search._voters())
+    search.count_votes(search.voters())
     vote = time.perf_counter() - vote
     both = [statistics.median(times[masked]) for masked in (True, False)]
     spread = f"{min(ratios):.3f} to {max(ratios):.3f}"
@@ -64,14 +64,14 @@ def step(pairs: int = 21) -> None:
 def gradient(pictures: int = 256, size: int = 16, repeats: int = 2) -> None:
     """ResNet-50: forward and backward with and without the table."""
     model, batches = torchvision.models.resnet50().eval(), _batch(size, pictures // size)
-    problem = pose(nmfx.find_sites(model), target=0.875)
+    problem = make_problem(nmfx.find_sites(model), target=0.875)
     rounds = []
     for _ in range(repeats):
         start = time.perf_counter()
         for x, y in batches:
             torch.autograd.grad(nn.functional.cross_entropy(model(x), y), list(model.parameters()))
         middle = time.perf_counter()
-        by_gradients(problem, model, Evidence(batches))
+        Tables(problem, model, calibration=Calibration.of(batches)).table("gradient")
         rounds.append((time.perf_counter() - middle, middle - start))
     ratio = statistics.median(table / plain for table, plain in rounds)
     print(

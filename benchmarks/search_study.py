@@ -32,10 +32,10 @@ from nmfx.data.pictures import ArrayPictures
 from nmfx.data.sample import calibration
 from nmfx.data.source import Data, open_data
 from nmfx.report.canvas import save_figure
-from nmfx.report.figures import draw_accuracy
+from nmfx.report.measured import draw_accuracy
 from nmfx.report.record import Point
-from nmfx.search import sensitivity
-from nmfx.search.run import run_domino
+from nmfx.search.domino_run import run_domino
+from nmfx.settings.methods import SENSITIVITIES, Sensitivity, resolve
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
@@ -200,12 +200,12 @@ def tests(network: str, seed: int) -> list[tuple[Tensor, Tensor]]:
 @cache
 def table(name: str, network: str, seed: int, problem_key: str) -> tuple[Any, float]:
     """A sensitivity of one network, computed once for all budgets: its table, and the seconds it took."""
-    problem, model, shown = _pending[problem_key]
+    tables = _pending[problem_key]
     start = time.perf_counter()
-    return ORIGINAL[name](problem, model, shown), time.perf_counter() - start
+    return resolve(ORIGINAL[name].function)(tables), time.perf_counter() - start
 
 
-ORIGINAL, _pending = dict(sensitivity.SENSITIVITIES), dict[str, Any]()
+ORIGINAL, _pending = {name: one for name, one in SENSITIVITIES.items() if one.pictures}, dict[str, Any]()
 
 
 def search(network: str, seed: int, kind: str, target: float, method: str) -> tuple[Any, float]:
@@ -214,15 +214,15 @@ def search(network: str, seed: int, kind: str, target: float, method: str) -> tu
     example, start, saved = data[0][0][:1], time.perf_counter(), [0.0]
     for name in ORIGINAL:
 
-        def once(problem: Any, copied: nn.Module, shown: Any, name: str = name) -> Any:
-            key = str(problem.options)
-            _pending[key] = (problem, copied, shown)
+        def once(tables: Any, name: str = name) -> Any:
+            key = str(tables.problem.options)
+            _pending[key] = tables
             before = time.perf_counter()
             found, seconds = table(name, network, seed, key)
             saved[0] += max(0.0, seconds - (time.perf_counter() - before))
             return found
 
-        sensitivity.SENSITIVITIES[name] = once
+        SENSITIVITIES[name] = Sensitivity(once, pictures=True, labels=ORIGINAL[name].labels)
     if method == "Domino with data":
         loader = train_loader(pictures(), SIZE, batch_size=BATCH, seed=seed)
         found = run_domino(model, loader, target, budget=kind, example_input=example, seed=seed, **LOOP)  # type: ignore[arg-type]

@@ -25,8 +25,8 @@ from scipy.sparse import csr_array
 
 import nmfx
 from nmfx.errors import SearchError
-from nmfx.search.lagrange import solve_all
-from nmfx.search.problem import pose
+from nmfx.search.problem import make_problem
+from nmfx.search.solver.lagrange import solve_all
 from nmfx.search.tables import Tables
 
 Problem = tuple[list[list[float]], list[list[list[int]]], list[int]]  # losses, costs by budget, limits
@@ -50,7 +50,7 @@ def of_models() -> Iterator[tuple[str, Problem]]:
         forms |= {"params, M 8 16 32": {**asked, "m": (8, 16, 32)}, "macs, M 8 16 32": forms["macs"] | {"m": (8, 16, 32)}}
         forms["params, macs"] = more
         for form, options in forms.items():
-            problem = pose(sites, **options)
+            problem = make_problem(sites, **options)
             tables = Tables(problem, model).squared_errors
             costs = [list(map(list, prices)) for prices in problem.prices]
             yield f"{name}: {form}", (tables, costs, [budget.limit for budget in problem.budgets])

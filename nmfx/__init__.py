@@ -26,14 +26,14 @@ if TYPE_CHECKING:
     from nmfx.passes.transform import scheme_of as scheme_of
     from nmfx.passes.transform import transform as transform
     from nmfx.passes.verification import verify as verify
-    from nmfx.runtime.compiled import compile as compile
+    from nmfx.runtime.compiler import compile as compile
     from nmfx.scheme import Scheme as Scheme
     from nmfx.search.domino_loop import DominoSearch as DominoSearch
     from nmfx.search.finder import find_scheme as find_scheme
     from nmfx.settings.training import Settings as Settings
     from nmfx.sparsity.pattern import Pattern as Pattern
     from nmfx.training.evaluation import evaluate as evaluate
-    from nmfx.training.trainer import finetune as finetune
+    from nmfx.training.finetuning import finetune as finetune
 
 __version__ = "0.1.0"
 
@@ -53,14 +53,14 @@ _HOMES = {
     "verify": "nmfx.passes.verification",
     "scheme_of": "nmfx.passes.transform",
     "transform": "nmfx.passes.transform",
-    "compile": "nmfx.runtime.compiled",
+    "compile": "nmfx.runtime.compiler",
     "Scheme": "nmfx.scheme",
     "DominoSearch": "nmfx.search.domino_loop",
     "find_scheme": "nmfx.search.finder",
     "Pattern": "nmfx.sparsity.pattern",
     "recalibrate_bn": "nmfx.passes.statistics",
     "evaluate": "nmfx.training.evaluation",
-    "finetune": "nmfx.training.trainer",
+    "finetune": "nmfx.training.finetuning",
     "Settings": "nmfx.settings.training",
 }
 __all__ = [*_HOMES]

@@ -39,12 +39,13 @@ def seed() -> None:
 @pytest.fixture
 def quick_times(monkeypatch: pytest.MonkeyPatch) -> None:
     """Time everything once, and let the pace of a busy machine change as it likes: no law hangs on a clock."""
-    from nmfx.runtime import compiled, latency, timing
+    from nmfx.runtime import compiler
+    from nmfx.runtime.measuring import choices, latency, timing
 
     monkeypatch.setattr(timing, "ROUNDS", 1)
     monkeypatch.setattr(timing, "TURN_SECONDS", 0.0)
     monkeypatch.setattr(timing, "CHANGED", math.inf)
-    for module in (compiled, latency):
+    for module in (compiler, latency):
         monkeypatch.setattr(module, "NETWORK_SECONDS", 0.0)
-    monkeypatch.setattr(compiled, "TILES", compiled.TILES[::5])  # of every kind; all of them are built in test_kernel
-    monkeypatch.setattr(compiled, "REPEATS", 2)
+    monkeypatch.setattr(choices, "TILES", choices.TILES[::5])  # of every kind; all of them are built in test_kernel
+    monkeypatch.setattr(choices, "REPEATS", 2)

@@ -7,12 +7,12 @@ import random
 import torch
 from torch import Tensor, nn
 
+from nmfx.runtime.calls import steps_by_lanes
 from nmfx.runtime.chain import Chain, link
-from nmfx.runtime.compiled import copy_of
 from nmfx.runtime.layers import Depthwise, sparse_layer
-from nmfx.runtime.lowering import export, lower
-from nmfx.runtime.packed import Tile
-from nmfx.runtime.program import steps_by_lanes
+from nmfx.runtime.layout.tiles import Tile
+from nmfx.runtime.lowering.exporting import copy_of, export
+from nmfx.runtime.lowering.fusion import lower
 
 
 class Branch(nn.Module):

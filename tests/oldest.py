@@ -17,6 +17,7 @@ import torchvision
 
 import nmfx
 from nmfx.cli.main import main
+from nmfx.data.config import PictureConfig
 
 ROOT = Path(__file__).parents[1]
 MODELS = {
@@ -45,7 +46,7 @@ def test_the_main_road(name: str, tmp_path: Path) -> None:
     result = nmfx.find_scheme(model, target=0.5, example_input=x)
     masked = nmfx.transform(model, result.scheme, example_input=x)
     assert list(masked.state_dict()) == list(model.state_dict())
-    config = nmfx.data.PictureConfig((3, 32, 32), (0.5,) * 3, (0.5,) * 3)
+    config = PictureConfig((3, 32, 32), (0.5,) * 3, (0.5,) * 3)
     nmfx.finetune(masked, data, settings=nmfx.Settings(epochs=1, batch_size=6), config=config, folder=tmp_path / "run")
     assert nmfx.verify(masked).sites == len(result.scheme)
     nmfx.save_checkpoint(masked, tmp_path / "x.safetensors")

@@ -23,7 +23,7 @@ from nmfx.models.example import Example
 from nmfx.passes.baking import bake
 from nmfx.passes.transform import transform
 from nmfx.report.record import Speed
-from nmfx.runtime.bench import NMFX, Bench, Timing, bench
+from nmfx.runtime.measuring.bench import NMFX, Bench, Timing, bench
 from nmfx.scheme import Scheme
 from nmfx.search.finder import find_scheme
 from nmfx.stages import report

@@ -9,7 +9,7 @@ from nmfx import __version__
 from nmfx.cli.arguments import Parser, whole
 from nmfx.settings.flags import add_flags
 from nmfx.settings.option import options_of
-from nmfx.settings.search import Choices, Loop, SearchSettings
+from nmfx.settings.search import Choices, DominoSettings, SearchSettings
 from nmfx.settings.stages import (
     DataSettings,
     EvaluateSettings,
@@ -82,7 +82,7 @@ def _search(parser: argparse.ArgumentParser) -> None:
     )
     _work(parser, "work directory made by nmfx convert")
     parser.add_argument("--model", metavar="NAME", help="convert this model first, if NAME.nmfx is not there yet")
-    choices, loop = options_of(Choices), options_of(Loop)
+    choices, loop = options_of(Choices), options_of(DominoSettings)
     data = ("sensitivity", "pictures", "seconds", "lr", "batch_size", "most", "seed", *loop)
     add_flags(parser, SearchSettings, without=(*choices, *data))
     parser.add_argument(

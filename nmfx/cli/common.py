@@ -17,7 +17,7 @@ from nmfx.errors import NmfxError
 from nmfx.models.example import Example
 from nmfx.passes.statistics import batch_norms
 from nmfx.progress import Progress
-from nmfx.runtime.building import load_kernel
+from nmfx.runtime.kernel.building import load_kernel
 from nmfx.settings.flags import read_flags
 from nmfx.settings.stages import FOLDER, DataSettings, ModelSettings
 from nmfx.stages.work import WorkDirectory

@@ -18,7 +18,7 @@ from nmfx.models.tracer import to_graph, trace
 from nmfx.passes.transform import transform
 from nmfx.passes.verification import verify
 from nmfx.scheme import Scheme
-from nmfx.search.problem import pose
+from nmfx.search.problem import make_problem
 from nmfx.settings.flags import read_flags, typed
 from nmfx.settings.search import Choices, SearchSettings
 from nmfx.settings.stages import ModelSettings
@@ -148,6 +148,6 @@ def _following(work: WorkDirectory) -> list[tuple[str, str]]:
     for share in (0.5, 0.75, 0.9):
         target = f"{1 - share * kept:.4f}"
         with contextlib.suppress(SearchError):
-            pose(sites, target=target, m=m, mixed=True, within=start, layout=start.layout, remainder=remainder)
+            make_problem(sites, target=target, m=m, mixed=True, within=start, layout=start.layout, remainder=remainder)
             return [(work.command("search", "--target", target, *policy), "sparser than it is")]
     return [(work.command("search", "--m", "32", "--target", f"{1 - 0.9 * kept:.4f}"), "sparser than it is, if it can be")]

@@ -25,9 +25,11 @@ from nmfx.scheme import Scheme
 from nmfx.search.budget import UNITS
 from nmfx.search.finder import SearchResult
 from nmfx.settings.flags import name_of, read_flags, typed
+from nmfx.settings.methods import METHODS, SENSITIVITIES
 from nmfx.settings.option import options_of
-from nmfx.settings.search import DEFAULT_TARGET, SENSITIVITIES, Loop, SearchSettings
+from nmfx.settings.search import DEFAULT_TARGET, DominoSettings, SearchSettings
 from nmfx.settings.stages import DataSettings, ModelSettings
+from nmfx.sparsity.score import SCORES
 from nmfx.stages import report
 from nmfx.stages.latency import Reached, search_latency
 from nmfx.stages.search import SearchRecord, ask, finder, search, with_origin
@@ -80,27 +82,38 @@ def _settings(args: Namespace) -> tuple[SearchSettings, DataSettings | None]:
     said = typed(args, SearchSettings)
     timed = args.target_latency or said.get("budget") == "latency"
     method, sensitivity = said.get("method", SearchSettings.method), said.get("sensitivity", "")
+    if method not in METHODS:
+        return read_flags(args, SearchSettings, data=data is not None), data  # which says so
+    needs, measures = METHODS[method], sensitivity in SENSITIVITIES and SENSITIVITIES[sensitivity].pictures
+    scored = said.get("score", SearchSettings.score)
+    ranks = scored in SCORES and SCORES[scored].needs != "nothing"
     if "limits" in said and {"target", "budget"} & said.keys():
         raise SearchError("--limit says the budget; leave --target and --budget out")
     if "patterns" in said and {"m", "candidates"} & said.keys():
         raise SearchError("--patterns says all patterns; leave --m and --candidates out")
-    if sensitivity and method != "knapsack":
+    if sensitivity and not needs.sums:
         raise SearchError(f"--sensitivity is the knapsack's; method {method} has none: add --method knapsack")
-    if data and method in ("erk", "uniform"):
+    if data and needs.pictures == "never" and not ranks:
         raise SearchError(f"method {method} looks at no pictures; leave --data out")
-    if data and method == "knapsack" and sensitivity == "weight":
+    if data and needs.sums and sensitivity and not measures and not ranks:
         raise SearchError("the knapsack looks at pictures with --sensitivity activation, gradient or measured only")
-    if not data and (method == "spdy" or sensitivity in SENSITIVITIES[1:]):
-        which = "method spdy" if method == "spdy" else f"sensitivity {sensitivity}"
+    if not data and (needs.pictures == "always" or measures or ranks):
+        which = (
+            f"method {method}"
+            if needs.pictures == "always"
+            else f"sensitivity {sensitivity}"
+            if measures
+            else f"score {scored}"
+        )
         raise SearchError(f"{which} looks at pictures: give --data")
-    if not (method == "domino" and data):
-        for key in (*Loop.__dataclass_fields__, "lr", "most"):
+    if not (needs.looped and data):
+        for key in (*DominoSettings.__dataclass_fields__, "lr", "most"):
             if key in said:
                 flag = name_of(options_of(SearchSettings)[key][0])
                 raise SearchError(f"{flag} is of the published loop: it needs --method domino with --data")
     if args.target_latency and {"target", "budget", "limits"} & said.keys():
         raise SearchError("--target-latency says the budget; leave --target, --budget and --limit out")
-    if timed and method not in ("knapsack", "spdy"):
+    if timed and not needs.timed:
         raise SearchError(f"times are the knapsack's and spdy's to budget; method {method} counts parameters, MACs or bytes")
     return read_flags(args, SearchSettings, data=data is not None), data
 
@@ -197,7 +210,7 @@ def _show(result: SearchResult, scheme: Scheme, *, events: bool) -> None:
     out.print()
     out.print(tables.totals_table(result.totals))
     counts = tables.pattern_counts(scheme, result.sites)
-    minimised = f" ({result.sensitivity})" if result.method == "knapsack" else ""
+    minimised = f" ({result.sensitivity})" if result.method in METHODS and METHODS[result.method].sums else ""
     took = f"{len(result.steps)} steps in" if result.steps else "decided in"
     out.print(f"\n{result.method}{minimised}: {counts}; {took} {result.seconds:.2f} s", soft_wrap=True)
     for budget, left in zip(result.budgets, result.lefts, strict=True):

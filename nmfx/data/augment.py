@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -107,15 +106,12 @@ class ArrayTransform:
         x = padded[batch, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
         return torch.where(mirrored[:, None, None, None], x.flip(-1), x)
 
-    @cached_property
-    def _erasing(self) -> RandomErasing:
-        assert self.augment is not None
-        return RandomErasing(self.augment.re_prob, mode="pixel", device="cpu")
-
     def _erase(self, x: Tensor, indices: Tensor, *key: int | str) -> Tensor:
+        assert self.augment is not None
+        erase = RandomErasing(self.augment.re_prob, mode="pixel", device="cpu")
         for picture, index in zip(x, indices.tolist()):
             with seeded("erase", *key, index):
-                self._erasing(picture)  # in place
+                erase(picture)  # in place
         return x
 
 

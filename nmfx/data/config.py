@@ -50,9 +50,16 @@ def picture_config(
 ) -> PictureConfig:
     """What `model` expects, where an argument does not say otherwise.
 
-    The size is the one the model states (``input_size``, timm's ``pretrained_cfg``, torchvision's), else the pictures' own.
-    Mean and deviation are those of timm's ``pretrained_cfg`` or of torchvision's weights, else the training pictures' own
-    for sets in memory, else ImageNet's. Numbers for another channel count are repeated or averaged.
+    Args:
+        model, data: which pictures are brought to which model.
+        input_size: (channels, height, width); else the one the model states (``input_size``, timm's ``pretrained_cfg``,
+            torchvision's), else the pictures' own.
+        mean, std: by channel, for pixels in 0..1; else those of timm's ``pretrained_cfg`` or of torchvision's weights, else the
+            training pictures' own for sets in memory, else ImageNet's. Those for another channel count are averaged.
+        interpolation, crop_pct: how pictures are resized, and the share of a validation picture that is seen (timm's meaning).
+
+    Returns:
+        The settings of every transform of these pictures.
 
     Raises:
         DataError: the model does not take single pictures of 1 or 3 channels.
@@ -63,7 +70,8 @@ def picture_config(
     args = {**stated, **{key: value for key, value in asked.items() if value is not None}}
     numbers = {key: args.pop(key, None) for key in ("mean", "std")}
     settings = resolve_data_config(args, pretrained_cfg=getattr(model, "pretrained_cfg", None))
-    means, deviations = (_fit(value or numbers[key] or settings[key], size[0]) for key, value in (("mean", mean), ("std", std)))
+    found = {key: given or numbers[key] or settings[key] for key, given in (("mean", mean), ("std", std))}
+    means, deviations = (_for_channels(found[key], size[0]) for key in ("mean", "std"))
     choices = {key: settings[key] for key in ("interpolation", "crop_pct", "crop_mode")}
     return PictureConfig(size, means, deviations, **choices)
 
@@ -105,7 +113,7 @@ def _stated_settings(model: nn.Module, data: Data) -> dict[str, Any]:
     return {}
 
 
-def _fit(numbers: tuple[float, ...], channels: int) -> tuple[float, ...]:
+def _for_channels(numbers: tuple[float, ...], channels: int) -> tuple[float, ...]:
     numbers = tuple(numbers)
     return numbers if len(numbers) == channels else (sum(numbers) / len(numbers),) * channels
 

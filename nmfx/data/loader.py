@@ -151,10 +151,6 @@ class ArrayView(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.transform.pictures if self.indices is None else self.indices)
 
-    def __getitem__(self, key: Key | int) -> Batch:
-        x, y = self.__getitems__([key])
-        return x[0], y[0]
-
     def __getitems__(self, keys: Sequence[Any]) -> Batch:
         epoch = keys[0][0] if isinstance(keys[0], tuple) else 0
         chosen = [key[1] if isinstance(key, tuple) else key for key in keys]
@@ -177,9 +173,14 @@ def train_loader(
     """Training batches of `data`, shuffled and augmented; see TrainLoader for what they depend on.
 
     Args:
-        batch_size: pictures of a batch in this process.
+        data, config: the pictures, and how they are brought to the model.
+        batch_size, workers: pictures of a batch in this process, and processes that read them.
+        augment, seed: how pictures are altered (`Augment()` if None), and what the order and the alterations follow from.
         epoch, skip: where to start; ``set_epoch`` of the loader goes on from there.
         share: (this process, number of processes); torch.distributed is asked when it is None.
+
+    Returns:
+        A loader of batches ``(x, y)``; y holds shares of classes where mixup is on.
 
     Raises:
         DataError: too few pictures for one step, options that do not go together.
@@ -212,7 +213,13 @@ def train_loader(
 def validation_loader(
     data: Data, config: PictureConfig, *, batch_size: int = 256, workers: int = 0, share: tuple[int, int] | None = None
 ) -> PictureLoader:
-    """The validation pictures in their own order; each process sees every W-th, none twice, and the last batch may be short."""
+    """The validation pictures in their own order; each process sees every W-th, none twice, and the last batch may be short.
+
+    Args: as `train_loader`.
+
+    Raises:
+        DataError: numbers out of range.
+    """
     rank, world = share or (processes.rank(), processes.world())
     _check_counts(data, batch_size, workers, rank, world)
     return eval_loader(data.validation, config, batch_size=batch_size, workers=workers, part=(rank, world))
@@ -227,7 +234,7 @@ def eval_loader(
     part: tuple[int, int] = (0, 1),
     indices: Sequence[int] | None = None,
 ) -> PictureLoader:
-    """Batches of `pictures`, or of those at `indices`, under the validation transform."""
+    """Batches of `pictures` under the validation transform: those at `indices`, or for (k, n) every n-th from the k-th on."""
     if isinstance(pictures, IterableDataset):
         return PictureLoader(_stream(pictures, config, batch_size, workers, None))
     own = range(part[0], len(pictures), part[1]) if indices is None else indices

@@ -19,11 +19,19 @@ from nmfx.errors import DataError
 def calibration(
     data: Data, config: PictureConfig, *, count: int = 256, batch_size: int = 64, seed: int = 0, workers: int = 0
 ) -> list[Batch]:
-    """`count` training pictures under the validation transform, as batches ``(x, y)``.
+    """Training pictures under the validation transform, always the same ones.
 
     They depend on `seed` only, and a smaller count with the same batch size is the beginning of a larger one. Classes differ
     by at most one picture as long as each has enough (labels that are known only by reading the pictures, as in some of
     torchvision's sets, are not spread; a stream gives its first pictures).
+
+    Args:
+        data, config: the pictures, and how they are brought to the model.
+        count: how many pictures.
+        batch_size, workers: pictures of a batch, and processes that read them.
+
+    Returns:
+        Batches ``(x, y)``: x ``(batch, channels, height, width)``, y ``(batch,)``.
 
     Raises:
         DataError: there are fewer training pictures.
@@ -35,11 +43,11 @@ def calibration(
         return list(itertools.islice(loader, -(-count // batch_size)))
     if count > len(data.train):
         raise DataError(f"{data.name}: {count} pictures for calibration, but only {len(data.train)} for training")
-    chosen = spread(data.train, seed)[:count].tolist()
+    chosen = order_by_turns(data.train, seed)[:count].tolist()
     return list(eval_loader(data.train, config, batch_size=batch_size, workers=workers, indices=chosen))
 
 
-def spread(pictures: ArrayPictures | FilePictures, seed: int) -> Tensor:
+def order_by_turns(pictures: ArrayPictures | FilePictures, seed: int) -> Tensor:
     """All pictures in a shuffled order that takes one of every class, then a second one of every class, and so on."""
     order = torch.randperm(len(pictures), generator=generator_of("calibration", seed))
     if pictures.labels is None:

@@ -72,6 +72,9 @@ def open_data(
         held_back: the share of every class that becomes validation pictures when a folder has no parts; always the same ones.
         download: let timm and torchvision fetch a named data set.
 
+    Returns:
+        Both parts, with what is known of their classes and pixels.
+
     Raises:
         DataError: nothing of that name (with the nearest one), or what is there cannot be used.
     """

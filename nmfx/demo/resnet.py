@@ -52,17 +52,12 @@ def _stage(width: int, out: int, blocks: int, *, stride: int) -> nn.Sequential:
     return nn.Sequential(OrderedDict(first | {str(i): Block(out, out, 1) for i in range(1, blocks)}))
 
 
-def resnet20(*, trained: bool = False, num_classes: int = 10, in_chans: int = 3) -> CifarResNet:
-    """ResNet-20, random weights only."""
-    return _build("resnet20", 3, trained, num_classes, in_chans)
+def load_resnet(depth: int, *, trained: bool = False, num_classes: int = 10, in_chans: int = 3) -> CifarResNet:
+    """The network of `depth` = 6n + 2 layers, with random weights.
 
-
-def resnet56(*, trained: bool = False, num_classes: int = 10, in_chans: int = 3) -> CifarResNet:
-    """ResNet-56, random weights only."""
-    return _build("resnet56", 9, trained, num_classes, in_chans)
-
-
-def _build(name: str, blocks: int, trained: bool, num_classes: int, in_chans: int) -> CifarResNet:
+    Raises:
+        ValueError: trained weights are asked for; there are none.
+    """
     if trained:
-        raise ValueError(f"demo:{name} comes without trained weights; train it, or give a file")
-    return CifarResNet(blocks, num_classes=num_classes, in_chans=in_chans)
+        raise ValueError(f"demo:resnet{depth} comes without trained weights; train it, or give a file")
+    return CifarResNet((depth - 2) // 6, num_classes=num_classes, in_chans=in_chans)

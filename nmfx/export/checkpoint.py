@@ -8,121 +8,25 @@ after everything has been read, checked and tried.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Set
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
 
 import msgspec
 import torch
-from msgspec import Meta
 from torch import Tensor, nn
 
-from nmfx.errors import CheckpointError, ModelError, NmfxError
+from nmfx.errors import CheckpointError, ModelError
+from nmfx.export.header import VERSION, Header, PackedSite, parse_header
 from nmfx.files import parsing
-from nmfx.files.parsing import Form, Size, Text
-from nmfx.files.sealed import Tensors, read_sealed, write_sealed
+from nmfx.files.sealed import Tensors, find_aliases, read_sealed, write_sealed
 from nmfx.masking.copies import throw_away_copy
-from nmfx.masking.owner import FOLDED, mask_attribute, plain_class, unmask
-from nmfx.masking.sites import MaskedSite, check_fused, masked_sites, note_masked, renew
-from nmfx.masking.weight import STATES, MaskSpec, mask_name
+from nmfx.masking.owner import FOLDED, mask_attribute, plain_class, restore_mask, unmask
+from nmfx.masking.sites import MaskedSite, check_fused, masked_sites, note_masked, recheck_weights
+from nmfx.masking.weight import MaskSpec
 from nmfx.models.arguments import parse_kwargs
 from nmfx.models.building import build_stored, check_state, load_state
 from nmfx.models.source import Source, identify
-from nmfx.scheme import Scheme
-from nmfx.sparsity.layout import Grouping
 from nmfx.sparsity.packing import pack, unpack
-from nmfx.sparsity.pattern import Pattern
-
-VERSION = 1
-MOST_WEIGHTS = 1 << 48  # of one site: sizes that no arithmetic overflows
-Decay = Annotated[float, Meta(ge=0, le=1e6)]  # SR-STE's factor: 2e-4 and the like
-
-
-@dataclass(frozen=True)
-class PackedSite:
-    """A sparse weight of a checkpoint: how it is cut into groups, and how its mask trains (see `MaskSpec`)."""
-
-    pattern: Pattern
-    rows: tuple[int, int, int]
-    flat: bool
-    shape: tuple[int, ...]
-    decay: float | None
-    frozen: bool
-    derived: bool = False
-
-    @property
-    def parts(self) -> tuple[str, ...]:
-        """What is stored of it under ``NAME:``; a derived one is stored as it is, all of it counts (see `MaskSpec`)."""
-        return ("values", "positions") if not self.derived else ("mask",) if self.frozen else ()
-
-    @property
-    def grouping(self) -> Grouping:
-        """Its groups."""
-        return Grouping(self.rows, self.pattern.m, self.flat)
-
-
-@dataclass(frozen=True)
-class Header:
-    """What a checkpoint says of itself."""
-
-    source: Source | None
-    model: str
-    sites: Mapping[str, PackedSite]
-    aliases: Mapping[str, str]
-    info: Mapping[str, str]
-
-    @property
-    def scheme(self) -> Scheme:
-        """The scheme the weights were packed with."""
-        flat = any(site.flat for site in self.sites.values())
-        short = any(not site.flat and site.rows[1] % site.pattern.m for site in self.sites.values())
-        patterns = {name: site.pattern for name, site in self.sites.items() if name not in self.aliases}
-        return Scheme(patterns, "flat" if flat else "strict", short, info=self.info)
-
-    def grouping(self, name: str) -> Grouping:
-        """Groups of a packed site."""
-        return self.sites[name].grouping
-
-
-class _SourceForm(Form, frozen=True):
-    library: Literal["torchvision", "timm", "demo"]
-    name: Annotated[str, Meta(pattern=r"\A[\w.-]{1,200}\Z")]  # of a registry: no colon, no slash
-    kwargs: dict[str, Any]
-
-
-class _SiteForm(Form, frozen=True):
-    pattern: str
-    rows: tuple[Size, Size, Size]
-    flat: bool
-    shape: Annotated[tuple[Size, ...], Meta(min_length=1, max_length=8)]
-    decay: Decay | None
-    frozen: bool
-    derived: bool = False
-
-    def site(self, where: str) -> PackedSite:
-        """As a value.
-
-        Raises:
-            CheckpointError: the pattern is none, or rows and shape differ in size.
-        """
-        try:
-            pattern = Pattern(self.pattern)
-        except NmfxError as error:
-            raise CheckpointError(f"{where}: pattern: {parsing.printable(str(error))}") from error
-        if math.prod(self.rows) != math.prod(self.shape) or math.prod(self.shape) > MOST_WEIGHTS:
-            raise CheckpointError(f"{where}: shape {self.shape} does not fit rows {self.rows}")
-        return PackedSite(pattern, self.rows, self.flat, self.shape, self.decay, self.frozen, self.derived)
-
-
-class _HeaderForm(Form, frozen=True):
-    version: int
-    source: _SourceForm | None
-    model: Text
-    sites: dict[str, Any]
-    aliases: dict[str, str]
-    info: dict[str, Text]
 
 
 def save_checkpoint(model: nn.Module, path: str | Path, *, info: Mapping[str, str] | None = None, force: bool = True) -> Header:
@@ -140,7 +44,7 @@ def save_checkpoint(model: nn.Module, path: str | Path, *, info: Mapping[str, st
         CheckpointError: the state dict holds something that is not a tensor, or has no values (meta device).
     """
     check_fused(model)
-    renew(model)
+    recheck_weights(model)
     packed = {f"{site.path}.{site.attr}".lstrip("."): site for site in masked_sites(model)}
     whole = {name for name, site in packed.items() if site.spec.derived}  # all of the weight is standardised
     tensors, aliases = _unpacked(model, packed.keys() - whole)  # first, as it refuses what cannot be saved
@@ -152,12 +56,16 @@ def save_checkpoint(model: nn.Module, path: str | Path, *, info: Mapping[str, st
         else:
             values, positions = pack(site.parameter.detach().cpu(), site.mask.cpu(), site.spec.pattern.n, site.spec.grouping)
             tensors |= {f"{name}:values": values, f"{name}:positions": positions}
+        if (evidence := site.evidence) is not None:
+            tensors[f"{name}:evidence"] = evidence.cpu().contiguous()
     sites = {name: _describe(site) for name, site in packed.items()}
     said = {key: str(value) for key, value in (info or {}).items()}
     header = Header(_storable(identify(model)), _class_name(model), sites, aliases, said)
-    content = {"version": VERSION, **asdict(header)}
-    content["sites"] = {name: {**site, "pattern": str(sites[name].pattern)} for name, site in content["sites"].items()}
-    _parse(msgspec.to_builtins(content), tensors, Path(path))  # what is written can be read
+    content = {"version": VERSION, **msgspec.to_builtins(header)}
+    for site in content["sites"].values():
+        if site["score"] == "magnitude":  # goes without saying, as in files from before there were others
+            del site["score"]
+    parse_header(content, tensors, Path(path))  # what is written can be read
     write_sealed(Path(path), content, tensors, force=force)
     return header
 
@@ -174,26 +82,21 @@ def _storable(source: Source | None) -> Source | None:
 
 def _unpacked(model: nn.Module, packed: Set[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """State-dict entries that are stored as they are, and names that share memory with an earlier one."""
-    tensors: dict[str, Tensor] = {}
-    aliases: dict[str, str] = {}
-    seen: dict[tuple[Any, ...], str] = {}
-    for name, value in sorted(model.state_dict().items(), key=lambda item: item[0] not in packed):  # a masked twin stands first
+    state = dict(sorted(model.state_dict().items(), key=lambda item: item[0] not in packed))  # a masked twin stands first
+    for name, value in state.items():
         if not isinstance(value, Tensor):
             raise CheckpointError(f"{name}: extra state of type {type(value).__name__} cannot be stored in safetensors")
         if value.device.type == "meta":
             raise CheckpointError(f"{name}: on the meta device, without values; load weights before saving")
-        key = (value.data_ptr(), tuple(value.shape), value.stride(), value.dtype)
-        first = seen.setdefault(key, name) if value.numel() else name
-        if first != name:
-            aliases[name] = first
-        elif name not in packed:
-            tensors[name] = value.detach().cpu().contiguous().clone()
-    return tensors, aliases
+    aliases = find_aliases(state)
+    plain = (name for name in state if name not in packed and name not in aliases)
+    return {name: state[name].detach().cpu().contiguous().clone() for name in plain}, aliases
 
 
 def _describe(site: MaskedSite) -> PackedSite:
     spec, shape = site.spec, tuple(site.parameter.shape)
-    return PackedSite(spec.pattern, spec.grouping.rows, spec.grouping.flat, shape, spec.decay, spec.frozen, spec.derived)
+    rows, flat = spec.grouping.rows, spec.grouping.flat
+    return PackedSite(str(spec.pattern), rows, flat, shape, spec.decay, spec.frozen, spec.derived, spec.score)
 
 
 def _class_name(model: nn.Module) -> str:
@@ -209,49 +112,7 @@ def read_checkpoint(path: str | Path) -> tuple[Header, Tensors]:
     """
     path = Path(path)
     content, tensors = read_sealed(path, "a checkpoint", VERSION, otherwise="; load it with --weights instead")
-    return _parse(content, tensors, path), tensors
-
-
-def _parse(content: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Path) -> Header:
-    """The header of a checkpoint, checked against its tensors: every site has its parts, every name its place."""
-    if "kind" in content:
-        raise CheckpointError(f"{path}: the state of a run to resume, not a checkpoint; load what the run has exported")
-    form = parsing.convert(content, _HeaderForm, f"{path}: its header is damaged", CheckpointError)
-    where = f"{path}: its header is damaged: sites"
-    sites = {
-        name: one.site(f"{where}: {parsing.printable(name)}")
-        for name, one in parsing.convert_each(form.sites, _SiteForm, where, CheckpointError).items()
-    }
-    source = None
-    if form.source is not None:
-        kwargs = parse_kwargs(form.source.kwargs, f"{path}: its header: source", CheckpointError)
-        source = Source(form.source.library, form.source.name, kwargs)
-    parts = {f"{name}:{part}" for name, site in sites.items() if name not in form.aliases for part in site.parts}
-    plain = {name for name in tensors if ":" not in name}
-    if odd := next(iter(sorted(parts ^ (tensors.keys() - plain))), None):
-        is_there = "belongs to no site" if odd in tensors else "is missing"
-        raise CheckpointError(f"{path}: {parsing.printable(odd)} {is_there}")
-    for name, first in form.aliases.items():
-        mine, own = sites.get(name), sites.get(first)
-        if first in form.aliases or name in plain or not (first in plain or own) or (mine is not None and mine != own):
-            raise CheckpointError(f"{path}: aliases: {parsing.printable(f'{name} and {first}')} cannot share memory")
-    for name, site in sites.items():
-        if name not in form.aliases and (name in plain) != site.derived:
-            raise CheckpointError(
-                f"{path}: {parsing.printable(name)} is not stored once, {'as it is' if site.derived else 'packed'}"
-            )
-        if site.derived and site.frozen and name not in form.aliases:
-            _check_mask(tensors[f"{name}:mask"], site, f"{path}: {parsing.printable(name)}:mask")
-    return Header(source, form.model, sites, form.aliases, form.info)
-
-
-def _check_mask(mask: Tensor, site: PackedSite, where: str) -> None:
-    if mask.dtype != torch.bool or tuple(mask.shape) != site.shape:
-        raise CheckpointError(f"{where}: expected torch.bool {site.shape}, found {mask.dtype} {tuple(mask.shape)}")
-    try:
-        pack(mask, mask, site.pattern.n, site.grouping)
-    except CheckpointError as error:
-        raise CheckpointError(f"{where}: {error}") from error
+    return parse_header(content, tensors, path), tensors
 
 
 def load_checkpoint(path: str | Path, model: nn.Module | None = None) -> nn.Module:
@@ -269,6 +130,8 @@ def load_checkpoint(path: str | Path, model: nn.Module | None = None) -> nn.Modu
     source = _source_of(header, path) if model is None else None
     state: dict[str, Tensor] = {name: value for name, value in tensors.items() if ":" not in name}
     masks: dict[str, Tensor] = {}
+    evidence = {name.removesuffix(":evidence"): value for name, value in tensors.items() if name.endswith(":evidence")}
+    evidence |= {name: evidence[first] for name, first in header.aliases.items() if first in evidence}
     shapes = {name: tuple(value.shape) for name, value in state.items()}
     shapes |= {name: site.shape for name, site in header.sites.items()}
     shapes |= {name: shapes[first] for name, first in header.aliases.items()}
@@ -287,12 +150,12 @@ def load_checkpoint(path: str | Path, model: nn.Module | None = None) -> nn.Modu
         if first in masks:
             masks[name] = masks[first]
     if rebuilt is not None:
-        return _fill(_in_dtypes_of(state, rebuilt, path), header, state, masks)
+        return _load_masked(_in_dtypes_of(state, rebuilt, path), header, state, masks, evidence)
     assert model is not None
     if baked := next((name for name, module in model.named_modules() if FOLDED in module.__dict__), None):
         raise CheckpointError(f"{path}: cannot be loaded into a baked model ({baked} is folded); give the original one")
-    _check_target(model, header, state, str(path))
-    return _fill(model, header, state, masks)
+    _check_target(model, header, state, evidence, str(path))
+    return _load_masked(model, header, state, masks, evidence)
 
 
 def _source_of(header: Header, path: str | Path) -> Source:
@@ -321,32 +184,25 @@ def _in_dtypes_of(state: Mapping[str, Tensor], model: nn.Module, path: str | Pat
     return model
 
 
-def _fill(model: nn.Module, header: Header, state: dict[str, Tensor], masks: dict[str, Tensor]) -> nn.Module:
+def _load_masked(
+    model: nn.Module, header: Header, state: Tensors, masks: Mapping[str, Tensor], evidence: Mapping[str, Tensor]
+) -> nn.Module:
     """Load and mask a model that was found to fit."""
     for module in model.modules():
         unmask(module, keep_masked=False)
     load_state(model, state)  # check_state has named every difference but missing counters
     for name in sorted(header.sites, key=lambda name: name in header.aliases):  # first owners first
         site, (owner, attr) = header.sites[name], _owner(model, name)
-        spec = MaskSpec(name, site.pattern, site.grouping, site.decay, site.frozen, site.derived)
-        if name in header.aliases:
-            mask_attribute(owner, attr, spec, _owner(model, header.aliases[name]))
-            continue
-        mask_attribute(owner, attr, spec)
-        if spec.derived:
-            if name in masks:
-                owner._buffers[mask_name(attr)] = masks[name].to(cast(nn.Parameter, owner._parameters[attr]).device)
-            continue
-        # The mask as it was, not one found anew: kept weights may be zero, and dropped ones are zero now.
-        weight = cast(nn.Parameter, owner._parameters[attr])
-        owner._buffers[mask_name(attr)] = masks[name].to(weight.device)
-        if weight.device.type != "meta":
-            owner.__dict__[STATES][attr].refresh(owner, attr, weight, update=False)
+        spec = MaskSpec(name, site.pattern, site.grouping, site.decay, site.frozen, site.derived, site.score)
+        twin = _owner(model, header.aliases[name]) if name in header.aliases else None
+        mask_attribute(owner, attr, spec, twin, evidence.get(name))
+        if twin is None and name in masks:  # as it was, not found anew: kept weights may be zero, and dropped ones are zero now
+            restore_mask(owner, attr, masks[name])
     note_masked(model, (name for name in header.sites if name not in header.aliases))
     return model.eval()
 
 
-def _check_target(model: nn.Module, header: Header, state: dict[str, Tensor], origin: str) -> None:
+def _check_target(model: nn.Module, header: Header, state: Tensors, evidence: Mapping[str, Tensor], origin: str) -> None:
     """A given model must take the weights as they are: real memory, the same dtypes, equal values where it ties weights. Last,
     all of it is tried on a copy without memory.
 
@@ -391,7 +247,8 @@ def _check_target(model: nn.Module, header: Header, state: dict[str, Tensor], or
         }  # a scripted module is copied with its values
         blank = {name: torch.empty_like(value, device=places.get(name, "meta")) for name, value in state.items()}
         masks = {name: torch.empty(site.shape, dtype=torch.bool, device="meta") for name, site in header.sites.items()}
-        _fill(copy, header, blank, masks)
+        derived = {name for name, site in header.sites.items() if site.derived}
+        _load_masked(copy, header, blank, {name: masks[name] for name in masks.keys() - derived}, evidence)
     except Exception as error:  # of hooks of any model
         why = parsing.printable(str(error))
         raise CheckpointError(f"{origin}: {type(model).__name__} cannot be loaded into: {why}") from error

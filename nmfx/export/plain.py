@@ -18,7 +18,7 @@ from nmfx.masking.owner import FOLDED
 from nmfx.models.example import Example
 
 
-def save_baked(model: nn.Module, path: Path, *, force: bool = True) -> None:
+def save_baked(model: nn.Module, path: Path) -> None:
     """The state dict of a baked model as safetensors, under its own keys: any tool can load it.
 
     Raises:
@@ -32,10 +32,10 @@ def save_baked(model: nn.Module, path: Path, *, force: bool = True) -> None:
             f"into the original model, would be standardised again. Take the compressed checkpoint (no --baked), or ONNX"
         )
     state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
-    write_atomic(path, lambda temporary: save_file(state, temporary), force=force)
+    write_atomic(path, lambda temporary: save_file(state, temporary))
 
 
-def save_onnx(model: nn.Module, path: Path, example: Example, *, force: bool = True) -> None:
+def save_onnx(model: nn.Module, path: Path, example: Example) -> None:
     """A baked model as ONNX with a free batch size, real zeros in its weights, through torch.onnx.
 
     Raises:
@@ -66,7 +66,7 @@ def save_onnx(model: nn.Module, path: Path, example: Example, *, force: bool = T
             )
 
     try:
-        write_atomic(path, write, force=force)
+        write_atomic(path, write)
     except (RuntimeError, ValueError, TypeError, torch.onnx.OnnxExporterError) as error:
         first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise CheckpointError(f"{path}: {type(model).__name__} cannot be exported to ONNX: {first}") from error

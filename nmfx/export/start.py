@@ -40,8 +40,8 @@ def build_start(path: Path, source: Source) -> Built:
     return Built(load_checkpoint(path, build_random(source)), source, "file", note)
 
 
-def take_start(model: nn.Module, sites: Sites) -> Scheme | None:
-    """The scheme of a converted model, which is then a plain one with real zeros; None for a model that is plain already."""
+def detach_scheme(model: nn.Module, sites: Sites) -> Scheme | None:
+    """Bake a converted model in place and give the scheme that it was under; None for a model that is plain already."""
     scheme = scheme_of(model)
     if not scheme:
         return None

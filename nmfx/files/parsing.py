@@ -12,7 +12,7 @@ import os
 import stat
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import IO, Annotated, Any, TypeVar
 
 import msgspec
 import yaml
@@ -39,30 +39,14 @@ class Form(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Base of the values that stand in files: frozen, and every key known."""
 
 
-def check_file(path: Path, what: str, error: type[NmfxError] = NmfxError) -> int:
-    """Size of a regular file in bytes; it is opened without waiting, so that a pipe that nobody writes to does not hang.
-
-    Args:
-        what: what it should be, as ``a scheme``.
-
-    Raises:
-        NmfxError: of type `error`: no such file, no permission, or no regular file.
-    """
-    descriptor = _open(path, what, error)
-    try:
-        return os.fstat(descriptor).st_size
-    finally:
-        os.close(descriptor)
-
-
 def read_text(path: Path, what: str, error: type[NmfxError] = NmfxError, *, most: int = MOST_TEXT) -> str:
     """The text of a regular file of at most `most` bytes of UTF-8.
 
     Raises:
-        NmfxError: of type `error`, as `check_file`, and for too long a file or other bytes.
+        NmfxError: of type `error`, as `open_regular`, and for too long a file or other bytes.
     """
     try:
-        with os.fdopen(_open(path, what, error), "rb") as file:
+        with open_regular(path, what, error) as file:
             content = file.read(most + 1)
     except OSError as problem:
         raise error(f"{path}: cannot be read as {what}: {problem.strerror or problem}") from problem
@@ -74,17 +58,25 @@ def read_text(path: Path, what: str, error: type[NmfxError] = NmfxError, *, most
         raise error(f"{path}: cannot be read as {what}: {problem}") from problem
 
 
-def _open(path: Path, what: str, error: type[NmfxError]) -> int:
+def open_regular(path: Path, what: str, error: type[NmfxError]) -> IO[bytes]:
+    """A regular file to read from, opened without waiting, so that a pipe that nobody writes to does not hang.
+
+    Args:
+        what: what it should be, as ``a scheme``.
+
+    Raises:
+        NmfxError: of type `error`: no such file, no permission, or no regular file.
+    """
     try:
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-        if stat.S_ISREG(os.fstat(descriptor).st_mode):
-            return descriptor
-        os.close(descriptor)
-        raise error(f"{path}: cannot be read as {what}: not a regular file")
     except (OSError, ValueError) as problem:  # ValueError: a zero byte in the name
         if getattr(problem, "errno", None) in (errno.ENOENT, errno.ENOTDIR):
             raise error(f"{path}: no such file") from None
         raise error(f"{path}: cannot be read as {what}: {getattr(problem, 'strerror', None) or problem}") from problem
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return os.fdopen(descriptor, "rb")
+    os.close(descriptor)
+    raise error(f"{path}: cannot be read as {what}: not a regular file")
 
 
 def json_tree(content: str | bytes, origin: str, error: type[NmfxError] = NmfxError) -> Any:
@@ -181,6 +173,10 @@ def convert(tree: Any, kind: type[T], origin: str, error: type[NmfxError] = Nmfx
     """A tree as a value of `kind`: a `Form`, or another type that msgspec knows.
 
     Args:
+        tree: plain values, as `json_tree` and `yaml_tree` give them.
+        kind: what it should be.
+        origin: where it stands, for the error.
+        error: what to raise.
         strict: false for YAML, whose numbers and truths are text.
 
     Raises:

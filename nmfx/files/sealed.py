@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,13 @@ def write_sealed(path: Path, content: Mapping[str, Any], tensors: Mapping[str, T
     except ValueError as error:
         raise CheckpointError(f"{path}: its header would hold a number that is not finite, and could not be read") from error
     write_atomic(path, lambda draft: save_file(dict(tensors), draft, metadata=metadata), force=force)
+
+
+def find_aliases(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Names whose tensor is another one's, which stands before them: the same memory, shape, strides and type."""
+    owners: dict[tuple[Any, ...], str] = {}
+    keys = {name: (v.data_ptr(), tuple(v.shape), v.stride(), v.dtype) for name, v in tensors.items() if v.numel()}
+    return {name: owner for name, key in keys.items() if (owner := owners.setdefault(key, name)) != name}
 
 
 def digest_of(content: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
@@ -85,21 +93,13 @@ def read_tensors(path: Path) -> tuple[dict[str, str], Tensors]:
 
 
 def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Shapes of the tensors of a safetensors file, which are not read.
-
-    Raises:
-        CheckpointError: no such file, truncated, or none.
-    """
+    """Shapes of the tensors of a safetensors file, which are not read; errors are those of `read_tensors`."""
     with _opened(path) as file:
         return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - not a mapping
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """Metadata of a safetensors file.
-
-    Raises:
-        CheckpointError: no such file, truncated, or none.
-    """
+    """Metadata of a safetensors file; errors are those of `read_tensors`."""
     with _opened(path) as file:
         return file.metadata() or {}
 
@@ -118,10 +118,9 @@ def _opened(path: Path) -> Iterator[Any]:
 
 def _check_header(path: Path) -> None:
     """Raise unless `path` is a regular file whose header is there and of a size that is no burden."""
-    size = parsing.check_file(path, "safetensors", CheckpointError)
     try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
+        with parsing.open_regular(path, "safetensors", CheckpointError) as file:
+            size, length = os.fstat(file.fileno()).st_size, int.from_bytes(file.read(8), "little")
     except OSError as problem:
         raise CheckpointError(f"{path}: cannot be read: {problem.strerror or problem}") from problem
     if size < 8 or length > size - 8 or length > MOST_HEADER:

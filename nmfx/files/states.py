@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nmfx.errors import CheckpointError
 from nmfx.files import parsing
-from nmfx.files.sealed import Tensors, read_sealed, write_sealed
+from nmfx.files.sealed import Tensors, find_aliases, read_sealed, write_sealed
 
 VERSION = 1
 T = TypeVar("T")
@@ -31,12 +31,7 @@ def write_state(path: Path, kind: str, tensors: Mapping[str, Tensor], about: Map
     Raises:
         NmfxError: it cannot be written.
     """
-    first: dict[tuple[Any, ...], str] = {}  # safetensors refuses to write a tied weight twice
-    shared: dict[str, str] = {}
-    for name, value in tensors.items():
-        owner = first.setdefault((value.data_ptr(), value.shape, value.stride(), value.dtype), name)
-        if owner != name and value.numel():
-            shared[name] = owner
+    shared = find_aliases(tensors)  # safetensors refuses to write a tied weight twice
     kept = {name: value.detach().cpu().contiguous() for name, value in tensors.items() if name not in shared}
     write_sealed(path, {"version": VERSION, "kind": kind, "shared": shared, "about": dict(about)}, kept)
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from nmfx.errors import NmfxError
 from nmfx.masking.derived import Substitute, derive, fold, is_derivable
-from nmfx.masking.updates import follow
-from nmfx.masking.weight import STATES, MaskSpec, MaskState, mask_name, write_mask
+from nmfx.masking.updates import register_owner
+from nmfx.masking.weight import STATES, MaskSpec, MaskState, evidence_name, mask_name, write_mask
 
 FOLDED = "_derivation_folded"  # in the __dict__ of a baked module: the class that derived its weight before
 MASKED = "_sites_masked"  # in the __dict__ of a model: names of the sites that were masked in it as a whole
@@ -73,7 +73,7 @@ def _masked_class(base: type[nn.Module], attrs: tuple[str, ...], derived: bool =
 def _rebuild(base: type[nn.Module], attrs: tuple[str, ...], derived: bool = False) -> nn.Module:
     cls = _masked_class(base, attrs, derived)  # type: ignore[arg-type]
     module = cls.__new__(cls)
-    follow(module)
+    register_owner(module)
     return module
 
 
@@ -93,10 +93,19 @@ def can_derive(model: nn.Module, owners: list[tuple[str, str]]) -> bool:
     return len(owners) == 1 and attr == "weight" and is_derivable(owner, plain_class(owner))
 
 
-def mask_attribute(owner: nn.Module, attr: str, spec: MaskSpec, twin: tuple[nn.Module, str] | None = None) -> None:
+def mask_attribute(
+    owner: nn.Module,
+    attr: str,
+    spec: MaskSpec,
+    twin: tuple[nn.Module, str] | None = None,
+    evidence: Tensor | None = None,
+) -> None:
     """Mask ``owner.attr`` in place from now on.
 
     Args:
+        owner, attr: the module, and the name of its weight.
+        spec: what is asked of the mask.
+        evidence: what the score needs, broadcastable to the rows of the grouping.
         twin: another owner and attribute of the same, tied, parameter: both read one masked value, in one autograd node.
 
     Raises:
@@ -108,8 +117,11 @@ def mask_attribute(owner: nn.Module, attr: str, spec: MaskSpec, twin: tuple[nn.M
         attrs = tuple(dict.fromkeys((*type(owner)._masked_attrs, attr)))  # type: ignore[attr-defined]
     states = owner.__dict__.get(STATES, {})
     if attr not in states:
-        if hasattr(owner, mask_name(attr)):
-            raise NmfxError(f"{spec.name}: its module already has an attribute {mask_name(attr)!r}; rename that one")
+        for name in (mask_name(attr), evidence_name(attr)) if evidence is not None else (mask_name(attr),):
+            if hasattr(owner, name):
+                raise NmfxError(f"{spec.name}: its module already has an attribute {name!r}; rename that one")
+        if evidence is not None:
+            owner.register_buffer(evidence_name(attr), evidence.to(weight.device), persistent=False)
         if twin is not None:
             mask = cast(Tensor, twin[0]._buffers[mask_name(twin[1])])
         else:
@@ -117,13 +129,21 @@ def mask_attribute(owner: nn.Module, attr: str, spec: MaskSpec, twin: tuple[nn.M
         if twin is None and weight.device.type != "meta":
             value = derive(owner, plain_class(owner)) if spec.derived else weight
             mask = torch.empty_like(value, dtype=torch.bool, requires_grad=False)
-            write_mask(value, spec, mask, torch.empty_like(value, requires_grad=False))
+            write_mask(owner, attr, spec, value, mask, torch.empty_like(value, requires_grad=False))
         owner.register_buffer(mask_name(attr), mask, persistent=False)
     owner.__dict__[STATES] = states
     states[attr] = MaskState(spec) if twin is None else twin[0].__dict__[STATES][twin[1]]
     owner.__dict__.pop("_flat_weights", None)
     owner.__class__ = _masked_class(plain_class(owner), attrs, spec.derived)  # type: ignore[arg-type]
-    follow(owner)
+    register_owner(owner)
+
+
+def restore_mask(owner: nn.Module, attr: str, mask: Tensor) -> None:
+    """Give a masked attribute the mask it had, in place of the one that was found from its weight; reads are by that one."""
+    weight, state = cast(nn.Parameter, owner._parameters[attr]), owner.__dict__[STATES][attr]
+    owner._buffers[mask_name(attr)] = mask.to(weight.device)
+    if weight.device.type != "meta" and not state.spec.derived:
+        state.refresh(owner, attr, weight, update=False)
 
 
 def unmask(module: nn.Module, *, keep_masked: bool) -> None:
@@ -139,8 +159,9 @@ def unmask(module: nn.Module, *, keep_masked: bool) -> None:
     derived = masks_derived(module)
     for attr, state in module.__dict__.pop(STATES).items():
         state.check_writes()
-        del module._buffers[mask_name(attr)]
-        module._non_persistent_buffers_set.discard(mask_name(attr))
+        for name in (mask_name(attr), evidence_name(attr)):
+            module._buffers.pop(name, None)
+            module._non_persistent_buffers_set.discard(name)
     module.__class__ = cls = plain_class(module)
     if derived and values and (off := fold(module, cls, values["weight"])) > 1e-3:
         raise NmfxError(

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from nmfx.errors import NmfxError
 from nmfx.masking.modes import keep_modes
 from nmfx.masking.sites import masked_sites
-from nmfx.masking.weight import mask_name
+from nmfx.masking.weight import evidence_name, mask_name
 from nmfx.processes import rank, world
 
 
@@ -22,7 +22,8 @@ def wrap(model: nn.Module, ignore: Iterable[str] = ()) -> nn.Module:
     """Under several processes, `model` in DDP; masks follow from the weights and, as the buffers in `ignore`, are not sent."""
     if world() == 1:
         return model
-    own = [f"{masked.path}.{mask_name(masked.attr)}".lstrip(".") for masked in masked_sites(model)]
+    names = (mask_name, evidence_name)
+    own = [f"{masked.path}.{name(masked.attr)}".lstrip(".") for masked in masked_sites(model) for name in names]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, [*own, *ignore])
     return DistributedDataParallel(model)
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from nmfx.errors import VerificationError
 from nmfx.masking.owner import MASKED, is_masked, read_masked
-from nmfx.masking.weight import STATES, MaskSpec, MaskState, mask_name
+from nmfx.masking.weight import STATES, MaskSpec, MaskState, evidence_name, mask_name
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,16 @@ class MaskedSite:
             read_masked(self.owner, self.attr)  # refreshes the mask when the weight has changed
         return cast(Tensor, self.owner._buffers[mask_name(self.attr)])
 
+    @property
+    def evidence(self) -> Tensor | None:
+        """What its score needs beside the weights, if anything."""
+        return self.owner._buffers.get(evidence_name(self.attr))
+
+    def penalise(self, amount: float) -> None:
+        """Have the next update add ``amount * weight`` to the gradient of what the last forward pass kept; 0: nothing."""
+        mask = cast(Tensor, self.owner._buffers[mask_name(self.attr)])
+        self.state.penalty = (amount, mask) if amount else None
+
 
 def masked_sites(model: nn.Module) -> Iterator[MaskedSite]:
     """Every masked attribute of `model`, in module order; a tied weight comes once for each owner."""
@@ -60,7 +70,7 @@ def masked_sites(model: nn.Module) -> Iterator[MaskedSite]:
                 yield MaskedSite(module, path, attr, state)
 
 
-def renew(model: nn.Module) -> None:
+def recheck_weights(model: nn.Module) -> None:
     """Have the next read of every masked value compare it with its weight, which may have been written to without a trace."""
     for site in masked_sites(model):
         if site.state.cache is not None:

@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from nmfx.masking.weight import STATES, MaskState, mask_name
-from nmfx.sparsity.mask import make_mask
+from nmfx.masking.weight import STATES, MaskState, find_mask, mask_name
 from nmfx.sparsity.ste import pulled
 
 
@@ -36,7 +35,7 @@ _owners: weakref.WeakValueDictionary[int, nn.Module] = weakref.WeakValueDictiona
 _steps: weakref.WeakKeyDictionary[Optimizer, list[list[_Lent]]] = weakref.WeakKeyDictionary()  # those that are running
 
 
-def follow(owner: nn.Module) -> None:
+def register_owner(owner: nn.Module) -> None:
     """Let optimisers find the masked weights of a module, as long as it lives."""
     _owners[id(owner)] = owner
     _install()
@@ -172,7 +171,7 @@ def _mask(owner: nn.Module, attr: str, state: MaskState, weight: Any) -> Tensor:
     if found is not None and (found.dirty if _is_shared_out(weight) else found.holds(weight)):
         return found.mask
     whole = weight.full_tensor() if _is_shared_out(weight) else weight
-    return make_mask(whole.detach().contiguous(), state.spec.pattern.n, state.spec.grouping)
+    return find_mask(owner, attr, state.spec, whole.detach().contiguous())
 
 
 def _is_shared_out(weight: Tensor) -> bool:

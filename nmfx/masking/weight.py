@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from nmfx.errors import NmfxError
+from nmfx.masking.value import MaskedWeight
 from nmfx.sparsity.layout import Grouping
 from nmfx.sparsity.mask import make_mask, update_mask
 from nmfx.sparsity.pattern import Pattern
@@ -29,7 +30,8 @@ class MaskSpec:
 
     ``decay`` is the SR-STE factor, applied at updates (0: plain STE; None: gradients of kept weights only); ``frozen`` keeps
     the mask as it is; ``derived`` masks what the module makes of its weight, not the parameter
-    (see `nmfx.masking.derived`), while SR-STE pulls the parameter's entries at the places that mask drops.
+    (see `nmfx.masking.derived`), while SR-STE pulls the parameter's entries at the places that mask drops. ``score`` is the
+    name of what ranks the weights (see `nmfx.sparsity.score`); what it needs lives in a buffer beside the mask.
     """
 
     name: str
@@ -38,6 +40,7 @@ class MaskSpec:
     decay: float | None = RULES["sr-ste"].decay
     frozen: bool = False
     derived: bool = False
+    score: str = "magnitude"
 
 
 def mask_name(attr: str) -> str:
@@ -45,83 +48,17 @@ def mask_name(attr: str) -> str:
     return f"{attr}_mask"
 
 
-class MaskedWeight(Tensor):
-    """The masked value of a weight, as a tensor whose writes reach the parameter.
+def evidence_name(attr: str) -> str:
+    """Name of the non-persistent buffer that holds what the score of `attr` needs, if it needs anything.
 
-    In-place methods, ``.data``, ``.grad`` and hooks act on the parameter (or, for a view of the value, on the same view of the
-    parameter), and the value follows. It computes as any tensor does, at no extra cost.
+    Not persistent, as the keys of a converted model are those of the original; a checkpoint writes it beside the mask.
     """
-
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
-    parameter: Tensor
-    renew: Callable[[], None]
-
-    @staticmethod
-    def over(value: Tensor, parameter: Tensor, renew: Callable[[], None]) -> MaskedWeight:
-        """`value`, tied to `parameter`; `renew` recomputes the value's memory after a write."""
-        result = value.as_subclass(MaskedWeight)
-        result.parameter, result.renew = parameter, renew
-        return result
-
-    def _get_data(self) -> MaskedWeight:
-        return MaskedWeight.over(Tensor.detach(self), self.parameter.detach(), self.renew)
-
-    def _set_data(self, value: Tensor) -> None:
-        own = getattr(value, "parameter", value)
-        if own.data_ptr() != self.parameter.data_ptr() or own.shape != self.parameter.shape:
-            self.parameter.data = value  # otherwise the end of `weight.data *= 2`, which has written already
-
-    data = property(_get_data, _set_data)  # type: ignore[assignment]
-    grad = property(  # type: ignore[assignment]
-        lambda self: self.parameter.grad, lambda self, value: setattr(self.parameter, "grad", value)
-    )
-    requires_grad = property(  # type: ignore[assignment]
-        lambda self: self.parameter.requires_grad, lambda self, value: setattr(self.parameter, "requires_grad", value)
-    )
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
-        return Tensor.detach(self).clone()
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return Tensor.detach(self).clone().__reduce_ex__(protocol)
+    return f"{attr}_evidence"
 
 
-def _writing(name: str) -> Any:
-    def method(self: MaskedWeight, *args: Any, **kwargs: Any) -> Any:
-        result = getattr(self.parameter, name)(*args, **kwargs)
-        self.renew()
-        return result
-
-    return method
-
-
-def _viewing(name: str) -> Any:
-    plain = getattr(Tensor, name)
-
-    def tie(self: MaskedWeight, value: Any, parameter: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return type(value)(tie(self, v, p) for v, p in zip(value, parameter, strict=True))
-        if value.untyped_storage()._cdata != self.untyped_storage()._cdata:
-            return value  # a copy
-        return MaskedWeight.over(value, parameter, self.renew)
-
-    def method(self: MaskedWeight, *args: Any, **kwargs: Any) -> Any:
-        value = plain(self, *args, **kwargs)
-        if torch.is_grad_enabled() and name != "detach" and isinstance(self.parameter, nn.Parameter):
-            return value  # part of a computation
-        return tie(self, value, plain(self.parameter, *args, **kwargs))
-
-    return method
-
-
-_WRITES = [name for name in dir(Tensor) if name.endswith("_") and not name.startswith("_")]
-_WRITES += ["__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "register_hook"]
-_VIEWS = "view view_as reshape reshape_as flatten unflatten t transpose permute movedim swapaxes swapdims squeeze unsqueeze "
-_VIEWS += "narrow select expand expand_as diagonal unfold chunk split unbind __getitem__ detach"
-for _name in _WRITES:
-    setattr(MaskedWeight, _name, _writing(_name))
-for _name in _VIEWS.split():
-    setattr(MaskedWeight, _name, _viewing(_name))
+def find_mask(owner: nn.Module, attr: str, spec: MaskSpec, weight: Tensor) -> Tensor:
+    """A new mask of `weight` in plain operations (see `make_mask`)."""
+    return make_mask(weight, spec.pattern.n, spec.grouping, spec.score, owner._buffers.get(evidence_name(attr)))
 
 
 @dataclass(eq=False)
@@ -199,7 +136,7 @@ class MaskState:
         if cache.live is None or self.shared_out:  # FSDP takes up what each forward pass gives to the weight by itself
             kept_only = self.spec.decay is None
             value = cast(Tensor, MaskedRead.apply(weight, cache.mask, cache.masked, kept_only, weakref.ref(cache)))
-            cache.live = MaskedWeight.over(value, weight, cache.view.renew)
+            cache.live = MaskedWeight.over(value, weight, cache.view.refresh_value)
         return cache.live
 
     def check_writes(self) -> None:
@@ -236,14 +173,14 @@ class MaskState:
         else:
             masked = torch.empty_like(weight, requires_grad=False)
         if update:
-            write_mask(weight, self.spec, mask, masked)
+            write_mask(owner, attr, self.spec, weight, mask, masked)
         else:
             torch.where(mask, weight, weight.new_zeros(()), out=masked)
         alias = weight.detach()
         probe = _probe(alias)
         # As nn.Parameter is made: a leaf, not a view. at::matmul chooses its kernel by requires_grad, even without gradients.
         view = Tensor._make_subclass(MaskedWeight, masked, weight.requires_grad)
-        view.parameter, view.renew = weight, self._renewal(owner, attr)
+        view.parameter, view.refresh_value = weight, self._refresher(owner, attr)
         self.cache = _Cache(
             weight, weight._version, alias, mask, masked, masked._version, probe, probe.clone(), weight.requires_grad, view
         )
@@ -258,48 +195,57 @@ class MaskState:
         self.cache, cache.dirty, cache.live = cache, False, None
         return cache
 
-    def _renewal(self, owner: nn.Module, attr: str) -> Callable[[], None]:
+    def _refresher(self, owner: nn.Module, attr: str) -> Callable[[], None]:
         """A function that brings the masked value up to date; a write through the value calls it."""
         place, me = weakref.ref(owner), weakref.ref(self)  # no cycle: masked values go when their module goes
 
-        def renew() -> None:
+        def refresh_value() -> None:
             module, state = place(), me()
             if module is not None and state is not None and isinstance(weight := module._parameters.get(attr), nn.Parameter):
                 state.refresh(module, attr, weight)
 
-        return renew
+        return refresh_value
 
     def read_derived(self, owner: nn.Module, attr: str, value: Tensor) -> Tensor:
         """The masked value of what the module has made of its weight; the mask is that of `value`."""
         mask = cast(Tensor, owner._buffers[mask_name(attr)])
         if not self.spec.frozen and type(value) in (Tensor, nn.Parameter) and not value.is_meta and not is_followed():
             mask = torch.empty_like(value, dtype=torch.bool, requires_grad=False)
-            write_mask(value.detach(), self.spec, mask, torch.empty_like(value, requires_grad=False))
+            write_mask(owner, attr, self.spec, value, mask, torch.empty_like(value, requires_grad=False))
             before = cast(Tensor, owner._buffers[mask_name(attr)])
             if before.device == mask.device and torch.equal(before, mask):
                 mask = before  # a read changes nothing
             owner._buffers[mask_name(attr)] = mask
         elif not self.spec.frozen:
-            mask = make_mask(value, self.spec.pattern.n, self.spec.grouping)
+            mask = find_mask(owner, attr, self.spec, value)
         return cast(Tensor, MaskedCompute.apply(value, mask.to(value.device), self.spec.decay is None))
 
     def _compute(self, owner: nn.Module, attr: str, weight: Tensor) -> Tensor:
         """The masked value as plain operations, for compilers and function transforms, which must see the computation."""
         mask = cast(Tensor, owner._buffers[mask_name(attr)])
         if not self.spec.frozen:
-            mask = make_mask(weight, self.spec.pattern.n, self.spec.grouping)
+            mask = find_mask(owner, attr, self.spec, weight)
         return cast(Tensor, MaskedCompute.apply(weight, mask, self.spec.decay is None))
 
 
-def write_mask(weight: Tensor, spec: MaskSpec, mask: Tensor, masked: Tensor) -> None:
-    """`update_mask` for any memory format: a channels-last weight still views as (outer, length, inner), others are copied."""
+def write_mask(owner: nn.Module, attr: str, spec: MaskSpec, weight: Tensor, mask: Tensor, masked: Tensor) -> None:
+    """`update_mask` for any memory format: a channels-last weight still views as (outer, length, inner), others are copied.
+
+    Args:
+        owner, attr: where the evidence of the score is.
+        spec: what is asked of the mask.
+        weight: the values to mask.
+        mask, masked: written to; see `update_mask`.
+    """
+    weight = weight.detach()
     try:
         spec.grouping.as_lines(mask)
     except RuntimeError:
-        mask.copy_(make_mask(weight.contiguous(), spec.pattern.n, spec.grouping))
+        mask.copy_(find_mask(owner, attr, spec, weight.contiguous()))
         torch.where(mask, weight, weight.new_zeros(()), out=masked)
     else:
-        update_mask(weight.detach(), spec.pattern.n, spec.grouping, mask, masked)
+        evidence = owner._buffers.get(evidence_name(attr))
+        update_mask(weight, spec.pattern.n, spec.grouping, mask, masked, spec.score, evidence)
 
 
 def _probe(alias: Tensor) -> Tensor:

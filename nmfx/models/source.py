@@ -11,6 +11,7 @@ import socket
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from nmfx.demo.digits import load_demo
-from nmfx.demo.resnet import CifarResNet, resnet20, resnet56
+from nmfx.demo.resnet import CifarResNet, load_resnet
 from nmfx.errors import ModelError
 from nmfx.masking.owner import plain_class
 
@@ -30,7 +31,11 @@ IMPLIED: tuple[dict[str, Any], ...] = (
     {"aux_logits": False},
     {"aux_loss": True},
 )
-DEMOS: dict[str, Callable[..., nn.Module]] = {"digits": load_demo, "resnet20": resnet20, "resnet56": resnet56}
+DEMOS: dict[str, Callable[..., nn.Module]] = {
+    "digits": load_demo,
+    "resnet20": partial(load_resnet, 20),
+    "resnet56": partial(load_resnet, 56),
+}
 SOURCE = "nmfx_source"  # attribute of models built here: where they came from
 
 

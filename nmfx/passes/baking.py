@@ -6,7 +6,7 @@ from torch import nn
 
 from nmfx.masking.copies import deep_copy
 from nmfx.masking.owner import unmask
-from nmfx.masking.sites import check_fused, renew
+from nmfx.masking.sites import check_fused, recheck_weights
 
 
 def bake(model: nn.Module, *, inplace: bool = False) -> nn.Module:
@@ -21,7 +21,7 @@ def bake(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     """
     check_fused(model)
     result = model if inplace else deep_copy(model)
-    renew(result)
+    recheck_weights(result)
     for module in result.modules():
         unmask(module, keep_masked=True)
     return result

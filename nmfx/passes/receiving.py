@@ -12,9 +12,10 @@ from nmfx.masking.modes import keep_modes
 from nmfx.masking.owner import masks_derived
 from nmfx.masking.sites import masked_sites
 from nmfx.models.example import Example
-from nmfx.models.following import Census, plain_kernels, storage_of
+from nmfx.models.following import Census, plain_kernels
 from nmfx.models.places import held_by, is_plain, places_in
 from nmfx.models.products import Operand
+from nmfx.models.storages import storage_of
 
 
 class Receipts(Census):
@@ -32,20 +33,23 @@ class Receipts(Census):
         for site in masked_sites(model):  # a masked value has memory of its own; products read that
             if not masks_derived(site.owner):
                 value = getattr(site.owner, site.attr)
-                self.own.add(storage_of(value))
-                self.held[storage_of(value)] = replace(held_by(value), parameters=(site.parameter,))
+                self.storages.own.add(storage_of(value))
+                self.storages.held[storage_of(value)] = replace(held_by(value), parameters=(site.parameter,))
 
     def _record_weight(self, operand: Operand) -> None:
         tensor, key = operand.tensor.detach(), storage_of(operand.tensor)
-        held, view = self.held[key], (key, operand.tensor.storage_offset(), operand.tensor.shape, operand.tensor.stride())
+        held, view = (
+            self.storages.held[key],
+            (key, operand.tensor.storage_offset(), operand.tensor.shape, operand.tensor.stride()),
+        )
         if view in self.seen:
             return  # a recurrent weight is read once a step
-        self._lose(held.beside, "")
+        self._record_lost(held.beside, "")
         if held.made or (held.altered and tensor.numel() != held.numel):
             if not held.made or self._is_weight(held, operand):
-                self._lose(held.parameters, "")
+                self._record_lost(held.parameters, "")
             return
-        if key in self.own:
+        if key in self.storages.own:
             self.seen.add(view)
         if len(held.parameters) == 1 and is_plain(held, tensor):
             self._arrive(held.parameters[0], tensor != 0)
@@ -59,7 +63,7 @@ class Receipts(Census):
         for parameter, part in zip(held.parameters, arrived[1:].split([p.numel() for p in held.parameters]), strict=True):
             self._arrive(parameter, part)
 
-    def _lose(self, parameters: Iterable[Tensor], name: str) -> None:
+    def _record_lost(self, parameters: Iterable[Tensor], name: str) -> None:
         for parameter in parameters:
             self._arrive(parameter, torch.ones(parameter.shape, dtype=torch.bool))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,10 +21,11 @@ from nmfx.models.census import find_sites
 from nmfx.models.example import Example
 from nmfx.models.site import Site, Sites
 from nmfx.models.tracer import to_graph
+from nmfx.passes.calibration import Calibration, score_evidence
 from nmfx.scheme import Scheme, fit
 from nmfx.sparsity.layout import Grouping
 from nmfx.sparsity.pattern import Pattern
-from nmfx.sparsity.rules import Training, resolve_rule
+from nmfx.sparsity.rules import resolve_rule
 
 AnyScheme = Scheme | str | Pattern | Path | Mapping[str, str | Pattern]
 
@@ -35,8 +36,10 @@ def transform(
     *,
     example_input: Any = None,
     sites: Sites | None = None,
-    training: Training = "sr-ste",
+    training: str = "sr-ste",
     decay: float | None = None,
+    score: str = "magnitude",
+    data: Iterable[Any] | None = None,
     as_graph: bool = False,
     inplace: bool = False,
 ) -> nn.Module:
@@ -52,6 +55,9 @@ def transform(
             5e-4). Every ``step`` of an optimiser of torch.optim updates with ``grad + decay * (1 - mask) * weight``, once,
             after any scaling, accumulation, averaging and clipping; ``weight.grad`` stays the gradient of the loss. A loop
             without an optimiser calls `nmfx.pull` before it updates.
+        score: what a mask ranks the weights of a group by, one of `nmfx.sparsity.score.SCORES`: ``magnitude``, ``input-norm``
+            (Wanda) or ``gradient`` (Fisher). What it needs is measured once, on the dense weights, and stays.
+        data: batches ``(input, label)`` for a score that looks at pictures; ``input-norm`` needs no labels.
         as_graph: return the fx view of the converted model instead (see `to_graph`).
         inplace: convert `model` itself, without a copy.
 
@@ -61,6 +67,7 @@ def transform(
 
     Raises:
         NmfxError: no such training rule, or a decay out of range.
+        SearchError: no such score, or no batches for one that needs them.
         SchemeError: the scheme does not fit, naming the site, its shape, and what to do.
         TraceError: the forward pass fails on the example input.
     """
@@ -68,6 +75,8 @@ def transform(
     sites = sites if sites is not None else find_sites(model, example_input)
     resolved = resolve_scheme(scheme, sites)
     resolved.check(sites)
+    calibration = None if data is None else Calibration.of(data)
+    evidence = score_evidence(model, sites, score, calibration, [site.name for site in sites if site.name in resolved])
     result = model if inplace else deep_copy(model)
     for module in result.modules():
         unmask(module, keep_masked=False)
@@ -75,7 +84,8 @@ def transform(
         for site in sites:
             if site.name in resolved:
                 pattern, grouping = resolved[site.name], resolved.grouping(site)
-                _mask(result, site, MaskSpec(site.name, pattern, grouping, rule.decay, rule.frozen, site.derived))
+                spec = MaskSpec(site.name, pattern, grouping, rule.decay, rule.frozen, site.derived, score)
+                _mask(result, site, spec, evidence.get(site.name))
     except Exception:
         for module in result.modules():
             unmask(module, keep_masked=False)
@@ -84,10 +94,10 @@ def transform(
     return to_graph(result, example_input) if as_graph else result
 
 
-def _mask(model: nn.Module, site: Site, spec: MaskSpec) -> None:
+def _mask(model: nn.Module, site: Site, spec: MaskSpec, evidence: Tensor | None = None) -> None:
     twin = None
     for path, attr in site.owners:
-        mask_attribute(model.get_submodule(path), attr, spec, twin)
+        mask_attribute(model.get_submodule(path), attr, spec, twin, evidence)
         twin = twin or (model.get_submodule(path), attr)
 
 

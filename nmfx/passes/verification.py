@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from nmfx.errors import SchemeError, TraceError, VerificationError
 from nmfx.masking.owner import derived_or_own
-from nmfx.masking.sites import check_masks, masked_sites, renew
+from nmfx.masking.sites import check_masks, masked_sites, recheck_weights
 from nmfx.models.census import find_sites
 from nmfx.models.example import Example, example_for
 from nmfx.models.site import weight_of
@@ -74,7 +74,7 @@ def verify(model: nn.Module, scheme: AnyScheme | None = None, *, example_input: 
     """
     if isinstance(scheme, Tensor):
         raise SchemeError("verify: expected a scheme, got a tensor; an example is given by example_input=")
-    renew(model)
+    recheck_weights(model)
     check_masks(model)
     checks = _masked_checks(model) if scheme is None else _scheme_checks(model, scheme, example_input)
     groups = sum(check_groups(name, c.value, c.n, c.grouping) for name, c in checks.items())

@@ -18,15 +18,16 @@ from nmfx.passes.transform import transform
 from nmfx.passes.verification import verify
 from nmfx.recipe.schema import Recipe
 from nmfx.scheme import Scheme
-from nmfx.settings.search import Loop, SearchSettings
+from nmfx.settings.methods import METHODS
+from nmfx.settings.search import DominoSettings, SearchSettings
 from nmfx.settings.stages import FOLDER, FinetuneSettings, ModelSettings
 from nmfx.settings.training import Augment
 from nmfx.stages.build import BuildRecord, build
 from nmfx.stages.data import fit_pictures
 from nmfx.stages.pipeline import describe
 from nmfx.stages.search import choose
+from nmfx.training.finetuning import finetune
 from nmfx.training.loss import logits_of
-from nmfx.training.trainer import finetune
 
 PICTURES = 2  # of one update
 
@@ -72,8 +73,8 @@ def data_free(section: SearchSettings) -> SearchSettings:
     """The same question to a method that needs no pictures."""
     if not section.data:
         return section
-    method = "knapsack" if section.method == "spdy" else section.method
-    return replace(section, data=False, method=method, sensitivity="", loop=Loop())
+    method = "knapsack" if METHODS[section.method].pictures == "always" else section.method
+    return replace(section, data=False, method=method, sensitivity="", score="magnitude", loop=DominoSettings())
 
 
 def _update(recipe: Recipe, section: FinetuneSettings, model: nn.Module, scheme: Scheme, sites: Sites) -> str:

@@ -20,7 +20,7 @@ from nmfx.sparsity.pattern import Pattern
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure, FigureBase
+    from matplotlib.figure import Figure
 
 FORMATS = (".png", ".svg", ".pdf")
 WIDTH = 7.0  # inches: a page between its margins
@@ -28,6 +28,7 @@ POINTS = 72  # an inch
 INK, GREY = "#1b1b1b", "#8c8c8c"  # grey always with an alpha: legible on white and on black
 DENSE = "#d55e00"  # Okabe-Ito vermilion: no colour of viridis
 OKABE_ITO = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+DASHED: dict[str, Any] = {"color": INK, "linewidth": 0.7, "linestyle": (0, (4, 3))}  # a limit, an average
 LINE = 9.5  # points from one 8-point line to the next
 STYLE: dict[str, Any] = {
     "font.family": "sans-serif",
@@ -153,13 +154,13 @@ def density_ticks(patterns: Iterable[Pattern]) -> dict[float, str]:
     return chosen
 
 
-def set_density_axis(axes: Axes, patterns: Sequence[Pattern], *, numbers: bool = True) -> float:
+def set_density_axis(axes: Axes, patterns: Sequence[Pattern]) -> float:
     """A log2 y axis from half the smallest density to dense, its ticks the patterns; gives where it begins."""
     ticks = density_ticks([*patterns, Pattern.DENSE])
     floor = min(ticks) / 2
     axes.set_yscale("log", base=2)
     axes.set_ylim(floor, 1.08)
-    labels = [f"{d:.3g}  {name}" if numbers and name != "dense" else name for d, name in ticks.items()]
+    labels = [f"{d:.3g}  {name}" if name != "dense" else name for d, name in ticks.items()]
     axes.set_yticks(list(ticks), labels)
     axes.yaxis.minorticks_off()
     axes.grid(axis="y", color=GREY, alpha=0.35, linewidth=0.5)
@@ -196,7 +197,7 @@ def _name_stages(axes: Axes, spans: Sequence[tuple[str, float, float]], below: b
     widths = [(0.6 * 8 * len(name) + 6) * per_point for name, _, _ in spans]
     apart = zip(itertools.pairwise(centres), itertools.pairwise(widths), strict=True)
     flat = not below or all(b - a >= (u + v) / 2 for (a, b), (u, v) in apart)
-    places = centres if below and flat else spread(centres, LINE * per_point)
+    places = centres if below and flat else space_out(centres, LINE * per_point)
     transform = axes.get_xaxis_transform() if below else axes.get_yaxis_transform()
     for (name, _, _), centre, place in zip(spans, centres, places, strict=True):
         axes.annotate(
@@ -220,7 +221,7 @@ def _name_stages(axes: Axes, spans: Sequence[tuple[str, float, float]], below: b
         )
 
 
-def spread(wanted: Sequence[float], gap: float) -> list[float]:
+def space_out(wanted: Sequence[float], gap: float) -> list[float]:
     """The places nearest to `wanted` (ascending) that are at least `gap` apart: isotonic regression, by pooling."""
     pools: list[tuple[float, int]] = []  # mean of what is left when the gaps are taken off, and how many share it
     for index, place in enumerate(wanted):
@@ -232,7 +233,6 @@ def spread(wanted: Sequence[float], gap: float) -> list[float]:
     return [level + index * gap for index, level in enumerate(levels)]
 
 
-def single_axes(figure: FigureBase, **options: object) -> Axes:
-    """One pair of axes that fills a figure."""
-    axes: Axes = figure.subplots(**options)  # type: ignore[call-overload]
-    return axes
+def note_beside(axes: Axes, y: float, words: str) -> None:
+    """Words to the right of the axes, at the height `y` of their data."""
+    axes.annotate(words, (1, y), (3, 0), xycoords=axes.get_yaxis_transform(), textcoords="offset points", va="center")

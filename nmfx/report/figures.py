@@ -1,14 +1,15 @@
-"""The figures: density along the network, the search's timeline, what each stage keeps, schemes side by side, accuracy."""
+"""The figures of schemes: density along the network, the search's timeline, what each stage keeps, schemes side by side."""
 
 from __future__ import annotations
 
 import textwrap
 from collections.abc import Callable, Sequence
 from itertools import accumulate, pairwise
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from nmfx.models.site import Site
 from nmfx.report.canvas import (
+    DASHED,
     GREY,
     INK,
     LINE,
@@ -18,11 +19,12 @@ from nmfx.report.canvas import (
     color_of,
     mark_stages,
     new_figure,
+    note_beside,
     set_density_axis,
-    single_axes,
     styled,
 )
-from nmfx.report.record import Point, Report, Speed, short_names, stages_of
+from nmfx.report.record import Report, short_names, stages_of
+from nmfx.report.timeline import plot_timeline
 from nmfx.sparsity.pattern import Pattern
 
 if TYPE_CHECKING:
@@ -45,7 +47,7 @@ def draw_search(report: Report) -> Figure:
     """One page: density per site, the timeline of steps or the curve of an exact method, and what each stage keeps."""
     parts: list[tuple[float, Callable[[FigureBase, Report], None]]] = [(_density_height(report), _density)]
     if report.steps:
-        parts.append((4.2, _compact_timeline))
+        parts.append((4.2, lambda frame, report: plot_timeline(frame, report, named=len(report.sites) <= 20)))
     if report.curve:
         parts.append((2.6, _curve))
     parts.append((_stages_height(report), _stages))
@@ -74,7 +76,7 @@ def draw_timeline(report: Report) -> Figure:
     rows = len(report.sites)
     named = rows <= ROWS
     figure = new_figure(2.0 + (max(1.2, rows * LINE / POINTS) if named else 6.0), report.title)
-    _timeline(figure, report, named=named)
+    plot_timeline(figure, report, named=named)
     return figure
 
 
@@ -114,51 +116,6 @@ def draw_comparison(reports: Sequence[Report]) -> Figure:
     return figure
 
 
-@styled
-def draw_accuracy(points: Sequence[Point], *, title: str = "", dense: float | None = None) -> Figure:
-    """Measured accuracy against the share of weights kept, with error bars; `dense` is a line across."""
-    from matplotlib.transforms import ScaledTranslation
-
-    figure = new_figure(3.4, title)
-    axes = single_axes(figure)
-    labels = list(dict.fromkeys(point.label for point in points))
-    axes.margins(y=0.08)
-    for index, label in enumerate(labels):
-        mine = sorted((point for point in points if point.label == label), key=lambda point: point.kept)
-        aside = ScaledTranslation(2.5 * (index - (len(labels) - 1) / 2) / POINTS, 0, figure.dpi_scale_trans)
-        axes.errorbar(
-            [100 * point.kept for point in mine],
-            [100 * point.accuracy for point in mine],
-            [100 * point.spread for point in mine],
-            label=label,
-            transform=axes.transData + aside,  # error bars at one budget stand side by side
-            color=OKABE_ITO[index % len(OKABE_ITO)],
-            marker="osD^vPX*hp"[index % 10],
-            linestyle=("-", "--", ":")[index // 6 % 3],
-            linewidth=1,
-            markersize=4.5,
-            markeredgecolor=INK,
-            markeredgewidth=0.4,
-            elinewidth=0.8,
-            capsize=2.5,
-        )
-    axes.update_datalim([(100 * p.kept, 100 * (p.accuracy + s * p.spread)) for p in points for s in (-1, 1)])
-    axes.autoscale_view()
-    if dense is not None:
-        axes.axhline(100 * dense, color=INK, linewidth=0.7, linestyle=(0, (4, 3)), label="dense")
-    shares = sorted({100 * point.kept for point in points})
-    if len(shares) > 1 and shares[0] > 0 and shares[-1] / shares[0] >= 3:
-        axes.set_xscale("log", base=2)
-    if len(shares) <= 8:
-        axes.set_xticks(shares, [f"{share:.3g}" for share in shares])
-        axes.xaxis.minorticks_off()
-    axes.grid(color=GREY, alpha=0.35, linewidth=0.5)
-    axes.set_xlabel("weights kept, %")
-    axes.set_ylabel("accuracy, %")
-    figure.legend(loc="outside right upper")
-    return figure
-
-
 def _density_height(report: Report) -> float:
     names = [site.name for site in report.sites]
     few = len(names) <= FEW
@@ -167,7 +124,7 @@ def _density_height(report: Report) -> float:
 
 
 def _density(figure: FigureBase, report: Report, width: Width = "uniform") -> None:
-    axes = single_axes(figure)
+    axes = figure.subplots()
     edges = _bars(axes, report, [report.pattern(site) for site in report.sites], width)
     stages = stages_of(site.name for site in report.sites)
     if len(report.sites) <= FEW and width == "uniform":
@@ -179,15 +136,8 @@ def _density(figure: FigureBase, report: Report, width: Width = "uniform") -> No
         mark_stages(axes, stages, edges)
     axes.set_ylabel("share of weights kept")
     overall = report.totals.kept / (report.totals.weights or 1)
-    axes.axhline(overall, color=INK, linewidth=0.7, linestyle=(0, (4, 3)))
-    axes.annotate(
-        f"{overall:.3g}\nof all",
-        (1, overall),
-        (3, 0),
-        xycoords=axes.get_yaxis_transform(),
-        textcoords="offset points",
-        va="center",
-    )
+    axes.axhline(overall, **DASHED)
+    note_beside(axes, overall, f"{overall:.3g}\nof all")
     said = "" if width == "uniform" else f", width as {'MACs' if width == 'macs' else width}"
     axes.set_title(f"{len(report.sites)} sites in network order{said}; hatched: dense")
 
@@ -213,78 +163,6 @@ def _bars(axes: Axes, report: Report, patterns: Sequence[Pattern], width: Width 
     return edges
 
 
-def _compact_timeline(figure: FigureBase, report: Report) -> None:
-    _timeline(figure, report, named=len(report.sites) <= 20)
-
-
-def _timeline(figure: FigureBase, report: Report, *, named: bool) -> None:
-    """Cost above; below, each site's line in the colour of the pattern it has, and a mark where it changes."""
-    rows = len(report.sites)
-    inches = rows * LINE / POINTS if named else 3.0 if figure.get_figure() is not figure else 6.0
-    top, main = figure.subplots(2, 1, sharex=True, height_ratios=[0.75, max(1.2, inches)])
-    index = {site.name: row for row, site in enumerate(report.sites)}
-    _cost(top, report)
-    current = dict.fromkeys(index, (0, Pattern.DENSE))
-    lines: dict[Pattern, list[tuple[int, float, float]]] = {}
-    last = len(report.steps) + 0.5
-    for number, step in enumerate(report.steps, 1):
-        since, _ = current[step.site]
-        lines.setdefault(step.before, []).append((index[step.site], since, number))
-        current[step.site] = number, step.after
-    for name, (since, pattern) in current.items():
-        lines.setdefault(pattern, []).append((index[name], since, last))
-    room = inches * POINTS / rows
-    apart = room > 3.5  # finer lines would only flicker: those fill their rows
-    thick = min(3.0, room / 2) if apart else room
-    for pattern, spans in lines.items():
-        y, begin, end = zip(*spans, strict=True)
-        main.hlines(
-            y,
-            begin,
-            end,
-            color=color_of(pattern),
-            linewidth=thick,
-            alpha=0.3 if pattern.is_dense else 1,
-            capstyle="butt",
-            antialiased=apart,
-        )
-    patterns = sorted({step.after for step in report.steps}, key=lambda p: (p.density, p.m))
-    size = max(4.0, min(22.0, room**2 / 2))
-    for pattern in patterns:
-        for up, marker in ((False, "o"), (True, "^")):
-            at = [
-                (number, index[step.site])
-                for number, step in enumerate(report.steps, 1)
-                if step.after == pattern and (step.after.density > step.before.density) == up
-            ]
-            if at:
-                x, y = zip(*at, strict=True)
-                main.scatter(
-                    x,
-                    y,
-                    size,
-                    color_of(pattern),
-                    marker=marker,
-                    edgecolors=INK,
-                    linewidths=0.4,
-                    zorder=3,
-                    clip_on=False,
-                )
-    main.set_ylim(rows - 0.5, -0.5)
-    main.set_xlim(0, last)
-    main.xaxis.get_major_locator().set_params(integer=True)
-    main.set_xlabel("step")
-    stages = stages_of(index)
-    edges = [row - 0.5 for row in range(rows + 1)]
-    if named:
-        main.set_yticks(range(rows), [_brief(name) for name in index])
-        main.tick_params(axis="y", length=0)
-    else:
-        main.set_yticks([])
-        mark_stages(main, stages, edges, along="y", inches=inches)
-    _legend(figure, report, patterns)
-
-
 def _curve(figure: FigureBase, report: Report) -> None:
     axes = figure.subplots()
     shares, losses = zip(*report.curve, strict=True)
@@ -294,46 +172,12 @@ def _curve(figure: FigureBase, report: Report) -> None:
         axes.annotate("this scheme", report.point, (7, 4), textcoords="offset points")
     unit = report.limits[0].unit if report.limits else "weights"
     if report.limits:
-        axes.axvline(report.limits[0].limit / report.limits[0].dense, color=INK, linewidth=0.7, linestyle=(0, (4, 3)))
+        axes.axvline(report.limits[0].limit / report.limits[0].dense, **DASHED)
     axes.set_xlim(0, 1)
     axes.set_ylim(0, 1.05)
     axes.set_xlabel(f"share of {unit} kept (dashed: the budget)")
     axes.set_ylabel("summed loss")
     axes.set_title("the least summed loss at each budget, as a share of the sparsest scheme's")
-
-
-def _cost(axes: Axes, report: Report) -> None:
-    """What the scheme costs after each step, falling to the budget."""
-    if not report.limits:
-        axes.set_visible(False)
-        return
-    limit = report.limits[0]
-    costs = [limit.dense, *(step.cost for step in report.steps)]
-    axes.step(range(len(costs)), [cost / limit.dense for cost in costs], where="post", color=INK, linewidth=1)
-    axes.axhline(limit.limit / limit.dense, color=INK, linewidth=0.7, linestyle=(0, (4, 3)))
-    axes.set_ylim(0, 1.03)
-    axes.set_yticks([0, 0.5, 1])
-    axes.annotate(
-        f"budget\n{limit.limit / limit.dense:.3g}",
-        (1, limit.limit / limit.dense),
-        (3, 0),
-        xycoords=axes.get_yaxis_transform(),
-        textcoords="offset points",
-        va="center",
-    )
-    axes.set_title(f"share of {limit.unit} kept after each step")
-    axes.tick_params(axis="x", labelbottom=False)
-
-
-def _legend(figure: FigureBase, report: Report, patterns: Sequence[Pattern]) -> None:
-    from matplotlib.lines import Line2D
-
-    mark: dict[str, Any] = {"linestyle": "", "markeredgecolor": INK, "markeredgewidth": 0.4, "markersize": 5}
-    handles = [Line2D([], [], color=color_of(p), marker="o", label="dense" if p.is_dense else str(p), **mark) for p in patterns]
-    handles.insert(0, Line2D([], [], color=color_of(Pattern.DENSE), linewidth=3, alpha=0.3, label="still dense"))
-    if any(step.after.density > step.before.density for step in report.steps):
-        handles.append(Line2D([], [], color="none", marker="^", label="grown back", **mark))
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(9, len(handles)), columnspacing=1.4, handletextpad=0.4)
 
 
 def _stages_height(report: Report) -> float:
@@ -377,39 +221,6 @@ def _total_bars(axes: Axes, report: Report) -> None:
     axes.set_xticks([0, 50, 100])
     axes.set_ylim(1.6, -0.6)
     axes.tick_params(axis="y", length=0)
-
-
-@styled
-def draw_speed(speeds: Sequence[Speed], *, title: str = "") -> Figure:
-    """How fast each engine is against the best dense one, a group of bars for each batch size and number of threads."""
-    groups, engines = (list(dict.fromkeys(values)) for values in ([s.group for s in speeds], [s.engine for s in speeds]))
-    figure = new_figure(0.7 + 0.16 * len(speeds) + 0.3 * len(groups), title)
-    axes = single_axes(figure)
-    labels, row = [], 0.0
-    for group in groups:
-        axes.annotate(group, (0, row), (2, 0), textcoords="offset points", va="center", weight="bold")
-        row += 1
-        for engine in engines:
-            one = next((s for s in speeds if (s.group, s.engine) == (group, engine)), None)
-            if one is None:
-                continue
-            index = engines.index(engine)
-            ours = index == len(engines) - 1
-            error = [[one.median - one.low], [one.high - one.median]]
-            axes.barh(row, one.median, xerr=error, height=0.74, color=OKABE_ITO[0] if ours else GREY, ecolor=INK)
-            axes.annotate(
-                f"{one.median:.2f}x", (max(one.high, one.median), row), (3, 0), textcoords="offset points", va="center"
-            )
-            labels.append((row, engine))
-            row += 1
-        row += 0.5
-    axes.axvline(1, color=INK, linewidth=0.7, linestyle=(0, (4, 3)))
-    axes.set_yticks([at for at, _ in labels], [name for _, name in labels])
-    axes.tick_params(axis="y", length=0)
-    axes.set_ylim(row - 0.5, -0.8)
-    axes.set_xlim(0, 1.12 * max(max(s.high, s.median) for s in speeds))
-    axes.set_xlabel("times as fast as the best dense engine (median; lines: slowest and fastest turn)")
-    return figure
 
 
 def _centres(edges: Sequence[float]) -> list[float]:

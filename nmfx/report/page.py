@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nmfx.errors import NmfxError
-from nmfx.files.atomic import write_atomic
+from nmfx.files.atomic import write_text
 from nmfx.models.site import Site
 from nmfx.report.canvas import inline_svg
-from nmfx.report.figures import draw_accuracy, draw_comparison, draw_curve, draw_density, draw_stages, draw_timeline
+from nmfx.report.figures import draw_comparison, draw_curve, draw_density, draw_stages, draw_timeline
+from nmfx.report.measured import draw_accuracy
 from nmfx.report.record import Point, Report
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ def search_page(report: Report, points: Sequence[Point] = ()) -> str:
     return _document(", ".join(filter(None, (report.model, report.method or report.label))), parts)
 
 
-def comparison_page(reports: Sequence[Report], points: Sequence[Point] = ()) -> str:
+def comparison_page(reports: Sequence[Report]) -> str:
     """The page of several schemes for one network: side by side, with their totals and each site's patterns."""
     first = reports[0]
     totals = [
@@ -102,7 +103,6 @@ def comparison_page(reports: Sequence[Report], points: Sequence[Point] = ()) -> 
     head = ("scheme", "weights kept", "sparsity", "MACs kept", "MAC sparsity", "sparse sites", *first.facts)
     parts = [_table(head, totals, numbers=range(1, len(head)))]
     parts.append(_figure("Density of each site", draw_comparison(reports), "comparison"))
-    parts += [_figure("Accuracy, measured", draw_accuracy(points), "accuracy")] if points else []
     rows = [
         (site.name, "x".join(map(str, site.shape)), *(_pattern(report, site) for report in reports)) for site in first.sites
     ]
@@ -128,11 +128,7 @@ def save_page(page: str, path: str | Path, *, force: bool = True) -> None:
     """
     path = Path(path)
     check_page(path)
-
-    def write(draft: Path) -> None:
-        draft.write_text(page, encoding="utf-8")
-
-    write_atomic(path, write, force=force)
+    write_text(path, page, force=force)
 
 
 def _document(title: str, parts: Iterable[str]) -> str:

@@ -29,8 +29,6 @@ class Step(Protocol):
     def reason(self) -> str: ...  # noqa: D102
     @property
     def cost(self) -> int: ...  # noqa: D102
-    @property
-    def time(self) -> float: ...  # noqa: D102
 
 
 @dataclass(frozen=True)

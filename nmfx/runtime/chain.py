@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -9,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from nmfx.runtime.building import load_kernel
-from nmfx.runtime.layers import Depthwise, SparseConv2d, SparseLinear
-from nmfx.runtime.program import AVERAGING, FLATTENING, MAX_POOLING, Program
+from nmfx.runtime.calls import FLATTENING, call_of
+from nmfx.runtime.kernel.building import load_kernel
+from nmfx.runtime.program import Program
 
 
 class Chain(nn.Module):
@@ -46,7 +47,7 @@ def link(graph: fx.GraphModule, images: int = 0) -> None:
     after: set[fx.Node] = set()  # what depends on the current run, and on nothing that ended it
     for node in graph.graph.nodes:
         depends = any(each in after for each in node.all_input_nodes)
-        if _is_step(graph, node):
+        if call_of(graph, node):
             runs[-1].append(node)
             after.add(node)
         elif depends:
@@ -70,17 +71,7 @@ def repeated(layer: nn.Module, inputs: Sequence[Tensor], times: int) -> Callable
     for call in calls:
         call.meta = calls[0].meta
     program = Program(fx.GraphModule({"layer": layer}, graph), threads=torch.get_num_threads(), as_lanes=True)
-    operator, numbers = torch.ops.nmfx.chain.default, program.numbers()
-    return partial(operator, program.stand_ins(inputs), program.constants, numbers, 0)
-
-
-def _is_step(graph: fx.GraphModule, node: fx.Node) -> bool:
-    if node.op == "call_module":
-        return isinstance(graph.get_submodule(str(node.target)), SparseConv2d | SparseLinear | Depthwise)
-    if node.target in FLATTENING:  # (batch, ...) to (batch, features)
-        shapes = [each.meta["val"].shape for each in (node.args[0], node) if isinstance(each, fx.Node) and "val" in each.meta]
-        return len(shapes) == 2 and len(shapes[1]) == 2 and len(shapes[0]) > 1 and str(shapes[0][0]) == str(shapes[1][0])
-    return node.target in (MAX_POOLING, AVERAGING)
+    return partial(torch.ops.nmfx.chain.default, program.stand_ins(inputs), program.constants, program.numbers(), 0)
 
 
 def _replace(graph: fx.GraphModule, run: list[fx.Node], name: str, images: int) -> None:
@@ -96,6 +87,7 @@ def _replace(graph: fx.GraphModule, run: list[fx.Node], name: str, images: int) 
     for node in run:
         if node.target in FLATTENING:
             known[node] = part.call_function(torch.ops.aten.flatten.using_ints, (known[node.all_input_nodes[0]], 1))
+            known[node].meta = dict(node.meta)
         else:
             known[node] = part.node_copy(node, lambda each: known[each])
     part.output(tuple(known[node] for node in outputs) if len(outputs) > 1 else known[outputs[0]])
@@ -108,13 +100,9 @@ def _replace(graph: fx.GraphModule, run: list[fx.Node], name: str, images: int) 
         call.meta = {}
         for number, node in reversed(list(enumerate(outputs))):
             with graph.graph.inserting_after(call):
-                values[node] = graph.graph.call_function(_item, (call, number))
+                values[node] = graph.graph.call_function(operator.getitem, (call, number))
             values[node].meta = dict(node.meta)
     for node, value in values.items():
         node.replace_all_uses_with(value, delete_user_cb=lambda user: user not in inside)
     for node in reversed(run):
         graph.graph.erase_node(node)
-
-
-def _item(values: Any, number: int) -> Any:
-    return values[number]

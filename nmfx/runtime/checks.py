@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,36 +62,28 @@ def output_size(
     return [(n + p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in sizes]
 
 
-def check_packed(
-    tensors: Sequence[Tensor | None], out: int, groups: int, width: int, chunk: int, vectors: int, *, known: bool
-) -> None:
-    """Check packed weights, as `nmfx.runtime.packed.pack` makes them.
+def check_packed(given: Any, out: int, groups: int, known: bool) -> None:
+    """Check packed weights, as `nmfx.runtime.layout.packed.pack` makes them.
 
     Args:
-        tensors: values, columns, pointers and bias.
-        out, groups, width: output channels, groups, and columns of the weight.
-        chunk, vectors: of the `Tile`.
+        given: `values`, `columns`, `pointers`, `bias`, `width`, `chunk`, `vectors`.
+        out, groups: rows in all groups, and how many these are.
         known: the tensors have values, which are checked too; shapes alone otherwise.
 
     Raises:
         RuntimeError: naming what was expected.
     """
-    values, columns, pointers, bias = tensors
-    assert values is not None
-    assert columns is not None
-    assert pointers is not None
-    expect(1 <= vectors <= 8, "1 to 8 vectors")
+    values, columns, pointers, width, chunk = given.values, given.columns, given.pointers, given.width, given.chunk
+    expect(1 <= given.vectors <= 8, "1 to 8 vectors")
     expect(0 < chunk <= 65536 and 0 < width <= LONGEST, "chunks of up to 65,536 columns, and a width")
     expect(groups > 0 and 0 < out <= LONGEST and out % groups == 0, "output channels that divide by the groups")
     kinds = (values.dtype, columns.dtype, pointers.dtype) == (torch.float32, torch.int16, torch.int32)
     in_order = all(one.is_contiguous() and one.dim() == 1 for one in (values, columns, pointers))
     expect(kinds and in_order, "contiguous values of float32, columns of int16, pointers of int32")
     chunks = -(-width // chunk)
-    expect(
-        pointers.numel() == out * chunks + 1 and columns.numel() == values.numel(),
-        "packed weights of this shape",
-    )
-    check_bias(bias, out)
+    fits = pointers.numel() == out * chunks + 1 and columns.numel() == values.numel()
+    expect(fits, "packed weights of this shape")
+    check_bias(given.bias, out)
     if known:
         _check_places(columns, pointers, out // groups, width, chunk)
 
@@ -118,73 +111,6 @@ def check_residual(residual: Tensor | None, sizes: Sequence[int]) -> None:
     """A residual is absent, or float32 of the output's `sizes`."""
     fits = residual is None or (residual.dtype == torch.float32 and tuple(residual.shape) == tuple(sizes))
     expect(fits, f"a float32 residual of the output's shape {list(sizes)}")
-
-
-def check_conv2d(
-    input: Tensor, packed: Sequence[Tensor | None], residual: Tensor | None, out: int, width: int, *rest: object, known: bool
-) -> tuple[int, ...]:
-    """The output's sizes of a sparse convolution, ``(batch, out, height, width)``.
-
-    Args:
-        input: pictures ``(batch, channels, height, width)``.
-        packed, out, width, known: see `check_packed`.
-        residual: what is added to the output, or None.
-        rest: kernel, stride, padding, dilation, groups, low, high, chunk, vectors, as the operator takes them.
-
-    Raises:
-        RuntimeError: naming what was expected.
-    """
-    kernel, stride, padding, dilation, groups, _low, _high, chunk, vectors = rest
-    expect(groups > 0 and input.dim() == 4 and input.shape[1] % groups == 0, "channels that divide by the groups")  # type: ignore[operator]
-    check_pictures(input)
-    sizes = check_window(input, kernel, stride, padding, dilation)  # type: ignore[arg-type]
-    channels = input.shape[1] // groups  # type: ignore[operator]
-    expect(channels * kernel[0] * kernel[1] == width, f"pictures of the weight's channels, got {input.shape[1]}")  # type: ignore[index]
-    check_packed(packed, out, groups, width, chunk, vectors, known=known)  # type: ignore[arg-type]
-    check_residual(residual, (input.shape[0], out, *sizes))
-    return (input.shape[0], out, *sizes)
-
-
-def check_depthwise(
-    input: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, *geometry: Sequence[int]
-) -> tuple[int, ...]:
-    """The output's sizes of a depthwise convolution."""
-    check_pictures(input)
-    fits = weight.dim() == 4 and weight.dtype == torch.float32 and tuple(weight.shape[:2]) == (input.shape[1], 1)
-    expect(fits, f"a float32 weight (channels, 1, height, width) of these channels, got {input.shape[1]}")
-    sizes = (*input.shape[:2], *check_window(input, weight.shape[2:], *geometry))
-    check_residual(residual, sizes)
-    check_bias(bias, len(weight))
-    return sizes
-
-
-def check_linear(
-    input: Tensor, packed: Sequence[Tensor | None], out: int, width: int, chunk: int, vectors: int, *, known: bool
-) -> tuple[int, ...]:
-    """The output's sizes of a sparse linear layer, ``(..., out)``.
-
-    Args:
-        input: tokens ``(..., width)``.
-        packed, out, width, chunk, vectors, known: see `check_packed`.
-
-    Raises:
-        RuntimeError: naming what was expected.
-    """
-    tokens = input.dim() >= 1 and input.dtype == torch.float32 and input.layout == torch.strided
-    expect(tokens, "float32 tokens (..., features)")
-    expect(input.shape[-1] == width, f"tokens of {width} features, got {input.shape[-1]}")
-    check_packed(packed, out, 1, width, chunk, vectors, known=known)
-    return (*input.shape[:-1], out)
-
-
-def check_max_pool2d(input: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> tuple[int, ...]:
-    """The output's sizes of a max pooling."""
-    check_pictures(input)
-    expect(len(padding) == 2, "padding of two numbers")
-    sizes = check_window(input, kernel, stride, padding, (1, 1))
-    half = all(2 * pad <= size for pad, size in zip(padding, kernel, strict=True))
-    expect(half, "pictures no smaller than the kernel, padding of half of it at most")
-    return (*input.shape[:2], *sizes)
 
 
 def _within(numbers: Sequence[int], least: int, most: int) -> bool:

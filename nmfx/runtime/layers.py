@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nmfx.runtime.operators import padded
-from nmfx.runtime.packed import LANES, Packed, Tile, pack
+from nmfx.runtime.layout.packed import pack
+from nmfx.runtime.layout.tiles import LANES, SPARSE, TILES, Tile
+from nmfx.runtime.operators import OPERATORS, padded
 
 INF = math.inf
 DEPTHWISE = "dense, depthwise"
@@ -52,43 +54,57 @@ class Fused:
         """Weights that are not zero."""
         return int(self.weight.count_nonzero())
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """Geometry and limits by the names that operators have for them."""
+        return dict(zip(("stride", "padding", "dilation"), map(list, self.geometry))) | {"low": self.low, "high": self.high}
 
-class SparseConv2d(nn.Module):
-    """A sparse convolution by the kernel; `residual` is added before the clamp.
+
+class KernelLayer(nn.Module):
+    """A site computed by an operator of the kernel; a residual is added before the clamp.
+
+    Args:
+        operator: its name.
+        tensors, options: its arguments by name, all but what is read and added.
 
     Attributes:
-        lanes: the tile of a chain that computes it by lanes; None where it has none.
+        lanes: whether, and for sparse ones by which tile, a chain computes it on pictures as lanes.
     """
 
-    def __init__(self, fused: Fused, packed: Packed, lanes: Tile | None = None) -> None:
+    def __init__(
+        self, operator: str, tensors: Mapping[str, Tensor | None], options: Mapping[str, Any], lanes: Tile | bool | None = None
+    ) -> None:
         super().__init__()
-        self.lanes, self.shape = lanes, packed.shape
-        for name in ("values", "columns", "pointers"):
-            self.register_buffer(name, getattr(packed, name))
-        self.register_buffer("bias", fused.bias)
-        kernel = list(fused.weight.shape[2:])
-        self.options = (packed.shape[0], packed.width, kernel, *map(list, fused.geometry), fused.groups, fused.low, fused.high)
-        self.tile = (packed.chunk, packed.vectors)
+        self.operator, self.names = operator, tuple(OPERATORS[operator].arguments)
+        self.options, self.lanes = dict(options), lanes
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor)
+
+    def arguments(self, x: Any, residual: Any = None) -> list[Any]:
+        """All arguments of the operator, in their order."""
+        given = {"input": x, "residual": residual, **self._buffers, **self.options}
+        return [given[name] for name in self.names]
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """``(batch, in, height, width)`` to ``(batch, out, height, width)``."""
-        packed = (self.values, self.columns, self.pointers, self.bias)
-        return torch.ops.nmfx.sparse_conv2d.default(x, *packed, residual, *self.options, *self.tile)  # type: ignore[no-any-return]
+        """``(batch, in, height, width)`` to ``(batch, out, height, width)``, or ``(..., in)`` to ``(..., out)``."""
+        return getattr(torch.ops.nmfx, self.operator).default(*self.arguments(x, residual))  # type: ignore[no-any-return]
 
 
-class SparseLinear(nn.Module):
-    """A sparse linear layer by the kernel."""
+class SparseConv2d(KernelLayer):
+    """A sparse convolution."""
 
-    def __init__(self, fused: Fused, packed: Packed) -> None:
-        super().__init__()
-        for name in ("values", "columns", "pointers"):
-            self.register_buffer(name, getattr(packed, name))
-        self.register_buffer("bias", fused.bias)
-        self.options = (packed.shape[0], packed.width, fused.low, fused.high, packed.chunk, packed.vectors)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``(..., in)`` to ``(..., out)``."""
-        return torch.ops.nmfx.sparse_linear.default(x, self.values, self.columns, self.pointers, self.bias, *self.options)  # type: ignore[no-any-return]
+class SparseLinear(KernelLayer):
+    """A sparse linear layer."""
+
+
+class Depthwise(KernelLayer):
+    """A depthwise convolution, dense."""
+
+    def __init__(self, fused: Fused, *, lanes: bool = False) -> None:
+        super().__init__(
+            "depthwise_conv2d", {"weight": fused.weight.contiguous(), "bias": fused.bias}, fused.options, lanes or None
+        )
 
 
 class DenseConv2d(nn.Module):
@@ -130,26 +146,6 @@ class DenseConv2d(nn.Module):
         return y.contiguous()  # type: ignore[no-any-return]
 
 
-class Depthwise(nn.Module):
-    """A kernel of its own for every channel, dense, by the kernel.
-
-    Attributes:
-        lanes: whether by lanes in a chain.
-    """
-
-    def __init__(self, fused: Fused, *, lanes: bool = False) -> None:
-        super().__init__()
-        self.lanes = lanes
-        self.register_buffer("weight", fused.weight.contiguous())
-        self.register_buffer("bias", fused.bias)
-        self.options = (*map(list, fused.geometry), fused.low, fused.high)
-
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """``(batch, channels, height, width)`` to as many channels."""
-        operator = torch.ops.nmfx.depthwise_conv2d.default
-        return operator(x, self.weight, self.bias, residual, *self.options)  # type: ignore[no-any-return]
-
-
 class DenseLinear(nn.Module):
     """A dense linear layer by PyTorch."""
 
@@ -165,6 +161,9 @@ class DenseLinear(nn.Module):
         return y if self.limits == (-INF, INF) else y.clamp_(*self.limits)
 
 
+LAYERS = (KernelLayer, DenseConv2d, DenseLinear)
+
+
 def dense_layers(fused: Fused, *, lanes: bool = False) -> dict[str, nn.Module]:
     """The dense ways to compute a site, by name."""
     if not fused.is_conv:
@@ -177,16 +176,24 @@ def dense_layers(fused: Fused, *, lanes: bool = False) -> dict[str, nn.Module]:
     return found
 
 
-def sparse_layer(fused: Fused, tile: Tile, plain: Tile | None = None) -> nn.Module:
+def sparse_layer(fused: Fused, tile: Tile, plain: Tile | None = None) -> KernelLayer:
     """The sparse layer of a site; a tile by lanes counts in chains that have lanes, and `plain` elsewhere."""
     cut = (plain or Tile()) if tile.lanes else tile
-    packed = pack(fused.weight, fused.groups, chunk=cut.chunk, vectors=cut.vectors, zeros=cut.zeros)
+    packed = pack(fused.weight, fused.groups, chunk=cut.chunk, zeros=cut.zeros)
+    tensors = {"values": packed.values, "columns": packed.columns, "pointers": packed.pointers, "bias": fused.bias}
+    options = fused.options | {"width": packed.width, "chunk": cut.chunk, "vectors": cut.vectors}
     if not fused.is_conv:
-        return SparseLinear(fused, packed)
-    return SparseConv2d(fused, packed, tile if tile.lanes else None)
+        return SparseLinear("sparse_linear", tensors, options | {"out_features": packed.shape[0]})
+    options |= {"out_channels": packed.shape[0], "kernel": list(packed.shape[2:]), "groups": fused.groups}
+    return SparseConv2d("sparse_conv2d", tensors, options, tile if tile.lanes else None)
 
 
-LAYERS = (SparseConv2d, SparseLinear, DenseConv2d, DenseLinear, Depthwise)
+def layer_for(fused: Fused, chosen: str, plain: str | None = None) -> nn.Module:
+    """The layer that computes a site in the way of this name; `plain` names that of a sparse one where there are no lanes."""
+    if chosen.startswith(SPARSE):
+        tiles = {str(tile): tile for tile in TILES}
+        return sparse_layer(fused, tiles[chosen], tiles.get(plain or ""))
+    return dense_layers(fused, lanes=True)[chosen]
 
 
 def alike(one: nn.Module, other: nn.Module) -> bool:

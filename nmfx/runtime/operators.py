@@ -1,114 +1,124 @@
-"""The sparse operators as torch sees them: schemas, shapes for torch.compile, and plain PyTorch where there is no kernel."""
+"""The operators of the kernel in one table: what torch is told of each, and what programs and the C++ know it by.
+
+A C++ function of the same name and the same arguments computes each (kernel/). `header` writes the table down for the compiler:
+its order, which numbers the operators in programs, is nowhere else.
+"""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nmfx.runtime.checks import check_conv2d, check_depthwise, check_linear, check_max_pool2d, check_pictures
-from nmfx.runtime.packed import unpack
-
-_PACKED = "Tensor values, Tensor columns, Tensor pointers, Tensor? bias"
-_LIBRARY = torch.library.Library("nmfx", "DEF")
-_LIBRARY.define(
-    f"sparse_conv2d(Tensor input, {_PACKED}, Tensor? residual, int out_channels, int width, int[2] kernel, int[2] stride, "
-    "int[] padding, int[2] dilation, int groups, float low, float high, int chunk, int vectors) -> Tensor"
-)
-_LIBRARY.define(
-    f"sparse_linear(Tensor input, {_PACKED}, int out_features, int width, float low, float high, int chunk, "
-    "int vectors) -> Tensor"
-)
-_LIBRARY.define(
-    "depthwise_conv2d(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, int[2] stride, int[] padding, "
-    "int[2] dilation, float low, float high) -> Tensor"
-)
-_LIBRARY.define("average(Tensor input) -> Tensor")
-_LIBRARY.define("chain(Tensor[] inputs, Tensor[] constants, Tensor program, int images) -> Tensor[]")
-_LIBRARY.define("max_pool2d(Tensor input, int[2] kernel, int[2] stride, int[2] padding) -> Tensor")
+from nmfx.runtime.checks import check_bias, check_packed, check_pictures, check_residual, check_window, expect
+from nmfx.runtime.layout.packed import unpack
 
 
-def _conv2d(
-    input: Tensor,
-    values: Tensor,
-    columns: Tensor,
-    pointers: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    out_channels: int,
-    width: int,
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    low: float,
-    high: float,
-    chunk: int,
-    vectors: int,
-) -> Tensor:
-    """`sparse_conv2d` in plain PyTorch, where there is no kernel: a dense convolution with the weight unpacked."""
-    packed, rest = (values, columns, pointers, bias), (kernel, stride, padding, dilation, groups, low, high, chunk, vectors)
-    check_conv2d(input, packed, residual, out_channels, width, *rest, known=True)
-    shape = (out_channels, input.shape[1] // groups, *kernel)
-    weight = unpack(values, columns, pointers, shape, groups, chunk)
-    if len(padding) == 4:
-        input, padding = padded(input, padding), (0, 0)
-    y = F.conv2d(input, weight, bias, tuple(stride), tuple(padding), tuple(dilation), groups)
-    return (y if residual is None else y + residual).clamp(low, high)
+@dataclass(frozen=True, eq=False)
+class Operator:
+    """An operator of the kernel.
+
+    Attributes:
+        name: of the C++ function; of `torch.ops.nmfx` too where torch knows it.
+        schema: the arguments as torch writes them; empty where the C++ ones are not torch's, as pictures by lanes are not.
+        sizes: of the output, by the arguments and whether they have values that are to be checked; raises a RuntimeError in the
+            kernel's words. None where only programs name the operator.
+        plain: the same in plain PyTorch, for where there is no kernel.
+        lanes: the operator that computes this one on pictures as lanes.
+    """
+
+    name: str
+    schema: str = ""
+    sizes: Callable[[Any, bool], Sequence[int]] | None = None
+    plain: Callable[[Any], Tensor] | None = None
+    lanes: str = ""
+
+    @functools.cached_property
+    def arguments(self) -> dict[str, str]:
+        """The type of every argument, by name, in their order."""
+        return {name: kind for kind, name in (one.split(" ") for one in self.schema.split(", ") if one)}
+
+    @property
+    def code(self) -> int:
+        """Its number in programs."""
+        return list(OPERATORS).index(self.name)
+
+    def named(self, arguments: Sequence[Any]) -> dict[str, Any]:
+        """Arguments by their names."""
+        return dict(zip(self.arguments, arguments, strict=True))
+
+    def without_kernel(self, *arguments: Any) -> Tensor:
+        """What the kernel would compute, checked and in plain PyTorch."""
+        assert self.sizes is not None
+        assert self.plain is not None
+        given = SimpleNamespace(**self.named(arguments))
+        self.sizes(given, True)
+        return self.plain(given)
+
+    def without_values(self, *arguments: Any) -> Tensor:
+        """A tensor of the output's sizes for tensors without values: what torch.compile and torch.export see."""
+        assert self.sizes is not None
+        return arguments[0].new_empty(self.sizes(SimpleNamespace(**self.named(arguments)), False))  # type: ignore[no-any-return]
 
 
-def _linear(
-    input: Tensor,
-    values: Tensor,
-    columns: Tensor,
-    pointers: Tensor,
-    bias: Tensor | None,
-    out_features: int,
-    width: int,
-    low: float,
-    high: float,
-    chunk: int,
-    vectors: int,
-) -> Tensor:
-    """`sparse_linear` in plain PyTorch, where there is no kernel: a dense product with the weight unpacked."""
-    check_linear(input, (values, columns, pointers, bias), out_features, width, chunk, vectors, known=True)
-    weight = unpack(values, columns, pointers, (out_features, width), 1, chunk)
-    return F.linear(input, weight, bias).clamp(low, high)
+# Of each operator, `given` its arguments by name: what it asks of them, and the sizes of its output; `known` says whether
+# tensors have values, which are checked too. Then what it computes, in plain PyTorch.
 
 
-def _depthwise(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    low: float,
-    high: float,
-) -> Tensor:
-    """`depthwise_conv2d` in plain PyTorch, where there is no kernel."""
-    check_depthwise(input, weight, bias, residual, stride, padding, dilation)
-    if len(padding) == 4:
-        input, padding = padded(input, padding), (0, 0)
-    y = F.conv2d(input, weight, bias, tuple(stride), tuple(padding), tuple(dilation), len(weight))
-    return (y if residual is None else y + residual).clamp(low, high)
+def _sparse_conv2d_sizes(given: Any, known: bool) -> Sequence[int]:
+    """``(batch, out, height, width)``."""
+    x, groups, kernel = given.input, given.groups, given.kernel
+    expect(groups > 0 and x.dim() == 4 and x.shape[1] % groups == 0, "channels that divide by the groups")
+    check_pictures(x)
+    sizes = (x.shape[0], given.out_channels, *check_window(x, kernel, given.stride, given.padding, given.dilation))
+    fits = x.shape[1] // groups * kernel[0] * kernel[1] == given.width
+    expect(fits, f"pictures of the weight's channels, got {x.shape[1]}")
+    check_packed(given, given.out_channels, groups, known)
+    check_residual(given.residual, sizes)
+    return sizes
 
 
-def _max_pool2d(input: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> Tensor:
-    """`max_pool2d` in plain PyTorch, where there is no kernel."""
-    check_max_pool2d(input, kernel, stride, padding)
-    return F.max_pool2d(input, tuple(kernel), tuple(stride), tuple(padding))
+def _depthwise_conv2d_sizes(given: Any, known: bool) -> Sequence[int]:
+    """``(batch, channels, height, width)``."""
+    x, weight = given.input, given.weight
+    check_pictures(x)
+    fits = weight.dim() == 4 and weight.dtype == torch.float32 and tuple(weight.shape[:2]) == (x.shape[1], 1)
+    expect(fits, f"a float32 weight (channels, 1, height, width) of these channels, got {x.shape[1]}")
+    sizes = (*x.shape[:2], *check_window(x, weight.shape[2:], given.stride, given.padding, given.dilation))
+    check_residual(given.residual, sizes)
+    check_bias(given.bias, len(weight))
+    return sizes
 
 
-def _average(input: Tensor) -> Tensor:
-    """`average` in plain PyTorch, where there is no kernel."""
-    check_pictures(input)
-    return F.adaptive_avg_pool2d(input, 1)
+def _sparse_linear_sizes(given: Any, known: bool) -> Sequence[int]:
+    """``(..., out)``."""
+    x, width = given.input, given.width
+    expect(x.dim() >= 1 and x.dtype == torch.float32 and x.layout == torch.strided, "float32 tokens (..., features)")
+    expect(x.shape[-1] == width, f"tokens of {width} features, got {x.shape[-1]}")
+    check_packed(given, given.out_features, 1, known)
+    return (*x.shape[:-1], given.out_features)
+
+
+def _max_pool2d_sizes(given: Any, known: bool) -> Sequence[int]:
+    """``(batch, channels, height, width)``."""
+    check_pictures(given.input)
+    expect(len(given.padding) == 2, "padding of two numbers")
+    sizes = check_window(given.input, given.kernel, given.stride, given.padding, (1, 1))
+    half = all(2 * pad <= size for pad, size in zip(given.padding, given.kernel, strict=True))
+    expect(half, "pictures no smaller than the kernel, padding of half of it at most")
+    return (*given.input.shape[:2], *sizes)
+
+
+def _average_sizes(given: Any, known: bool) -> Sequence[int]:
+    """``(batch, channels, 1, 1)``."""
+    check_pictures(given.input)
+    return (*given.input.shape[:2], 1, 1)
 
 
 def padded(input: Tensor, padding: Sequence[int]) -> Tensor:
@@ -117,39 +127,84 @@ def padded(input: Tensor, padding: Sequence[int]) -> Tensor:
     return F.pad(input, (left, right, top, bottom))
 
 
-_PLAIN: dict[str, Callable[..., Tensor]] = {
-    "sparse_conv2d": _conv2d,
-    "sparse_linear": _linear,
-    "depthwise_conv2d": _depthwise,
-    "max_pool2d": _max_pool2d,
-    "average": _average,
-}
-for _name, _plain in _PLAIN.items():
-    _LIBRARY.impl(_name, _plain, "CompositeExplicitAutograd")  # the kernel's, for CPU, goes before it
+def _convolved(given: Any, weight: Tensor, groups: int) -> Tensor:
+    x, padding = (padded(given.input, given.padding), (0, 0)) if len(given.padding) == 4 else (given.input, given.padding)
+    y = F.conv2d(x, weight, given.bias, tuple(given.stride), tuple(padding), tuple(given.dilation), groups)
+    return (y if given.residual is None else y + given.residual).clamp(given.low, given.high)
 
 
-@torch.library.register_fake("nmfx::sparse_conv2d")  # type: ignore[untyped-decorator]
-def _conv2d_shape(input: Tensor, *rest: Any) -> Tensor:
-    return input.new_empty(check_conv2d(input, rest[:4], *rest[4:], known=False))
+def _sparse_conv2d(given: Any) -> Tensor:
+    shape = (given.out_channels, given.input.shape[1] // given.groups, *given.kernel)
+    return _convolved(
+        given, unpack(given.values, given.columns, given.pointers, shape, given.groups, given.chunk), given.groups
+    )
 
 
-@torch.library.register_fake("nmfx::depthwise_conv2d")  # type: ignore[untyped-decorator]
-def _depthwise_shape(input: Tensor, weight: Tensor, bias: Any, residual: Any, *geometry: Any) -> Tensor:
-    return input.new_empty(check_depthwise(input, weight, bias, residual, *geometry[:3]))
+def _sparse_linear(given: Any) -> Tensor:
+    weight = unpack(given.values, given.columns, given.pointers, (given.out_features, given.width), 1, given.chunk)
+    return F.linear(given.input, weight, given.bias).clamp(given.low, given.high)
 
 
-@torch.library.register_fake("nmfx::max_pool2d")  # type: ignore[untyped-decorator]
-def _max_pool2d_shape(input: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> Tensor:
-    return input.new_empty(check_max_pool2d(input, kernel, stride, padding))
+_PACKED = "Tensor values, Tensor columns, Tensor pointers, Tensor? bias"
+_TABLE = (
+    Operator(
+        "sparse_conv2d",
+        f"Tensor input, {_PACKED}, Tensor? residual, int out_channels, int width, int[2] kernel, int[2] stride, int[] padding, "
+        "int[2] dilation, int groups, float low, float high, int chunk, int vectors",
+        _sparse_conv2d_sizes,
+        _sparse_conv2d,
+        lanes="lanes_conv2d",
+    ),
+    Operator(
+        "sparse_linear",
+        f"Tensor input, {_PACKED}, int out_features, int width, float low, float high, int chunk, int vectors",
+        _sparse_linear_sizes,
+        _sparse_linear,
+    ),
+    Operator(
+        "depthwise_conv2d",
+        "Tensor input, Tensor weight, Tensor? bias, Tensor? residual, int[2] stride, int[] padding, int[2] dilation, "
+        "float low, float high",
+        _depthwise_conv2d_sizes,
+        lambda given: _convolved(given, given.weight, len(given.weight)),
+        lanes="lanes_by_channel",
+    ),
+    Operator(
+        "max_pool2d",
+        "Tensor input, int[2] kernel, int[2] stride, int[2] padding",
+        _max_pool2d_sizes,
+        lambda given: F.max_pool2d(given.input, tuple(given.kernel), tuple(given.stride), tuple(given.padding)),
+        lanes="lanes_by_channel",
+    ),
+    Operator(
+        "average", "Tensor input", _average_sizes, lambda given: F.adaptive_avg_pool2d(given.input, 1), lanes="lanes_average"
+    ),
+    Operator("flatten", "Tensor input"),
+    Operator("rearrange", "Tensor input, Tensor index, int[2] sizes, bool plain"),
+    Operator("lanes_conv2d"),
+    Operator("lanes_by_channel"),
+    Operator("lanes_average"),
+)
+OPERATORS = {one.name: one for one in _TABLE}
 
 
-@torch.library.register_fake("nmfx::average")  # type: ignore[untyped-decorator]
-def _average_shape(input: Tensor) -> Tensor:
-    check_pictures(input)
-    return input.new_empty((*input.shape[:2], 1, 1))
+def header() -> str:
+    """The table for the compiler (kernel/kernel.cpp): the numbers of the operators, and which of them torch calls."""
+    numbers = ", ".join(f"{one.name.upper()} = {one.code}" for one in _TABLE)
+    programs = " ".join(f"DO({one.name.upper()}, {one.name})" for one in _TABLE)
+    called = " ".join(f"DO({one.name})" for one in _TABLE if one.sizes)
+    return (
+        "// Written by nmfx/runtime/operators.py.\n#include <cstdint>\n"
+        f"enum Operator : int64_t {{ {numbers} }};\n"
+        f"#define NMFX_OPERATORS(DO) {programs}\n"
+        f"#define NMFX_TORCH_OPERATORS(DO) {called}\n"
+    )
 
 
-@torch.library.register_fake("nmfx::sparse_linear")  # type: ignore[untyped-decorator]
-def _linear_shape(input: Tensor, *rest: Any) -> Tensor:
-    out, width, _low, _high, chunk, vectors = rest[4:]
-    return input.new_empty(check_linear(input, rest[:4], out, width, chunk, vectors, known=False))
+_LIBRARY = torch.library.Library("nmfx", "DEF")
+_LIBRARY.define("chain(Tensor[] inputs, Tensor[] constants, Tensor program, int images) -> Tensor[]")
+for _one in _TABLE:
+    if _one.sizes:
+        _LIBRARY.define(f"{_one.name}({_one.schema}) -> Tensor")
+        _LIBRARY.impl(_one.name, _one.without_kernel, "CompositeExplicitAutograd")  # the kernel's, for CPU, goes before it
+        torch.library.register_fake(f"nmfx::{_one.name}", _one.without_values)

@@ -63,7 +63,8 @@ def make_budgets(
         if name not in KINDS:
             raise SearchError(f"budget {name!r}{text.nearest(str(name), KINDS)}; expected params, macs, bytes or latency")
         if name == "latency" and latency is None:
-            raise SearchError("budget latency: give latency=, the measured times of nmfx.runtime.latency.measure_latency")
+            where = "nmfx.runtime.measuring.latency.measure_latency"
+            raise SearchError(f"budget latency: give latency=, the measured times of {where}")
         value = parse_limit(limits[name]) if limits else parse_target(target)
         checked = cast(BudgetKind, name)
         dense = sum(amount(site, checked, latency) for site in sites)

@@ -1,4 +1,4 @@
-"""What a search did: which site stepped when, and why; and the step that uses up what a search has left."""
+"""What a search did: which site stepped when, and why; and steps that bring a choice within its budgets and up to them."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ def settle(problem: Problem, choice: Sequence[int]) -> tuple[list[int], list[Eve
     return chosen, events
 
 
-def trim(problem: Problem, choice: Sequence[int]) -> tuple[list[int], list[Event]]:
-    """Raise the N of sites, the largest step that still fits first, until no step fits."""
+def spend_rest(problem: Problem, choice: Sequence[int]) -> tuple[list[int], list[Event]]:
+    """Use up what a choice leaves: raise the N of sites, the largest step that still fits first, until no step fits."""
     chosen, events = list(choice), list[Event]()
     budgets = range(len(problem.budgets))
     while True:
@@ -74,3 +74,15 @@ def trim(problem: Problem, choice: Sequence[int]) -> tuple[list[int], list[Event
         chosen[index] += 1
         site = problem.sites.sites[index].name
         events.append(Event(site, before, after, f"trim: fits in the {left[0]:,} left", problem.cost(chosen)))
+
+
+def moves(problem: Problem, choice: list[int], reason: str) -> tuple[Event, ...]:
+    """Events of a method that decides in one go, in model order."""
+    current = [len(options) - 1 for options in problem.options]
+    events = []
+    for i in problem.free:
+        if choice[i] != current[i]:
+            before, current[i] = problem.options[i][current[i]], choice[i]
+            site, after = problem.sites.sites[i].name, problem.options[i][choice[i]]
+            events.append(Event(site, before, after, reason, problem.cost(current)))
+    return tuple(events)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,41 +15,17 @@ from nmfx import text
 from nmfx.errors import SearchError
 from nmfx.models.census import find_sites
 from nmfx.models.site import Sites
+from nmfx.passes.calibration import Calibration
 from nmfx.scheme import Scheme, Totals
-from nmfx.search.baselines import erk, moves, uniform
 from nmfx.search.budget import Budget, Prices
-from nmfx.search.domino import domino
-from nmfx.search.events import Event, Outcome, trim
-from nmfx.search.evidence import Evidence
-from nmfx.search.hull import hull
-from nmfx.search.lagrange import solve_all
-from nmfx.search.problem import Problem, make_scheme, pose
-from nmfx.search.sensitivity import SENSITIVITIES
+from nmfx.search.events import Event, Outcome, moves
+from nmfx.search.problem import make_problem, make_scheme
+from nmfx.search.solver.hull import hull
+from nmfx.search.solver.lagrange import solve_all
 from nmfx.search.tables import Tables
-from nmfx.search.whole import spdy
+from nmfx.settings.methods import METHODS, SENSITIVITIES, default_sensitivity, resolve
 from nmfx.settings.target import BudgetKind
-
-
-def knapsack(problem: Problem, tables: Tables) -> Outcome:
-    """The smallest summed sensitivity under the budget, or near it: the gap is said; what it leaves is used all the same."""
-    best = solve_all(tables.losses, problem.prices, [budget.limit for budget in problem.budgets])
-    proof = "least" if best.optimal else f"summed loss proven within {best.gap:.3g} of the least:"
-    reason = f"{proof} summed sensitivity ({tables.sensitivity}) under the budget"
-    choice, trims = list(best.options), list[Event]()
-    if tables.sensitivity != "weight":  # where no loss was seen at all, the optimum leaves room: use it
-        choice, trims = trim(problem, choice)
-    return Outcome(tuple(choice), (*moves(problem, list(best.options), reason), *trims))
-
-
-METHODS: dict[str, Callable[..., Outcome]] = {
-    "domino": domino,
-    "uniform": uniform,
-    "erk": erk,
-    "knapsack": knapsack,
-    "spdy": lambda problem, tables, **options: spdy(tables, **options),
-}
-MIXED = ("knapsack", "spdy")  # methods that choose among several M for one site
-STEPWISE = ("domino",)  # methods whose events are a history; those of the others say what was chosen, in model order
+from nmfx.sparsity.score import check_score
 
 
 @dataclass(frozen=True)
@@ -102,7 +78,7 @@ class SearchResult:
     @property
     def steps(self) -> tuple[Event, ...]:
         """The history of a method that goes step by step; none of one that decides at once."""
-        return self.events if self.method in STEPWISE else ()
+        return self.events if self.method in METHODS and METHODS[self.method].stepwise else ()
 
 
 def find_scheme(
@@ -114,6 +90,7 @@ def find_scheme(
     limits: Mapping[str, float | str] | None = None,
     latency: Prices | None = None,
     sensitivity: str | None = None,
+    score: str = "magnitude",
     data: Iterable[Any] | None = None,
     example_input: Any = None,
     sites: Sites | None = None,
@@ -123,6 +100,7 @@ def find_scheme(
     """Choose a pattern for every site of `model` within a budget.
 
     Args:
+        model: the dense network.
         target: sparsity over all sites, those that stay dense included; ``"8x"`` is eight times fewer.
         method: ``knapsack`` (least summed sensitivity; the default, by docs/search-study.md), ``domino`` (data-free
             DominoSearch; with data inside a training loop it is `DominoSearch`), ``spdy`` (whole schemes tried on pictures),
@@ -131,11 +109,14 @@ def find_scheme(
         limits: budgets by name instead of `target` and `budget`, one or two at once: the share to keep, or times fewer, as in
             ``{"params": 0.125, "macs": "4x"}``; the first leads.
         latency: nanoseconds of each pattern of each site, as
-            ``nmfx.runtime.latency.measure_latency(...).prices``; sites it does not know cost nothing.
+            ``nmfx.runtime.measuring.latency.measure_latency(...).prices``; sites it does not know cost nothing.
         sensitivity: what the knapsack sums up: ``weight`` (squared weight error, data-free), ``activation`` (weighted by
             activation second moments), ``gradient`` (squared directional gradients), ``measured`` (each single choice tried);
             None is ``gradient`` with data and ``weight`` without.
-        data: batches ``(input, label)`` for all but ``weight``: a few hundred training pictures, in several batches.
+        score: what the masks rank weights by, one of `nmfx.sparsity.score.SCORES` (see `transform`).
+        data: batches ``(input, label)`` for all but ``weight`` and ``magnitude``: a few hundred training pictures,
+            in several batches.
+        example_input, sites: as in `transform`.
         options: of the method alone, such as ``{"seconds": 60, "seed": 0}`` of ``spdy``.
         choices: what a site may be given (see `Choices`): ``m``, ``candidates``, ``patterns``, ``keep_dense``,
             ``min_density``, ``layout``, ``remainder``.
@@ -149,22 +130,28 @@ def find_scheme(
     """
     if method not in METHODS:
         raise SearchError(f"unknown method {method!r}{text.nearest(method, METHODS)}; known: {', '.join(METHODS)}")
-    known = ("weight", *SENSITIVITIES)
-    sensitivity = sensitivity or ("gradient" if data is not None and method == "knapsack" else "weight")
+    needs, known = METHODS[method], SENSITIVITIES
+    sensitivity = sensitivity or default_sensitivity(method, data is not None)
     if sensitivity not in known:
         raise SearchError(f"unknown sensitivity {sensitivity!r}{text.nearest(sensitivity, known)}; known: {', '.join(known)}")
+    check_score(score, SearchError)
     sites = sites if sites is not None else find_sites(model, example_input)
-    problem = pose(sites, target=target, budget=budget, limits=limits, latency=latency, mixed=method in MIXED, **choices)
-    evidence = Evidence.of(data) if data is not None else None
-    tables, start = Tables(problem, model, sensitivity, evidence), time.perf_counter()
+    problem = make_problem(sites, target=target, budget=budget, limits=limits, latency=latency, mixed=needs.mixed, **choices)
+    calibration, function = Calibration.of(data) if data is not None else None, resolve(needs.function)
+    tables, start = Tables(problem, model, sensitivity, calibration, score), time.perf_counter()
     try:
-        inspect.signature(METHODS[method]).bind(problem, tables, **(options or {}))
-        inspect.signature(spdy if method == "spdy" else METHODS[method]).bind_partial(**(options or {}))
+        inspect.signature(function).bind(problem, tables, **(options or {}))
     except TypeError as error:
         raise SearchError(f"options of method {method!r}: {error}") from None
-    outcome = METHODS[method](problem, tables, **(options or {}))
+    if needs.pictures == "always" and calibration is None:
+        raise SearchError(f"method {method!r} tries schemes on pictures: give data= (--data)")
+    if needs.labels and calibration is not None:
+        calibration.need_labels(f"method {method!r}")
+    outcome = function(problem, tables, **(options or {}))
+    if not isinstance(outcome, Outcome):
+        outcome = Outcome(tuple(outcome), moves(problem, list(outcome), f"chosen by {method}"))
     seconds = time.perf_counter() - start
-    used = sensitivity if method == "knapsack" else "weight"
+    used = sensitivity if needs.sums else "weight"
     return conclude(tables, outcome, method=method, seconds=seconds, sensitivity=used)
 
 
@@ -172,10 +159,10 @@ def conclude(tables: Tables, outcome: Outcome, *, method: str, seconds: float, s
     """The outcome of a method as a result: the scheme, its totals, and how far its squared weight error is from the least."""
     problem, sites = tables.problem, tables.problem.sites
     patterns = {s.name: o[c] for s, o, c in zip(sites, problem.options, outcome.choice, strict=True)}
-    scheme = make_scheme(tables.model, problem, patterns, method)
+    scheme = make_scheme(tables.model, problem, patterns, method, tables.score)
     loss = math.fsum(row[option] for row, option in zip(tables.squared_errors, outcome.choice, strict=True))
     least = solve_all(tables.squared_errors, problem.prices, [b.limit for b in problem.budgets])
-    solved = method == "knapsack" and len(problem.budgets) == 1
+    solved = method in METHODS and METHODS[method].sums and len(problem.budgets) == 1
     lefts = tuple(problem.left(outcome.choice, b) for b in range(len(problem.budgets)))
     return SearchResult(
         scheme=scheme,

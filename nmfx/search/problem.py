@@ -71,7 +71,17 @@ class Problem:
         """Whether a choice is within every budget."""
         return all(self.left(choice, budget) >= 0 for budget in range(len(self.budgets)))
 
-    def first(self, index: int) -> int:
+    @property
+    def groupings(self) -> dict[str, Grouping]:
+        """Groups of each site that has a choice, by its name."""
+        return {self.sites.sites[i].name: self.grouping(i) for i in self.free}
+
+    @property
+    def starts(self) -> dict[str, int]:
+        """The N that each site with a choice starts from, by its name."""
+        return {self.sites.sites[i].name: self.start_n(i) for i in self.free}
+
+    def start_n(self, index: int) -> int:
         """The N that a site starts from, in groups of its M: M itself, or what the density of a sparse start comes to."""
         start = self.options[index][-1]
         return math.ceil(Fraction(start.n * self.grouping(index).m, start.m))
@@ -83,7 +93,7 @@ class Problem:
         return group(site.name, site.rows, pattern, self.layout, short=self.remainder == "short")
 
 
-def pose(
+def make_problem(
     sites: Sites,
     *,
     target: float | str = 0.875,
@@ -219,11 +229,22 @@ def _out_of_reach(problem: Problem) -> str:
     return f"; {largest.name} is the largest of {len(fixed)} sites (of {len(problem.options)}) that stay dense ({reason})"
 
 
-def make_scheme(model: nn.Module, problem: Problem, patterns: Mapping[str, Pattern], method: str) -> Scheme:
-    """The patterns as a scheme that says where it came from."""
+def make_scheme(
+    model: nn.Module, problem: Problem, patterns: Mapping[str, Pattern], method: str, score: str = "magnitude"
+) -> Scheme:
+    """The patterns as a scheme that says where it came from.
+
+    Args:
+        model: what it is for.
+        problem: the choice that was made.
+        patterns: by site name.
+        method: what it was found by.
+        score: what the masks ranked weights by; magnitudes go without saying.
+    """
     source, sizes = identify_quickly(model), {p.m for options in problem.options for p in options if not p.is_dense}
     about = {"model": str(source) if source else problem.sites.model, "method": method}
     about |= {"budget": ", ".join(b.kind for b in problem.budgets)}
     about |= {"target": ", ".join(f"{float(b.target):g}" for b in problem.budgets)}
     about |= {"m": ", ".join(map(str, sorted(sizes))), "sites": problem.sites.fingerprint}
+    about |= {} if score == "magnitude" else {"score": score}
     return Scheme(patterns, problem.layout, problem.remainder == "short", shapes_of(problem.sites), about)

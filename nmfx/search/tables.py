@@ -1,8 +1,9 @@
-"""Numbers read off the weights, a site at a time: squared errors of every option, and Domino's tipping points."""
+"""Numbers read off the weights, a site at a time: what every option loses, and Domino's tipping points."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -12,58 +13,86 @@ from torch import Tensor, nn
 
 from nmfx.errors import SearchError
 from nmfx.models.site import weight_of
-from nmfx.passes.thresholds import sorted_magnitudes, thresholds_of
-from nmfx.search.evidence import Evidence, understood
+from nmfx.passes.calibration import Calibration, explain_failure, score_evidence
+from nmfx.passes.thresholds import sorted_magnitudes, thresholds_attached, thresholds_of
 from nmfx.search.problem import Problem
-from nmfx.search.sensitivity import SENSITIVITIES, Table
+from nmfx.search.trial import Trial
+from nmfx.settings.methods import SENSITIVITIES, resolve
 from nmfx.settings.search import QUANTILE
+from nmfx.sparsity.mask import make_mask
 from nmfx.sparsity.pattern import Pattern
+
+Table = list[list[float]]  # sites x options, 0 for dense; lower is better
 
 
 @dataclass(frozen=True)
 class Tables:
     """The tables of one problem on one model's weights; each is computed when first asked for, and once.
 
-    ``sensitivity`` names the table that `losses` is, see `nmfx.search.sensitivity`; all but ``weight`` need `evidence`.
+    ``sensitivity`` names the table that `losses` is (see `nmfx.settings.methods`), ``score`` what the masks rank weights by;
+    those that look at pictures need `calibration`.
     """
 
     problem: Problem
     model: nn.Module
     sensitivity: str = "weight"
-    evidence: Evidence | None = None
+    calibration: Calibration | None = None
+    score: str = "magnitude"
 
     @cached_property
     def losses(self) -> Table:
         """Loss increase of each option of each site, as the chosen sensitivity has it: what a knapsack minimises."""
-        return self.squared_errors if self.sensitivity == "weight" else self.measured(self.sensitivity)
+        return self.squared_errors if self.sensitivity == "weight" else self.table(self.sensitivity)
 
-    def measured(self, sensitivity: str) -> Table:
-        """The table of a sensitivity that looks at data.
+    def table(self, sensitivity: str) -> Table:
+        """The table of a sensitivity, computed anew.
 
         Raises:
-            SearchError: there is no data.
+            SearchError: it looks at pictures or labels, and there are none.
         """
-        if self.evidence is None:
+        needs = SENSITIVITIES[sensitivity]
+        if not needs.pictures:
+            return resolve(needs.function)(self)  # type: ignore[no-any-return]
+        if self.calibration is None:
             raise SearchError(f"sensitivity {sensitivity!r} looks at pictures: give data= (--data), or use 'weight'")
-        if sensitivity != "activation":
-            self.evidence.need_labels(f"sensitivity {sensitivity!r}")
-        with understood(self.model):
-            return SENSITIVITIES[sensitivity](self.problem, self.model, self.evidence)
+        if needs.labels:
+            self.calibration.need_labels(f"sensitivity {sensitivity!r}")
+        with explain_failure(self.model):
+            return resolve(needs.function)(self)  # type: ignore[no-any-return]
 
     @cached_property
     def squared_errors(self) -> Table:
-        """Sum of the squared weights that each option drops, for every site; 0 for dense."""
-        table = [[0.0] * len(options) for options in self.problem.options]
-        for index in self.problem.free:
-            options, energies = self.problem.options[index], dict[int, Tensor]()
-            for pattern in options:
-                if (
-                    not pattern.is_dense and pattern.m not in energies
-                ):  # (m,): of the largest of each group, of the second largest, ...
-                    energies[pattern.m] = self._magnitudes(index, pattern).square_().sum(dim=1, dtype=torch.float64)
-            for option, pattern in enumerate(options):
-                table[index][option] = 0.0 if pattern.is_dense else float(energies[pattern.m][pattern.n :].sum())
-        return table
+        """The sensitivity ``weight``, which every result is compared by."""
+        return self.table("weight")
+
+    def zeros(self) -> Table:
+        """A table to fill in."""
+        return [[0.0] * len(options) for options in self.problem.options]
+
+    @property
+    def pictures(self) -> Calibration:
+        """The batches to look at, for those that cannot be without."""
+        assert self.calibration is not None  # as their entries say
+        return self.calibration
+
+    @cached_property
+    def evidence(self) -> Mapping[str, Tensor]:
+        """What the score needs beside the weights, by site name."""
+        names = [self.problem.sites.sites[i].name for i in self.problem.free]
+        return score_evidence(self.model, self.problem.sites, self.score, self.calibration, names)
+
+    def dropped(self, model: nn.Module) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+        """``(site, option, weight, mask of what the option drops)`` of every option that drops anything, of this copy."""
+        for i in self.problem.free:
+            site = self.problem.sites.sites[i]
+            weight, evidence = weight_of(model, site).detach(), self.evidence.get(site.name)
+            for option, pattern in enumerate(self.problem.options[i][:-1]):
+                mask = make_mask(weight, pattern.n, self.problem.grouping(i, pattern), self.score, evidence)
+                yield i, option, weight, ~mask
+
+    def trial(self) -> Trial:
+        """A copy of the model to try schemes on."""
+        return Trial(self.problem, self.model, self.pictures, self.score, self.evidence)
 
     @cached_property
     def energy(self) -> float:
@@ -76,11 +105,15 @@ class Tables:
         """Shrinkage ``S`` at which a site steps from n to n - 1, for n = M .. 2 in this order (domino.md, section 5).
 
         ``a_n exp(-S) <= T_g`` must hold in 75 % of the groups: the quantile of ``log(a_n / T_g)``, from zero, non-decreasing
-        as n falls. The thresholds ``T_g`` are score buffers beside the weights. Empty for sites without a choice.
+        as n falls. The thresholds ``T_g`` are attached to the model meanwhile. Empty for sites without a choice.
         """
+        with thresholds_attached(self.model, self.problem.sites, self.problem.groupings, self.problem.starts):
+            return self._tipping_points()
+
+    def _tipping_points(self) -> list[list[float]]:
         points: list[list[float]] = [[] for _ in self.problem.options]
         for index in self.problem.free:
-            ordered = self._magnitudes(index, self.problem.options[index][0])
+            ordered = self.magnitudes(index, self.problem.options[index][0])
             threshold, _ = thresholds_of(self.model, self.problem.sites.sites[index])
             # A threshold of next to nothing would hardly be reached: take a millionth of the site's mean magnitude.
             floor = max(float(ordered.mean()) * 1e-6, torch.finfo(ordered.dtype).tiny)
@@ -93,7 +126,7 @@ class Tables:
                 points[index].append(highest)
         return points
 
-    def _magnitudes(self, index: int, pattern: Pattern) -> Tensor:
+    def magnitudes(self, index: int, pattern: Pattern) -> Tensor:
         """Sorted magnitudes ``(m, groups)`` of a site.
 
         Raises:

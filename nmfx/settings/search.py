@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from nmfx import text
 from nmfx.errors import NmfxError, SearchError
+from nmfx.settings.methods import METHODS, SENSITIVITIES, default_sensitivity
 from nmfx.settings.option import check_options, inline, option
 from nmfx.settings.target import BudgetKind, parse_limit, parse_target
 from nmfx.sparsity.pattern import MAX_M, Layout, Pattern, Remainder
+from nmfx.sparsity.score import SCORES, check_score
 
 if TYPE_CHECKING:
     from nmfx.models.site import Site, Sites
@@ -18,8 +20,6 @@ if TYPE_CHECKING:
 QUANTILE = 0.75  # share of a site's groups that must agree before it steps (domino.md, section 4)
 DEFAULT_TARGET, DEFAULT_M = 0.875, 16  # the sparsity where it can be reached, and the group size
 DOUBLINGS = (30_000, 40_000, 50_000, 60_000, 70_000, 80_000)
-METHODS = ("knapsack", "domino", "spdy", "erk", "uniform")  # those of `nmfx.search.finder`
-SENSITIVITIES = ("weight", "activation", "gradient", "measured")  # those of `nmfx.search.sensitivity`, and `weight`
 ALONE = {"scheme": (), "pattern": ("keep_dense", "layout", "remainder")}  # keys that a search by neither can have beside them
 
 
@@ -44,13 +44,9 @@ class Choices:
         None, "only these patterns, as 2:4 for hardware, instead of M and N's", metavar="N:M,..."
     )
     keep_dense: tuple[str, ...] = option((), "sites or modules that stay dense", metavar="GLOB", repeat=True)
-    min_density: float | Mapping[str, float] = option(
-        0.0, "least density of the sites", metavar="[GLOB=]SHARE", repeat=True
-    )
+    min_density: float | Mapping[str, float] = option(0.0, "least density of the sites", metavar="[GLOB=]SHARE", repeat=True)
     layout: Layout = option("strict", "groups within rows of input channels, or across them")
-    remainder: Remainder = option(
-        "dense", "rows that M does not divide: stay dense, take a smaller M, or end in a short group"
-    )
+    remainder: Remainder = option("dense", "rows that M does not divide: stay dense, take a smaller M, or end in a short group")
 
     def __post_init__(self) -> None:
         for name in ("candidates", "patterns", "keep_dense"):  # iterators would be used up by the first look
@@ -102,7 +98,7 @@ class Choices:
 
 
 @dataclass(frozen=True)
-class Loop:
+class DominoSettings:
     """The numbers of the published loop (domino.md, section 4); see `DominoSearch`."""
 
     eta: bool = option(True, "layer-wise penalty factors; the ablation is without them", flag="no-eta")
@@ -130,13 +126,9 @@ class Loop:
 class SearchSettings:
     """Which patterns: by a `method` under a budget, or `pattern` on every site that can take it, or the `scheme` of a file."""
 
-    method: str = option("knapsack", ", ".join(METHODS))
-    target: float | str | None = option(
-        None, "sparsity to reach, as 0.875, or times fewer, as 8x; 0.875, or what is in reach"
-    )
-    budget: BudgetKind = option(
-        "params", "what the target counts; bytes: of the packed weights; latency: see --target-latency"
-    )
+    method: str = option("knapsack", ", ".join(dict.fromkeys(("knapsack", *METHODS))))
+    target: float | str | None = option(None, "sparsity to reach, as 0.875, or times fewer, as 8x; 0.875, or what is in reach")
+    budget: BudgetKind = option("params", "what the target counts; bytes: of the packed weights; latency: see --target-latency")
     limits: Mapping[str, float | str] | None = option(
         None,
         "instead of target and budget, one or two of: params, macs or bytes, and the share to keep or times fewer, as in "
@@ -147,12 +139,11 @@ class SearchSettings:
     )
     pattern: Pattern | None = option(None, "this pattern on every site that can take it", flag=None)
     scheme: str = option("", "a scheme file", flag=None)
-    data: bool = option(
-        False, "look at training pictures: domino runs the published loop, others measure on a few", flag=None
-    )
+    data: bool = option(False, "look at training pictures: domino runs the published loop, others measure on a few", flag=None)
     sensitivity: str = option(
         "", "what the knapsack sums up: weight, activation, gradient or measured; gradient with data, weight without"
     )
+    score: str = option("magnitude", f"what masks rank weights by: {', '.join(SCORES)}")
     pictures: int = option(256, "training pictures to look at", least=1)
     seconds: float = option(60.0, "time limit of spdy", least=0, above=True)
     lr: float = option(0.01, "domino: learning rate", least=0)
@@ -160,7 +151,7 @@ class SearchSettings:
     most: int = option(100_000, "domino: iterations to give up after", least=1, metavar="T")
     seed: int = option(0, "of the pictures, and of spdy", least=0, most=2**32 - 1)
     choices: Choices = inline(Choices())
-    loop: Loop = inline(Loop())
+    loop: DominoSettings = inline(DominoSettings())
 
     @staticmethod
     def check_keys(tree: Mapping[str, Any], where: str) -> None:
@@ -172,34 +163,40 @@ class SearchSettings:
                 )
         if "limits" in tree and (extra := next((key for key in ("target", "budget") if key in tree), None)):
             raise NmfxError(f"{where}: {extra!r} and 'limits' say the same thing; give one")
-        loops = tree.get("data") == "true" and tree.get("method") == "domino"
-        if not loops and (extra := next((key for key in tree if key in Loop.__dataclass_fields__), None)):
+        method = METHODS.get(tree.get("method", ""))
+        loops = tree.get("data") == "true" and method is not None and method.looped
+        if not loops and (extra := next((key for key in tree if key in DominoSettings.__dataclass_fields__), None)):
             raise NmfxError(f"{where}: {extra!r} is of the published loop: it needs method domino with data: true")
 
     def __post_init__(self) -> None:
-        for key, word, known in (("method", self.method, METHODS), ("sensitivity", self.sensitivity, ("", *SENSITIVITIES))):
+        first = dict.fromkeys((type(self).method, *METHODS))  # the default one first
+        for key, word, known in (("method", self.method, first), ("sensitivity", self.sensitivity, ("", *SENSITIVITIES))):
             if word not in known:
                 raise NmfxError(f"unknown {key} {word!r}{text.nearest(word, known)}; known: {', '.join(filter(None, known))}")
+        needs, scored = METHODS[self.method], check_score(self.score).needs
         check_options(self, "search settings")
         if self.target is not None:
             parse_target(self.target)
         for share in (self.limits or {}).values():
             parse_limit(share)
-        if self.data and not (self.looping or self.method == "spdy" or self.measured != "weight"):
+        measures, looks = SENSITIVITIES[self.measured].pictures, needs.pictures == "always"
+        if self.looping and self.score != "magnitude":
+            raise NmfxError(f"score {self.score}: the published loop ranks weights by magnitude; leave one of them out")
+        if self.data and not (self.looping or looks or measures or scored != "nothing"):
             raise NmfxError(f"data: true, but {self.method} with sensitivity {self.measured} looks at none: leave it out")
-        if not self.data and (self.method == "spdy" or self.measured != "weight"):
-            which = self.method if self.method == "spdy" else f"sensitivity {self.measured}"
+        if not self.data and (looks or measures or scored != "nothing"):
+            which = self.method if looks else f"sensitivity {self.measured}" if measures else f"score {self.score}"
             raise NmfxError(f"{which} looks at training pictures: say data: true")
 
     @property
     def measured(self) -> str:
         """The sensitivity that is summed up: what is asked for, or the best that the data at hand allow."""
-        return self.sensitivity or ("gradient" if self.data and self.method == "knapsack" else "weight")
+        return self.sensitivity or default_sensitivity(self.method, self.data)
 
     @property
     def looping(self) -> bool:
         """Whether it is the published loop over training batches."""
-        return self.data and self.method == "domino"
+        return self.data and METHODS[self.method].looped
 
 
 def parse_candidates(m: int, candidates: Iterable[int] | None) -> tuple[int, ...]:

@@ -6,13 +6,19 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from nmfx.errors import NmfxError
 from nmfx.settings.option import check_options, inline, option
 from nmfx.settings.training import Settings
-from nmfx.sparsity.rules import RULES, Training
+from nmfx.sparsity.rules import RULES
+from nmfx.sparsity.score import SCORES
 
+if TYPE_CHECKING:
+    Training = str
+    Ranking = str
+else:  # the words that flags and keys may say
+    Training, Ranking = Literal[tuple(RULES)], Literal[tuple(SCORES)]
 FOLDER = "folder"  # the name of the data that is just an image folder: the root
 LARGEST_PICTURE = 1 << 26  # numbers in one input that a file may ask for: 256 MiB
 
@@ -91,6 +97,9 @@ class FinetuneSettings:
     weights: Literal["model", "none"] = option("model", "none: start from random weights")
     training: Training = option(
         "sr-ste", "masks follow the weights with a pull on dropped ones or without, or stay as they are (ASP)"
+    )
+    score: Ranking = option(
+        "magnitude", "what masks rank the weights of a group by, measured on the dense weights before training"
     )
     decay: float = option(RULES["sr-ste"].decay, "sr-ste: lambda, the pull on dropped weights", least=0, most=1e6)
     settings: Settings = inline(Settings(), "workers")  # the data settings have them

@@ -1,13 +1,14 @@
-"""Weight -> mask: exactly N kept in every group, the largest magnitudes, the earlier position on ties."""
+"""Weight -> mask: exactly N kept in every group, those of the highest scores, the earlier position on ties."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from nmfx.errors import VerificationError
+from nmfx.errors import NmfxError, VerificationError
 from nmfx.sparsity import select
 from nmfx.sparsity.layout import Grouping
+from nmfx.sparsity.score import SCORES
 
 
 def top_mask(score: Tensor, n: int, dim: int) -> Tensor:
@@ -20,27 +21,57 @@ def top_mask(score: Tensor, n: int, dim: int) -> Tensor:
     return torch.zeros_like(score, dtype=torch.bool).scatter(dim, kept, torch.ones_like(kept, dtype=torch.bool))
 
 
-def make_mask(weight: Tensor, n: int, grouping: Grouping) -> Tensor:
-    """Bool mask shaped as `weight`, true = kept: the `n` largest magnitudes of every group (domino.md, sections 2 and 4)."""
-    lines = grouping.as_lines(weight.detach().abs().contiguous())
-    masks = [top_mask(block, n, dim=2).flatten(1, 2) for block in grouping.blocks(lines)]
-    return grouping.from_lines(torch.cat(masks, dim=1), tuple(weight.shape))
+def score_weights(weight: Tensor, grouping: Grouping, score: str, evidence: Tensor | None) -> Tensor:
+    """Scores shaped as `weight`; the arguments are those of `make_mask`."""
+    if evidence is None and SCORES[score].needs != "nothing":
+        raise NmfxError(f"score {score!r} ranks by {SCORES[score].needs} too, and here are none: give transform data=")
+    rows = weight.detach().reshape(grouping.rows)
+    return SCORES[score].function(rows, rows if evidence is None else evidence).reshape(weight.shape)
 
 
-@torch.no_grad()
-def update_mask(weight: Tensor, n: int, grouping: Grouping, mask: Tensor, masked: Tensor) -> None:
-    """Recompute `mask` and ``masked = where(mask, weight, 0)`` in place, in one pass over the weight.
-
-    Near the cost of reading and writing the three tensors: no sort, and scratch memory of a few cache-sized chunks.
+def make_mask(weight: Tensor, n: int, grouping: Grouping, score: str = "magnitude", evidence: Tensor | None = None) -> Tensor:
+    """The mask that keeps the `n` highest scores of every group (domino.md, sections 2 and 4).
 
     Args:
         weight: floats of any type.
         n: weights to keep in a group.
         grouping: how `weight` is cut into groups.
+        score: one of `nmfx.sparsity.score.SCORES`.
+        evidence: what the score needs, broadcastable to ``grouping.rows``.
+
+    Returns:
+        Bool, shaped as `weight`, true = kept.
+
+    Raises:
+        NmfxError: the score needs evidence, and there is none.
+    """
+    lines = grouping.as_lines(score_weights(weight, grouping, score, evidence).contiguous())
+    masks = [top_mask(block, n, dim=2).flatten(1, 2) for block in grouping.blocks(lines)]
+    return grouping.from_lines(torch.cat(masks, dim=1), tuple(weight.shape))
+
+
+@torch.no_grad()
+def update_mask(
+    weight: Tensor, n: int, grouping: Grouping, mask: Tensor, masked: Tensor, score: str = "magnitude",
+    evidence: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Recompute `mask` and ``masked = where(mask, weight, 0)`` in place, in one pass over the weight.
+
+    Near the cost of reading and writing the three tensors: no sort, and scratch memory of a few cache-sized chunks.
+
+    Args:
+        weight, n, grouping, score, evidence: as in `make_mask`.
         mask: bool, shaped and strided as `weight`.
         masked: of `weight`'s dtype, shaped and strided as `weight`.
+
+    Raises:
+        NmfxError: as `make_mask` does.
     """
-    if grouping.flat:  # groups do not follow the axes: work on a reordered copy (the stem and little else)
+    if score != "magnitude":  # the magnitudes of the scores, which are 0 or more
+        scores = score_weights(weight, grouping, score, evidence)
+        update_mask(scores, n, grouping, mask, torch.empty_like(scores))
+        torch.where(mask, weight, weight.new_zeros(()), out=masked)
+    elif grouping.flat:  # groups do not follow the axes: work on a reordered copy (the stem and little else)
         lines = grouping.as_lines(weight)
         line_mask, line_masked = torch.empty_like(lines, dtype=torch.bool), torch.empty_like(lines)
         _update_blocks(lines, n, grouping, line_mask, line_masked)

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 from nmfx import text
 from nmfx.errors import NmfxError
-
-Training = Literal["sr-ste", "ste", "fixed"]
 
 
 @dataclass(frozen=True)
@@ -26,7 +23,7 @@ class Rule:
     frozen: bool = False
 
 
-RULES: dict[Training, Rule] = {
+RULES: dict[str, Rule] = {
     "sr-ste": Rule(decay=2e-4),  # Zhou et al., ICLR 2021
     "ste": Rule(decay=0.0),  # the straight-through estimator
     "fixed": Rule(decay=None, frozen=True),  # ASP

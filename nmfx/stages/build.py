@@ -9,7 +9,7 @@ from torch import nn
 
 from nmfx.errors import NmfxError
 from nmfx.export.plain import save_baked
-from nmfx.export.start import build_start, is_compressed, take_start
+from nmfx.export.start import build_start, detach_scheme, is_compressed
 from nmfx.files.atomic import replace_folder, write_text
 from nmfx.models.arguments import parse_kwargs
 from nmfx.models.building import Built, build_model
@@ -100,7 +100,7 @@ def examine(built: Built, input_size: tuple[int, ...] | None) -> BuildRecord:
     model, source = built.model, getattr(built.model, SOURCE, built.source)
     example = example_of(model, input_size)
     sites = find_sites(model, example)
-    start = take_start(model, sites)
+    start = detach_scheme(model, sites)
     return BuildRecord(built, source, example, sites, start, conversion_difference(model, sites, example), input_size)
 
 

@@ -38,5 +38,5 @@ def fit_pictures(data: Data, model: nn.Module, input_size: tuple[int, ...] | Non
 
 
 def sample(data: Data, model: nn.Module, input_size: tuple[int, ...] | None, **how: int) -> list[tuple[Tensor, Tensor]]:
-    """Training pictures for a model, with their labels, in batches; `how` are the options of `nmfx.data.calibration`."""
+    """Training pictures for a model, with their labels, in batches; `how` are the options of `nmfx.data.sample.calibration`."""
     return calibration(data, fit_pictures(data, model, input_size), **how)

@@ -6,11 +6,13 @@ import shlex
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from nmfx.data.loader import validation_loader
+from nmfx.data.source import Data
 from nmfx.errors import NmfxError
 from nmfx.export.checkpoint import load_checkpoint
 from nmfx.files.atomic import check_writable
@@ -21,16 +23,17 @@ from nmfx.processes import rank, world
 from nmfx.progress import Progress, silent
 from nmfx.scheme import INFO, Scheme
 from nmfx.settings.stages import DataSettings, FinetuneSettings
-from nmfx.stages.data import fit_pictures, open_pictures
+from nmfx.sparsity.score import SCORES
+from nmfx.stages.data import fit_pictures, open_pictures, sample
 from nmfx.stages.epochs import TUNED, describe_epoch, save_epochs
 from nmfx.stages.work import WorkDirectory, example_of
 from nmfx.training.evaluation import Evaluation, evaluate
+from nmfx.training.finetuning import finetune as train
 from nmfx.training.masks import set_training
 from nmfx.training.record import Epoch, Finetuned
 from nmfx.training.record import Progress as Now
 from nmfx.training.state import fingerprint
 from nmfx.training.trainer import BEST, LAST, LOG
-from nmfx.training.trainer import finetune as train
 
 FILES = (*TUNED.values(), LAST, BEST, LOG)  # what the stage writes into its folder
 
@@ -86,10 +89,10 @@ def finetune(
     training = replace(settings.settings, workers=pictures.workers)
     if rank() == 0:
         check_writable(folder, FILES)  # before hours are spent
-    model, info = _model(origin, settings)
+    data = open_pictures(pictures)
+    model, info = _model(origin, settings, data)
     teacher = _teacher(origin) if training.distill else None
     about = {"weights before": fingerprint(model)}
-    data = open_pictures(pictures)
     config = fit_pictures(data, model, origin.size)
 
     def during(now: Now) -> None:
@@ -112,13 +115,13 @@ def finetune(
     return FinetuneRecord(model, result, _check(folder / TUNED["best"], model, batches, device), folder, notes)
 
 
-def _model(origin: Origin, settings: FinetuneSettings) -> tuple[nn.Module, dict[str, str]]:
+def _model(origin: Origin, settings: FinetuneSettings, data: Data) -> tuple[nn.Module, dict[str, str]]:
     """The converted model to train, and what its checkpoint says of its origin."""
     work, random = origin.work, settings.weights == "none"
     if origin.checkpoint is not None:
         model = load_checkpoint(origin.checkpoint)
         info = {"weights": f"fine-tuned from {origin.checkpoint.name}"}
-        if not origin.scheme:
+        if not origin.scheme:  # its masks keep their score
             set_training(model, settings.training, settings.decay)
             return model, info | ({"model": work.model} if work else {})
     else:
@@ -134,8 +137,12 @@ def _model(origin: Origin, settings: FinetuneSettings) -> tuple[nn.Module, dict[
         raise NmfxError(f"{path}: no scheme there{where}, or give --scheme FILE (--scheme dense trains without one)")
     sites = work.sites(model) if work else find_sites(model, example_of(model, None))
     scheme = Scheme.load(path, sites)
-    transform(model, scheme, sites=sites, training=settings.training, decay=settings.decay, inplace=True)
-    return model, {key: value for key, value in scheme.info.items() if key in INFO} | info
+    looks = SCORES[settings.score].needs != "nothing"
+    seen = sample(data, model, origin.size, seed=settings.settings.seed) if looks else None
+    how: dict[str, Any] = {"training": settings.training, "decay": settings.decay, "score": settings.score, "data": seen}
+    transform(model, scheme, sites=sites, **how, inplace=True)
+    said = {} if settings.score == "magnitude" else {"score": settings.score}
+    return model, {key: value for key, value in scheme.info.items() if key in INFO} | said | info
 
 
 def _teacher(origin: Origin) -> nn.Module:

@@ -13,9 +13,9 @@ from nmfx.errors import SearchError
 from nmfx.models.site import Sites
 from nmfx.passes.transform import transform
 from nmfx.progress import Progress, silent
-from nmfx.runtime.latency import NANO, Latency, measure_latency, measured_seconds
+from nmfx.runtime.measuring.latency import NANO, Latency, measure_latency, measured_seconds
 from nmfx.search.finder import SearchResult
-from nmfx.search.problem import pose
+from nmfx.search.problem import make_problem
 from nmfx.settings.target import parse_target
 
 ROUNDS = 6  # searches, each with what the one before it measured
@@ -57,7 +57,7 @@ def search_latency(
         SearchError: the sparsest scheme would not be fast enough; the message says what it would reach.
     """
     share = 1 - Fraction(parse_target(target))
-    problem = pose(sites, target=0.0, mixed=True, **question)
+    problem = make_problem(sites, target=0.0, mixed=True, **question)
     offered = zip(sites, problem.options, strict=True)
     groupings = {site.name: {p: problem.grouping(i, p) for p in options} for i, (site, options) in enumerate(offered)}
     latency = measure_latency(model, groupings, pictures, progress=progress)

@@ -10,7 +10,8 @@ import torch
 from nmfx import __version__
 from nmfx.models.source import versions
 from nmfx.report.canvas import check_path, save_figure, style
-from nmfx.report.figures import draw_comparison, draw_search, draw_speed
+from nmfx.report.figures import draw_comparison, draw_search
+from nmfx.report.measured import draw_speed
 from nmfx.report.page import check_page, comparison_page, save_page, search_page
 from nmfx.report.record import Limit, Report, Speed
 from nmfx.scheme import Scheme

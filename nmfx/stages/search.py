@@ -21,10 +21,11 @@ from nmfx.processes import world
 from nmfx.progress import Progress, silent
 from nmfx.scheme import Scheme, fit, shapes_of
 from nmfx.search.domino_loop import DominoSearch
-from nmfx.search.finder import MIXED, SearchResult, conclude, find_scheme
-from nmfx.search.problem import pose
-from nmfx.search.run import run_domino
+from nmfx.search.domino_run import run_domino
+from nmfx.search.finder import SearchResult, conclude, find_scheme
+from nmfx.search.problem import make_problem
 from nmfx.search.tables import Tables
+from nmfx.settings.methods import METHODS
 from nmfx.settings.option import values_of
 from nmfx.settings.search import DEFAULT_M, DEFAULT_TARGET, SearchSettings
 from nmfx.settings.stages import DataSettings
@@ -141,10 +142,10 @@ def finder(
         batch = min(settings.batch_size, max(1, settings.pictures // 8))
         how = {"count": settings.pictures, "batch_size": batch, "seed": settings.seed, "workers": data.workers}
         batches = sample(open_pictures(data), model, size, **how)
-    options = {"seconds": settings.seconds, "seed": settings.seed} if settings.method == "spdy" else {}
+    options = {name: getattr(settings, name) for name in METHODS[settings.method].options}
     return partial(
-        find_scheme, model.to(device), sites=sites, method=settings.method, sensitivity=settings.measured, data=batches,
-        options=options,
+        find_scheme, model.to(device), sites=sites, method=settings.method, sensitivity=settings.measured,
+        score=settings.score, data=batches, options=options,
     )  # fmt: skip
 
 
@@ -152,7 +153,7 @@ def default_target(sites: Sites, method: str, question: dict[str, Any]) -> tuple
     """0.875; where that is out of reach, what the densest pattern of each site comes to, and words that say so."""
     free = {key: value for key, value in question.items() if key not in ("target", "limits")}
     try:
-        problem = pose(sites, target=0.0, mixed=method in MIXED, **free)
+        problem = make_problem(sites, target=0.0, mixed=METHODS[method].mixed, **free)
     except SearchError:
         return str(DEFAULT_TARGET), ""  # and the search says what is wrong
     dense, costs = problem.budget.dense, problem.costs

@@ -22,7 +22,7 @@ from nmfx import text
 from nmfx.errors import NmfxError
 from nmfx.export.checkpoint import read_checkpoint
 from nmfx.files import parsing
-from nmfx.files.atomic import remove_dead_drafts
+from nmfx.files.drafts import remove_dead_drafts
 from nmfx.models.arguments import parse_kwargs
 from nmfx.models.building import load_stored
 from nmfx.models.census import find_sites

@@ -15,7 +15,8 @@ from safetensors import SafetensorError, safe_open
 
 from nmfx.errors import NmfxError
 from nmfx.files import parsing
-from nmfx.files.atomic import DRAFT, write_text
+from nmfx.files.atomic import write_text
+from nmfx.files.drafts import DRAFT
 from nmfx.stages.stamp import FOLDER, digest_of, read_stamp
 
 LIST = f"{FOLDER}/written.json"

@@ -1,1 +1,1 @@
-"""Statistics, evaluation and (to come) fine-tuning of converted models."""
+"""Fine-tuning and evaluation of converted models."""

@@ -59,5 +59,4 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], *, refe
     right, among, loss, same, count = summed(sums.to(device)).tolist()
     if not count:
         raise DataError("there are no pictures to evaluate on")
-    share = lambda part: part / count  # noqa: E731
-    return Evaluation(share(right), share(among), share(loss), int(count), None if reference is None else share(same))
+    return Evaluation(right / count, among / count, loss / count, int(count), None if reference is None else same / count)

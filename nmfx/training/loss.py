@@ -19,8 +19,8 @@ AUXILIARY = {"GoogLeNetOutputs": 0.3, "InceptionOutputs": 0.4}
 
 def logits_of(outputs: Any) -> Tensor:
     """The first output of a model, in full precision, ``(batch, classes)``; heads that come after it only help to train."""
-    first = outputs if isinstance(outputs, Tensor) else next(iter(_values(outputs)))
-    logits: Tensor = first.float()
+    several = outputs.values() if isinstance(outputs, Mapping) else outputs
+    logits: Tensor = (outputs if isinstance(outputs, Tensor) else next(iter(several))).float()
     return logits
 
 
@@ -48,7 +48,3 @@ def distilled(loss: Tensor, outputs: Any, teacher: Tensor, settings: Settings) -
     target, own = (F.log_softmax(x / soft, dim=1) for x in (teacher, logits))
     divergence = F.kl_div(own, target, reduction="batchmean", log_target=True) * soft**2
     return torch.lerp(loss, divergence, settings.distill)
-
-
-def _values(outputs: Any) -> Any:
-    return outputs.values() if isinstance(outputs, Mapping) else outputs

@@ -5,10 +5,10 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from nmfx.masking.sites import masked_sites, respec
-from nmfx.sparsity.rules import Training, describe_rule, resolve_rule
+from nmfx.sparsity.rules import describe_rule, resolve_rule
 
 
-def set_training(model: nn.Module, training: Training, decay: float | None = None) -> None:
+def set_training(model: nn.Module, training: str, decay: float | None = None) -> None:
     """Train the masks of a converted model in another way (see `transform`); they stay as they are until a weight changes.
 
     Raises:
@@ -21,7 +21,11 @@ def set_training(model: nn.Module, training: Training, decay: float | None = Non
 def describe(model: nn.Module) -> dict[str, str]:
     """The pattern of every site, and how its mask trains."""
     specs = [site.spec for site in masked_sites(model)]
-    return {f"pattern of {spec.name}": f"{spec.pattern} {describe_rule(spec.decay, spec.frozen)}" for spec in specs}
+    scores = {spec.name: "" if spec.score == "magnitude" else f" by {spec.score}" for spec in specs}
+    return {
+        f"pattern of {spec.name}": f"{spec.pattern} {describe_rule(spec.decay, spec.frozen)}{scores[spec.name]}"
+        for spec in specs
+    }
 
 
 def frozen_masks(model: nn.Module) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -60,10 +60,25 @@ class Finetuned:
         return max(self.epochs, key=lambda epoch: epoch.top1)
 
 
+@dataclass
+class Position:
+    """Where a run stands, in numbers: the next update, the loss summed over the epoch's updates, the log."""
+
+    epoch: int = 0
+    step: int = 0
+    loss: float = 0.0
+    log: list[Epoch] = field(default_factory=list)
+
+    @property
+    def top1(self) -> float | None:
+        """Top-1 accuracy after the last epoch, 0..1; None before the first."""
+        return self.log[-1].top1 if self.log else None
+
+
 def write_log(path: Path, epochs: Iterable[Epoch]) -> None:
     """The log as CSV, whole: after a resume no line is missing and none is there twice."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, [field.name for field in fields(Epoch)], lineterminator="\n")
+    writer = csv.DictWriter(text, [column.name for column in fields(Epoch)], lineterminator="\n")
     writer.writeheader()
     writer.writerows(asdict(epoch) for epoch in epochs)
     write_text(path, text.getvalue())

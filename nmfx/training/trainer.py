@@ -1,4 +1,4 @@
-"""finetune: train a converted (or dense) classifier on pictures, resumable bit for bit, in one process or several."""
+"""A training run: its updates, its epochs, and its files, in one process or several."""
 
 from __future__ import annotations
 
@@ -6,13 +6,11 @@ import contextlib
 import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from timm.optim import create_optimizer_v2
-from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3, distribute_bn
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -23,112 +21,23 @@ from nmfx.data.loader import train_loader, validation_loader
 from nmfx.data.seeding import seed_of
 from nmfx.data.source import Data
 from nmfx.errors import CheckpointError, DataError, NmfxError
-from nmfx.files.atomic import check_writable, remove_dead_drafts
+from nmfx.files.atomic import check_writable
+from nmfx.files.drafts import remove_dead_drafts
 from nmfx.files.sealed import Tensors
 from nmfx.files.states import prefixed, under
 from nmfx.masking.copies import deep_copy
-from nmfx.masking.modes import keep_modes
 from nmfx.masking.parallel import find_units, gathered, shard, wrap
-from nmfx.masking.sites import masked_sites, renew
+from nmfx.masking.sites import masked_sites, recheck_weights
 from nmfx.processes import rank, summed, world
 from nmfx.settings.training import Settings
-from nmfx.training import state
 from nmfx.training.evaluation import evaluate
 from nmfx.training.loss import distilled, logits_of, task_loss
-from nmfx.training.masks import describe, frozen_masks
-from nmfx.training.record import Board, Epoch, Finetuned, Progress, write_log
-from nmfx.training.state import (
-    check_fits,
-    check_identity,
-    check_optimizer,
-    fill,
-    load_state,
-    optimizer_state,
-    restore_optimizer,
-    save_state,
-)
+from nmfx.training.masks import frozen_masks
+from nmfx.training.optimizer import check_optimizer, make_optimizer, optimizer_state, restore_optimizer
+from nmfx.training.record import Epoch, Finetuned, Position, Progress, write_log
+from nmfx.training.state import SavedEpoch, SavedRun, check_fits, check_identity, load_into, load_state, save_state
 
 LAST, BEST, LOG = "last.safetensors", "best.safetensors", "log.csv"
-
-
-def finetune(
-    model: nn.Module,
-    data: Data,
-    *,
-    settings: Settings = Settings(),  # noqa: B008 - frozen
-    folder: Path | None = None,
-    config: PictureConfig | None = None,
-    teacher: nn.Module | None = None,
-    about: Mapping[str, str] | None = None,
-    progress: Callable[[Progress], None] | None = None,
-    after_epoch: Callable[[Epoch], None] | None = None,
-) -> Finetuned:
-    """Train `model` in place, on its device, and leave it in eval mode; how its masks train was said to `transform`.
-
-    The model is left as the last epoch made it; `load_best` takes the weights of the best one, which is the first of those with
-    the highest top-1.
-
-    Args:
-        data: training and validation pictures (see `nmfx.open_data`).
-        settings: everything that decides which weights come out.
-        folder: where to keep ``last.safetensors``, ``best.safetensors`` and ``log.csv``; that they can be written is tried
-            first. The same call with the same folder goes on where the last save was, and ends with the same weights as a run
-            without a stop; the weights that `model` comes with then do not matter. With more epochs than before, the run is
-            extended: it goes on from its last state at the learning rate that the longer schedule has at that place (a cosine
-            that had come down starts again from the longer one's height).
-        config: how pictures are brought to the model; found as `picture_config` does when None.
-        teacher: the dense model to distil from, when the settings say so; it is moved to the model's device.
-        about: what else has to agree for a run to be resumed, such as where the weights came from.
-        progress: called after every update; a KeyboardInterrupt that it raises within an epoch leaves a save behind.
-        after_epoch: called with the line of the log, once an epoch is evaluated and saved.
-
-    Under torch.distributed, started by the caller, every process takes its share of each batch and only the first one writes.
-    With ``parallel="fsdp"`` a copy is trained whose weights, gradients, optimiser state and moving average are shared out
-    (`fully_shard`); `model` itself stays whole in every process, for evaluation and to take the trained weights.
-    SR-STE's pull is part of the update, once, in any number of processes and passes. Batch
-    statistics are those of each process's share, averaged after every epoch: networks that have them score within 2 points.
-
-    Returns:
-        Accuracy of the trained model, and the line of the log of every epoch.
-
-    Raises:
-        NmfxError: settings that do not go together, a loss that is not finite (the files are those of the last save).
-        CheckpointError: the folder is of a run with other settings.
-        DataError: pictures that cannot be read, or of other classes than the model's.
-    """
-    teacher = teacher if settings.distill else None
-    if settings.distill and teacher is None:
-        raise NmfxError("distillation needs the dense model: give finetune(..., teacher=...)")
-    identity = settings.identity() | describe(model) | {"data": str(data), "processes": world()} | dict(about or {})
-    with contextlib.ExitStack() as stack:
-        if teacher is not None:
-            stack.enter_context(keep_modes(teacher))
-            teacher.to(next(model.parameters()).device).eval()
-        run = Run(model, data, settings, folder, config, teacher, identity)
-        board = folder / "tensorboard" if folder and settings.tensorboard and rank() == 0 else None
-        with Board(board, start=run.at.epoch) as tensorboard:
-            while run.at.epoch < settings.epochs:
-                run.train_epoch(progress)
-                done = run.end_epoch()
-                tensorboard.add(done)
-                if after_epoch is not None:
-                    after_epoch(done)
-    return run.conclude()
-
-
-@dataclass
-class Position:
-    """Where a run stands, in numbers: the next update, the loss summed over the epoch's updates, the log."""
-
-    epoch: int = 0
-    step: int = 0
-    loss: float = 0.0
-    log: list[Epoch] = field(default_factory=list)
-
-    @property
-    def top1(self) -> float | None:
-        """Top-1 accuracy after the last epoch, 0..1; None before the first."""
-        return self.log[-1].top1 if self.log else None
 
 
 class Run:
@@ -171,7 +80,7 @@ class Run:
             picture = torch.zeros(1, *config.input_size, device=self.device)
             for each in self.trained:
                 shard(each, find_units(each, picture))
-        self.optimizer, self.scheduler = self._optimizer_and_scheduler()
+        self.optimizer, self.scheduler = make_optimizer(self.model, settings, self.steps)
         if folder is not None:
             self._resume(folder)
             if int(summed(torch.tensor(self.t, device=self.device))) != self.t * world():
@@ -179,21 +88,6 @@ class Run:
         self.parallel = self.model if self.sharded else wrap(model)
         self.forward = torch.compile(self.parallel, backend=settings.compile) if settings.compile else self.parallel
         self._schedule()
-
-    def _optimizer_and_scheduler(self) -> tuple[torch.optim.Optimizer, Any]:
-        s = self.settings
-        warmup = s.epochs / 24 if s.warmup_epochs is None else s.warmup_epochs
-        times = {"num_epochs": s.epochs, "warmup_epochs": warmup, "updates_per_epoch": self.steps, "step_on_epochs": False}
-        try:
-            optimizer = create_optimizer_v2(self.model, s.opt, lr=s.lr, weight_decay=s.weight_decay, momentum=s.momentum)
-            scheduler = create_scheduler_v2(optimizer, s.sched, warmup_lr=s.lr / 1000, **times)[0]
-            if scheduler is None and s.sched != "none":  # older versions say nothing
-                raise ValueError(f"unknown scheduler {s.sched!r}")
-            return optimizer, scheduler
-        except (AssertionError, ValueError, TypeError, KeyError, RuntimeError) as error:
-            raise NmfxError(
-                f"timm does not accept opt {s.opt!r} with sched {s.sched!r}: {error or type(error).__name__}"
-            ) from error
 
     @property
     def t(self) -> int:
@@ -303,7 +197,7 @@ class Run:
             if self.ema is not None:
                 distribute_bn(self.ema.module, world(), reduce=False)
         evaluated = self.evaluated()
-        renew(evaluated)
+        recheck_weights(evaluated)
         found = evaluate(evaluated, self.validation)
         loss = self.at.loss / self.steps
         row = Epoch(self.at.epoch, loss, found.top1, found.top5, found.loss, self.lr, self.speed)
@@ -337,25 +231,25 @@ class Run:
             remove_dead_drafts(folder)
         if not path.exists():
             return
-        tensors, about = load_state(path, state.SavedRun)
+        tensors, about = load_state(path, SavedRun)
         check_identity(path, _extended(about.identity, self.settings.epochs), self.identity)
         self._check(tensors, about, path)
         restore_optimizer(self.optimizer, under("optimizer", tensors), about.optimizer, path)
-        fill(self.model, under("model", tensors), path)
+        load_into(self.model, under("model", tensors), path)
         if self.ema is not None:
-            fill(self.ema.module, under("ema", tensors), path)
+            load_into(self.ema.module, under("ema", tensors), path)
         masks = under("mask", tensors)
         for model in (*self.trained, *([self.original] if self.sharded else [])):
             for site in masked_sites(model):
                 if (name := f"{site.path}.{site.attr}".lstrip(".")) in masks:
                     site.mask.copy_(masks[name])
-            renew(model)
+            recheck_weights(model)
         at = about.at
         self.at = Position(at.epoch, at.step, at.loss, [row.value for row in at.log])
         if rank() == 0 and self.at.log:
             write_log(folder / LOG, self.at.log)
 
-    def _check(self, tensors: Tensors, about: state.SavedRun, path: Path) -> None:
+    def _check(self, tensors: Tensors, about: SavedRun, path: Path) -> None:
         """Raise CheckpointError, before anything is changed, if a state is not of this run."""
         if about.at.epoch > self.settings.epochs or about.at.step > self.steps or len(about.at.log) != about.at.epoch:
             raise CheckpointError(f"{path}: stands at epoch {about.at.epoch}, update {about.at.step}, where this run has none")
@@ -376,7 +270,7 @@ class Run:
             self.original.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
         self.optimizer.zero_grad()
         self.original.eval()
-        renew(self.original)
+        recheck_weights(self.original)
         return Finetuned(evaluate(self.original, self.validation), tuple(self.at.log))
 
 
@@ -388,7 +282,7 @@ def _extended(identity: Mapping[str, Any], epochs: int) -> Mapping[str, Any]:
 
 def load_best(folder: Path, model: nn.Module) -> Epoch:
     """Load the weights of the best epoch into the model that was trained, or a copy; says which epoch it was."""
-    tensors, about = load_state(folder / BEST, state.SavedEpoch)
-    fill(model, tensors, folder / BEST)
-    renew(model)
+    tensors, about = load_state(folder / BEST, SavedEpoch)
+    load_into(model, tensors, folder / BEST)
+    recheck_weights(model)
     return about.value

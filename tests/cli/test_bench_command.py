@@ -16,9 +16,9 @@ from nmfx.cli.main import main
 from nmfx.data.source import open_data
 from nmfx.demo.digits import load_demo
 from nmfx.errors import NmfxError
-from nmfx.runtime import latency
-from nmfx.runtime.latency import Latency, measure_latency
-from nmfx.search.problem import pose
+from nmfx.runtime.measuring import latency
+from nmfx.runtime.measuring.latency import Latency, measure_latency
+from nmfx.search.problem import make_problem
 from nmfx.sparsity.pattern import Pattern
 
 Run = Callable[..., tuple[str, str]]
@@ -46,8 +46,8 @@ def work(nmfx: Run) -> Path:
 
 
 def test_bench_of_a_work_directory_and_of_a_checkpoint(work: Path, nmfx: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nmfx.runtime.bench.TURN", 0.0)
-    monkeypatch.setattr("nmfx.runtime.bench.SETTLE", 0.0)
+    monkeypatch.setattr("nmfx.runtime.measuring.bench.TURN", 0.0)
+    monkeypatch.setattr("nmfx.runtime.measuring.bench.SETTLE", 0.0)
     freeze = latency.compile_frozen  # half a minute of compiling: once
     monkeypatch.setattr(latency, "compile_frozen", lambda model, x: freeze(model, x) if len(x) == 1 else model)
     out, _ = nmfx("bench", str(work), "--turns", "1", "--batch", "1,2", "--threads", "1", "--sites", "--figure", "speed.png")
@@ -74,7 +74,7 @@ def test_search_for_a_latency(nmfx: Run, monkeypatch: pytest.MonkeyPatch) -> Non
         return dataclasses.replace(found, baseline=40 * found.dense, run=None)
 
     monkeypatch.setattr("nmfx.stages.latency.measure_latency", slow_baseline)
-    monkeypatch.setattr("nmfx.runtime.latency.compile_frozen", lambda model, example: None)  # seconds; bench has it
+    monkeypatch.setattr("nmfx.runtime.measuring.latency.compile_frozen", lambda model, example: None)  # seconds; bench has it
     nmfx("convert", "digits")
     out, _ = nmfx("search", "--target-latency", "2x", "--m", "8", "--latency-batch", "2")
     found = re.search(r"latency: (\S+) ms the best dense run, (\S+) ms wanted, (\S+) ms predicted, (\S+) ms measured", out)
@@ -103,11 +103,11 @@ def test_a_missing_kernel_is_said_in_one_line(command: str, nmfx: Run, monkeypat
 
 
 def test_prices_never_rise_as_weights_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nmfx.runtime.latency.compile_frozen", lambda model, example: None)
+    monkeypatch.setattr("nmfx.runtime.measuring.latency.compile_frozen", lambda model, example: None)
     model, data = load_demo(trained=True), open_data("digits")
     x = torch.as_tensor(data.train.pictures[:2]).float().reshape(2, 1, 8, 8)
     sites = library.find_sites(model, x)
-    problem = pose(sites, target=0.0, m=16)
+    problem = make_problem(sites, target=0.0, m=16)
     offered = {s.name: {p: problem.grouping(i, p) for p in problem.options[i]} for i, s in enumerate(sites)}
     found = measure_latency(model, offered, x)
     assert found.prices.keys() == {site.name for site in sites}

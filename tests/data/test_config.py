@@ -8,7 +8,9 @@ import torch
 import torchvision
 from torch import nn
 
-from nmfx.data import Data, PictureConfig, check_classes, open_data, picture_config, train_loader, validation_loader
+from nmfx.data.config import PictureConfig, check_classes, picture_config
+from nmfx.data.loader import train_loader, validation_loader
+from nmfx.data.source import Data, open_data
 from nmfx.demo.digits import DigitsNet
 from nmfx.errors import DataError
 from nmfx.models.building import build_model

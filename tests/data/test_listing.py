@@ -12,8 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nmfx.data import Data, PictureConfig, open_data, train_loader
+from nmfx.data.config import PictureConfig
 from nmfx.data.listing import natural_order
+from nmfx.data.loader import train_loader
+from nmfx.data.source import Data, open_data
 from nmfx.errors import DataError
 
 HALF = {"held_back": 0.5}

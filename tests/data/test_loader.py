@@ -12,8 +12,11 @@ import torch
 from timm.data import IterableImageDataset
 from torch import Tensor
 
-from nmfx.data import Augment, Data, PictureConfig, TrainLoader, open_data, train_loader, validation_loader
+from nmfx.data.config import PictureConfig
+from nmfx.data.loader import TrainLoader, train_loader, validation_loader
+from nmfx.data.source import Data, open_data
 from nmfx.errors import DataError
+from nmfx.settings.training import Augment
 
 SMALL = PictureConfig((3, 24, 24), (0.5,) * 3, (0.25,) * 3)
 TINY = PictureConfig((1, 8, 8), (0.3,), (0.4,))

@@ -8,9 +8,13 @@ import folders
 import pytest
 import torch
 
-from nmfx.data import Augment, Data, PictureConfig, calibration, open_data, train_loader, validation_loader
+from nmfx.data.config import PictureConfig
+from nmfx.data.loader import train_loader, validation_loader
 from nmfx.data.pictures import FilePictures
+from nmfx.data.sample import calibration
+from nmfx.data.source import Data, open_data
 from nmfx.errors import DataError
+from nmfx.settings.training import Augment
 
 SMALL = PictureConfig((3, 24, 24), (0.5,) * 3, (0.25,) * 3)
 TINY = PictureConfig((1, 8, 8), (0.3,), (0.4,))

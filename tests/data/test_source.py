@@ -11,11 +11,14 @@ import pytest
 import torch
 from PIL import Image
 
-from nmfx.data import Augment, PictureConfig, open_data, train_loader, validation_loader
 from nmfx.data.arrays import DEBIAN
+from nmfx.data.config import PictureConfig
+from nmfx.data.loader import train_loader, validation_loader
 from nmfx.data.pictures import FilePictures
+from nmfx.data.source import open_data
 from nmfx.demo.digits import load_demo, load_digits_data
 from nmfx.errors import DataError
+from nmfx.settings.training import Augment
 from nmfx.training.evaluation import evaluate
 
 fashion = pytest.mark.skipif(not DEBIAN.is_dir(), reason="Debian's dataset-fashion-mnist is not installed")

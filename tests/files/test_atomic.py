@@ -18,17 +18,9 @@ from children import forked
 
 from nmfx.errors import NmfxError
 from nmfx.files import atomic as files
-from nmfx.files.atomic import (
-    DRAFT,
-    MARK,
-    NEW,
-    all_or_nothing,
-    draft_in,
-    locked,
-    remove_dead_drafts,
-    replace_folder,
-    write_atomic,
-)
+from nmfx.files import drafts
+from nmfx.files.atomic import all_or_nothing, draft_in, replace_folder, write_atomic
+from nmfx.files.drafts import DRAFT, MARK, NEW, locked, remove_dead_drafts
 from nmfx.stages.work import find_work
 
 
@@ -131,11 +123,11 @@ def test_a_mode_is_never_wider_than_asked_for(tmp_path: Path) -> None:
 
 
 def survived(work: Callable[[], object], line: int) -> bool:
-    """`work` in a process killed before the `line`-th line of nmfx/files/atomic.py; whether it ended before that."""
+    """`work` in a process killed before the `line`-th line of atomic.py and drafts.py; whether it ended before that."""
     left = [line]
 
     def trace(frame: FrameType, event: str, _: Any) -> Any:
-        if frame.f_code.co_filename != files.__file__:
+        if frame.f_code.co_filename not in (files.__file__, drafts.__file__):
             return None
         if event == "line":
             left[0] -= 1

@@ -40,14 +40,15 @@ from nmfx.models.census import find_sites
 from nmfx.passes.transform import transform
 from nmfx.passes.verification import verify
 from nmfx.recipe.loader import find_recipe, load_recipe
-from nmfx.runtime import timing
+from nmfx.runtime.measuring import timing
 from nmfx.scheme import Scheme
-from nmfx.search import run as search_run
+from nmfx.search import domino_run as search_run
 from nmfx.search.domino_loop import DominoSearch
 from nmfx.settings.training import Settings
 from nmfx.stages.stamp import Stamp, read_stamp, write_stamp
 from nmfx.stages.work import open_work
 from nmfx.training import trainer
+from nmfx.training.finetuning import finetune
 
 SECONDS, BYTES = 10.0, 1 << 30
 Case = Callable[[random.Random], str]  # one damaged file, read: what came of it
@@ -255,7 +256,7 @@ def states(folder: Path) -> Case:
     data = open_data("digits")
     data = replace(data, **{part: few(getattr(data, part)) for part in ("train", "validation")})
     options = Settings(epochs=2, batch_size=32, lr=0.02, opt="adamw")
-    trainer.finetune(copy.deepcopy(demo), data, settings=replace(options, epochs=1), folder=folder / "tuned")
+    finetune(copy.deepcopy(demo), data, settings=replace(options, epochs=1), folder=folder / "tuned")
     sealed = Sealed.of(folder / "tuned" / trainer.LAST)
     sealed.content["about"]["identity"]["epochs"] = options.epochs  # as if it had been stopped after its first epoch
     (folder / "tuned" / trainer.LAST).write_bytes(sealed.to_bytes(seal=True))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from fuzz.fuzz import KINDS, fuzz
 
-from nmfx.runtime import timing
+from nmfx.runtime.measuring import timing
 
 COUNTS = {"checkpoints": 200, "schemes": 200, "recipes": 60, "states": 100, "work": 60, "stamps": 60, "times": 60}
 

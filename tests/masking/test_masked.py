@@ -25,7 +25,8 @@ from nmfx.masking.derived import derive
 from nmfx.masking.owner import is_masked, mask_attribute, plain_class, read_masked, unmask
 from nmfx.masking.sites import freeze, masked_sites
 from nmfx.masking.updates import pull
-from nmfx.masking.weight import MaskedWeight, MaskSpec, mask_name
+from nmfx.masking.value import MaskedWeight
+from nmfx.masking.weight import MaskSpec, mask_name
 from nmfx.models.census import find_sites
 from nmfx.models.example import Example
 from nmfx.passes.baking import bake

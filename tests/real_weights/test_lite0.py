@@ -18,7 +18,8 @@ from nmfx.passes.statistics import recalibrate_bn
 from nmfx.passes.transform import conversion_difference, transform
 from nmfx.passes.verification import verify
 from nmfx.scheme import Scheme
-from nmfx.search.finder import METHODS, SearchResult, find_scheme
+from nmfx.search.finder import SearchResult, find_scheme
+from nmfx.settings.methods import METHODS
 from nmfx.training.evaluation import evaluate
 
 DENSITY = 0.5

@@ -15,8 +15,8 @@ from nmfx.models.site import Sites
 from nmfx.models.source import Source, find_source
 from nmfx.recipe.loader import find_recipe, load_recipe, packaged_recipes
 from nmfx.recipe.schema import Recipe
-from nmfx.search.finder import MIXED
-from nmfx.search.problem import pose
+from nmfx.search.problem import make_problem
+from nmfx.settings.methods import METHODS
 from nmfx.settings.target import parse_target
 from nmfx.settings.training import Augment, Settings
 from nmfx.sparsity.pattern import Pattern
@@ -58,12 +58,12 @@ def test_a_packaged_recipe_poses_a_problem(name: str) -> None:
         assert totals.kept == totals.weights // fewer
         assert totals.kept_macs == totals.macs // fewer
         return
-    problem = pose(
+    problem = make_problem(
         sites,
         target=search.target,
         budget=search.budget,
         limits=search.limits,
-        mixed=search.method in MIXED,
+        mixed=METHODS[search.method].mixed,
         **{name: getattr(search.choices, name) for name in search.choices.__dataclass_fields__},
     )
     assert problem.budget.target == parse_target(search.target)

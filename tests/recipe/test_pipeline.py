@@ -17,7 +17,7 @@ from nmfx.recipe.check import check_recipe
 from nmfx.recipe.loader import load_recipe
 from nmfx.recipe.schema import Recipe
 from nmfx.scheme import Scheme
-from nmfx.settings.search import Choices, Loop, SearchSettings
+from nmfx.settings.search import Choices, DominoSettings, SearchSettings
 from nmfx.settings.stages import ModelSettings
 from nmfx.sparsity.pattern import Pattern
 from nmfx.stages.build import build, build_weights, create
@@ -95,7 +95,7 @@ def test_a_run_is_a_work_directory_and_scores_as_its_checkpoint(tmp_path: Path) 
 @pytest.mark.parametrize(
     "search",
     [
-        SearchSettings(method="domino", data=True, target=0.75, batch_size=32, loop=Loop(decay=5.0, vote_every=5)),
+        SearchSettings(method="domino", data=True, target=0.75, batch_size=32, loop=DominoSettings(decay=5.0, vote_every=5)),
         SearchSettings(data=True, target=0.75, method="knapsack", sensitivity="activation", pictures=64),
         SearchSettings(pattern=Pattern("2:4"), choices=Choices(keep_dense=("classifier.*",))),
         SearchSettings(limits={"params": 0.25, "macs": "2x"}, choices=Choices(m=8), method="uniform"),

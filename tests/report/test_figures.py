@@ -15,7 +15,8 @@ from matplotlib.figure import Figure
 from nmfx.errors import NmfxError
 from nmfx.models.site import Site, Sites
 from nmfx.report import figures
-from nmfx.report.canvas import color_of, density_ticks, save_figure, spread
+from nmfx.report.canvas import color_of, density_ticks, save_figure, space_out
+from nmfx.report.measured import draw_accuracy
 from nmfx.report.record import Limit, Point, Report, short_names, stages_of
 from nmfx.scheme import Scheme
 from nmfx.sparsity.pattern import Pattern
@@ -61,7 +62,7 @@ DRAWINGS = {
     "timeline": figures.draw_timeline,
     "stages": figures.draw_stages,
     "comparison": lambda r: figures.draw_comparison([r, r, r]),
-    "accuracy": lambda r: figures.draw_accuracy([Point("a", 0.25, 0.9, 0.01), Point("b", 0.25, 0.8)], dense=0.95),
+    "accuracy": lambda r: draw_accuracy([Point("a", 0.25, 0.9, 0.01), Point("b", 0.25, 0.8)], dense=0.95),
 }
 
 
@@ -134,7 +135,7 @@ def test_comparison_has_a_row_a_scheme_and_its_totals() -> None:
 
 def test_accuracy_has_every_point_with_its_spread() -> None:
     points = [Point("a", 0.25, 0.9, 0.01), Point("a", 0.0625, 0.7, 0.03), Point("b", 0.25, 0.8, 0.02)]
-    (axes,) = figures.draw_accuracy(points, dense=0.95, title="t").axes
+    (axes,) = draw_accuracy(points, dense=0.95, title="t").axes
     drawn = {
         (bar.get_label(), round(x), round(y)) for bar in axes.containers for x, y in zip(*bar.lines[0].get_data(), strict=True)
     }
@@ -282,9 +283,9 @@ def test_short_names_keep_the_word_before_a_number() -> None:
 
 
 def test_spread_keeps_order_gap_and_mean() -> None:
-    assert spread([0, 10, 20], 5) == [0, 10, 20]
-    assert spread([0, 0, 0], 4) == [-4, 0, 4]
-    places = spread([1, 1.5, 1.6, 9, 9.1], 1)
+    assert space_out([0, 10, 20], 5) == [0, 10, 20]
+    assert space_out([0, 0, 0], 4) == [-4, 0, 4]
+    places = space_out([1, 1.5, 1.6, 9, 9.1], 1)
     assert all(b - a >= 1 - 1e-9 for a, b in pairwise(places))
     assert sum(places) == pytest.approx(sum([1, 1.5, 1.6, 9, 9.1]))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import product
 
-from nmfx.report.figures import draw_speed
+from nmfx.report.measured import draw_speed
 from nmfx.report.record import Speed
 
 

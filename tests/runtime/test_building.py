@@ -18,7 +18,7 @@ from children import Answer, apart, forked
 
 from nmfx.errors import NmfxError
 from nmfx.files.atomic import draft_in
-from nmfx.runtime import building
+from nmfx.runtime.kernel import building
 
 SOURCE = 'extern "C" __attribute__((visibility("default"))) int answer() { return 42; }\n'
 EVIL = (
@@ -231,13 +231,15 @@ def test_without_a_compiler_that_of_another_is_loaded(kept: Path, content: bytes
     assert apart(building.load_kernel) == ""  # nor where building fails
 
 
-@pytest.mark.parametrize("what", ["source", "flags", "torch", "processor"])
+@pytest.mark.parametrize("what", ["source", "table", "flags", "torch", "processor"])
 def test_what_was_built_for_something_else_is_not(
     what: str, kept: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     if what == "source":
         (tmp_path / "kernel.cpp").write_text(SOURCE + "\n")
         monkeypatch.setattr(building, "SOURCES", tmp_path)
+    elif what == "table":
+        monkeypatch.setattr(building, "header", lambda: "other operators")
     elif what == "flags":
         monkeypatch.setenv("NMFX_CXXFLAGS", "-O1 -march=native")
     elif what == "torch":

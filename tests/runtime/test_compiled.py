@@ -20,14 +20,16 @@ from torchvision.models.resnet import Bottleneck, ResNet
 
 import nmfx
 from nmfx.errors import ModelError, NmfxError
-from nmfx.runtime.building import load_kernel
+from nmfx.runtime.calls import steps_by_lanes
 from nmfx.runtime.chain import Chain, link
-from nmfx.runtime.compiled import Choice, CompiledModel, Lowered, Sites, copy_of, time_sites
+from nmfx.runtime.compiled import CompiledModel, Lowered
+from nmfx.runtime.kernel.building import load_kernel
 from nmfx.runtime.layers import DEPTHWISE, Depthwise, SparseConv2d, SparseLinear, sparse_layer
-from nmfx.runtime.lowering import Domain, export, lower
-from nmfx.runtime.packed import Tile
-from nmfx.runtime.program import steps_by_lanes
-from nmfx.runtime.timing import Times
+from nmfx.runtime.layout.tiles import Tile
+from nmfx.runtime.lowering.exporting import Domain, copy_of, export
+from nmfx.runtime.lowering.fusion import Sites, lower
+from nmfx.runtime.measuring.choices import Choice, time_sites
+from nmfx.runtime.measuring.timing import Times
 
 ROOT = Path(__file__).parents[2]
 

@@ -14,9 +14,9 @@ import torch
 from networks import lanes_case
 from torch.nn import functional as F
 
-import nmfx.runtime.operators as operators
-from nmfx.runtime.building import load_kernel
-from nmfx.runtime.packed import pack, unpack
+from nmfx.runtime.kernel.building import load_kernel
+from nmfx.runtime.layout.packed import pack, unpack
+from nmfx.runtime.operators import OPERATORS
 
 INF = float("inf")
 ROUNDING = 2e-6  # of the sum of magnitudes: a few roundings of float32, in whatever order
@@ -218,20 +218,20 @@ def test_columns_beyond_15_bits() -> None:
 
 
 def test_plain_pytorch_says_the_same() -> None:
-    make = torch.Generator().manual_seed(0)
+    make, plain = torch.Generator().manual_seed(0), {name: one.without_kernel for name, one in OPERATORS.items()}
     x, weight = torch.randn(2, 12, 9, 9, generator=make), masked(torch.randn(8, 6, 3, 3, generator=make), "2:4")
     packed, bias = pack(weight, 2, chunk=16), torch.randn(8, generator=make)
     weights = (packed.values, packed.columns, packed.pointers, bias, None, 8, 54)
     for padding in [(1, 1), (0, 1, 2, 0)]:
         arguments = (*weights, (3, 3), (2, 2), padding, (1, 1), 2, 0.0, 6.0, 16, 4)
-        torch.testing.assert_close(operators._conv2d(x, *arguments), torch.ops.nmfx.sparse_conv2d(x, *arguments))
+        torch.testing.assert_close(plain["sparse_conv2d"](x, *arguments), torch.ops.nmfx.sparse_conv2d(x, *arguments))
         kernels, options = torch.randn(12, 1, 3, 3, generator=make), (None, (2, 1), padding, (1, 1), 0.0, 6.0)
         found = torch.ops.nmfx.depthwise_conv2d(x, kernels, None, *options)
-        torch.testing.assert_close(operators._depthwise(x, kernels, None, *options), found)
-    torch.testing.assert_close(operators._average(x), torch.ops.nmfx.average(x))
+        torch.testing.assert_close(plain["depthwise_conv2d"](x, kernels, None, *options), found)
+    torch.testing.assert_close(plain["average"](x), torch.ops.nmfx.average(x))
     flat = pack(weight[:, :, 0, 0].contiguous(), chunk=4)
     tokens, rest = torch.randn(3, 5, 6, generator=make), (flat.values, flat.columns, flat.pointers, bias, 8, 6, 0.0, INF, 4, 4)
-    torch.testing.assert_close(operators._linear(tokens, *rest), torch.ops.nmfx.sparse_linear(tokens, *rest))
+    torch.testing.assert_close(plain["sparse_linear"](tokens, *rest), torch.ops.nmfx.sparse_linear(tokens, *rest))
 
 
 def test_torch_sees_the_shapes() -> None:

@@ -8,13 +8,16 @@ from networks import lanes_case
 from torch import Tensor, fx, nn
 
 import nmfx
-from nmfx.runtime.building import load_kernel
+from nmfx.runtime.calls import steps_by_lanes
 from nmfx.runtime.chain import link
-from nmfx.runtime.lanes import NO_PIXEL, Lanes, Step, Window, between, from_plain, lay_out, sources, to_plain
+from nmfx.runtime.kernel.building import load_kernel
 from nmfx.runtime.layers import sparse_layer
-from nmfx.runtime.lowering import export, lower
-from nmfx.runtime.packed import Tile, pack_for_lanes
-from nmfx.runtime.program import steps_by_lanes
+from nmfx.runtime.layout.lanes import NO_PIXEL, Lanes, Window, between, from_plain, sources, to_plain
+from nmfx.runtime.layout.packed import pack_for_lanes
+from nmfx.runtime.layout.plan import Step, lay_out
+from nmfx.runtime.layout.tiles import Tile
+from nmfx.runtime.lowering.exporting import export
+from nmfx.runtime.lowering.fusion import lower
 
 SHAPES = [(56, 56), (28, 28), (14, 14), (7, 7), (9, 30), (17, 6), (1, 5), (1, 1)]
 
@@ -186,13 +189,14 @@ def test_columns_count_vectors_from_where_their_chunk_starts() -> None:
 
 def test_compile_takes_lanes_where_they_are_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     """And gives the same: every choice is made for lanes, whatever the clock says."""
-    from nmfx.runtime import compiled
+    from nmfx.runtime import compiler
+    from nmfx.runtime.measuring import choices
 
-    monkeypatch.setattr(compiled, "BEFORE_OTHERS", 1e9)
-    monkeypatch.setattr(compiled, "NETWORK_SECONDS", 0.0)
-    monkeypatch.setattr("nmfx.runtime.timing.ROUNDS", 1)
-    monkeypatch.setattr("nmfx.runtime.timing.TURN_SECONDS", 0.0)
-    monkeypatch.setattr(compiled, "measure", lambda runs, **_: {name: -float(name) for name in runs})  # the last: with lanes
+    monkeypatch.setattr(choices, "BEFORE_OTHERS", 1e9)
+    monkeypatch.setattr(compiler, "NETWORK_SECONDS", 0.0)
+    monkeypatch.setattr("nmfx.runtime.measuring.timing.ROUNDS", 1)
+    monkeypatch.setattr("nmfx.runtime.measuring.timing.TURN_SECONDS", 0.0)
+    monkeypatch.setattr(compiler, "measure", lambda runs, **_: {name: -float(name) for name in runs})  # the last: with lanes
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(3, 16, 3, 2, 1), nn.ReLU(), nn.Conv2d(16, 32, 1), nn.Conv2d(32, 32, 3, 1, 1, groups=32)

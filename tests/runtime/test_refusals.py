@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from nmfx.runtime.building import load_kernel
-from nmfx.runtime.packed import pack
+from nmfx.runtime.kernel.building import load_kernel
+from nmfx.runtime.layout.packed import pack
 
 ROOT = Path(__file__).parents[2]
 INF = float("inf")

@@ -16,9 +16,9 @@ from children import Answer, apart
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from nmfx.runtime import timing
-from nmfx.runtime.building import cache_folder
-from nmfx.runtime.timing import Times, measure, same_pace
+from nmfx.runtime.kernel.building import cache_folder
+from nmfx.runtime.measuring import timing
+from nmfx.runtime.measuring.timing import Times, measure, same_pace
 
 WAYS = ("dense", "sparse")
 

@@ -17,12 +17,14 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
-import nmfx.runtime.operators as operators
-from nmfx.runtime.building import load_kernel
 from nmfx.runtime.chain import Chain, link
+from nmfx.runtime.kernel.building import load_kernel
 from nmfx.runtime.layers import Depthwise, sparse_layer
-from nmfx.runtime.lowering import export, lower
-from nmfx.runtime.packed import Tile, pack
+from nmfx.runtime.layout.packed import pack
+from nmfx.runtime.layout.tiles import Tile
+from nmfx.runtime.lowering.exporting import export
+from nmfx.runtime.lowering.fusion import lower
+from nmfx.runtime.operators import OPERATORS
 
 INF = float("inf")
 NUMBERS = (-(2**63), -(2**31), -2, -1, 0, 1, 2, 3, 5, 8, 9, 16, 17, 64, 257, 1000, 2**31 - 1, 2**31, 2**40, 2**62)
@@ -182,7 +184,7 @@ def wrong_calls(name: str, pick: st.DataObject) -> None:
     if any(_last(each) > each.untyped_storage().nbytes() for each in tensors):
         assert isinstance(found, RuntimeError)  # memory that is not there: plain PyTorch would read it
         return
-    plain = outcome(operators._PLAIN[kind], *arguments)
+    plain = outcome(OPERATORS[kind].without_kernel, *arguments)
     assert isinstance(found, Exception) == isinstance(plain, Exception), (kind, arguments, found, plain)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         fake = [mode.from_tensor(each) if isinstance(each, Tensor) else each for each in arguments]
@@ -243,7 +245,7 @@ def main(arguments: Sequence[str] = ()) -> None:
     for inputs, constants, program, images in PROGRAMS:
         assert torch.ops.nmfx.chain(inputs, constants, program, images)[0].shape == (2, 5)
     for kind, call in CALLS.values():
-        torch.testing.assert_close(getattr(torch.ops.nmfx, kind)(*call), operators._PLAIN[kind](*call))
+        torch.testing.assert_close(getattr(torch.ops.nmfx, kind)(*call), OPERATORS[kind].without_kernel(*call))
     wrong_calls()
     wrong_programs()
     print(dict(sorted(COUNTS.items())))

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from nmfx.models.census import find_sites
 from nmfx.scheme import Scheme
-from nmfx.search.baselines import erk, erk_sparsities, moves, uniform
-from nmfx.search.events import Outcome, trim
-from nmfx.search.problem import Problem, pose
+from nmfx.search.events import Outcome, moves, spend_rest
+from nmfx.search.methods.erk import erk, erk_sparsities
+from nmfx.search.methods.uniform import uniform
+from nmfx.search.problem import Problem, make_problem
 from nmfx.search.tables import Tables
 from nmfx.sparsity.pattern import Pattern
 
@@ -26,11 +27,11 @@ kinds = pytest.mark.parametrize("kind", ["params", "macs"])
 
 def posed(name: str, target: float, **options: Any) -> tuple[Problem, Tables]:
     model, sites = searched(name)
-    problem = pose(sites, target=target, **options)
+    problem = make_problem(sites, target=target, **options)
     return problem, Tables(problem, model)
 
 
-def before_trim(problem: Problem, outcome: Outcome) -> dict[str, Pattern]:
+def before_spend_rest(problem: Problem, outcome: Outcome) -> dict[str, Pattern]:
     """The sparse sites as the method itself chose them."""
     state = {event.site: event.after for event in outcome.events if not event.reason.startswith("trim")}
     return {site: pattern for site, pattern in state.items() if not pattern.is_dense}
@@ -62,7 +63,7 @@ def test_uniform_is_the_largest_n_that_fits_everywhere(policy: str, kind: Any) -
                 problem, tables = posed(name, target, budget=kind, **POLICIES[policy])
             except ValueError:
                 continue
-            chosen = before_trim(problem, uniform(problem, tables))
+            chosen = before_spend_rest(problem, uniform(problem, tables))
             schemes = [
                 Scheme.uniform(problem.sites, Pattern(n, 16), **options)
                 for n in POLICIES[policy].get("candidates", (1, 2, 4, 8))
@@ -81,7 +82,7 @@ def test_what_uniform_leaves_raises_single_sites(name: str) -> None:
     outcome = uniform(problem, tables)
     assert any(event.reason.startswith("trim") for event in outcome.events)
     assert problem.left(outcome.choice) >= 0
-    assert trim(problem, outcome.choice) == (list(outcome.choice), [])
+    assert spend_rest(problem, outcome.choice) == (list(outcome.choice), [])
 
 
 # ERK.
@@ -99,7 +100,7 @@ class Three(nn.Module):
 
 
 def three(target: float, **options: Any) -> Problem:
-    return pose(find_sites(Three(), torch.empty(1, 8, 4)), target=target, m=8, **options)
+    return make_problem(find_sites(Three(), torch.empty(1, 8, 4)), target=target, m=8, **options)
 
 
 def test_erk_scales_to_the_total() -> None:
@@ -136,7 +137,7 @@ def test_erk_never_leaves_nought_to_one(kind: Any) -> None:
 def test_erk_gives_more_to_what_has_a_larger_share(name: str, kind: Any) -> None:
     for target in (0.2, 0.4, 0.6, 0.7):
         problem, tables = posed(name, target, budget=kind)
-        state = before_trim(problem, erk(problem, tables))
+        state = before_spend_rest(problem, erk(problem, tables))
         raw = {i: sum(s.shape) / math.prod(s.shape) for i, s in enumerate(problem.sites) if i in problem.free}
         order = [state.get(problem.sites.sites[i].name, Pattern.DENSE).density for i in sorted(raw, key=lambda i: raw[i])]
         assert order == sorted(order), "all sites have the same options"
@@ -146,7 +147,7 @@ def test_erk_gives_more_to_what_has_a_larger_share(name: str, kind: Any) -> None
 @models
 def test_erk_takes_the_nearest_pattern_at_one_scale(name: str, kind: Any) -> None:
     problem, tables = posed(name, 0.6, budget=kind)
-    state = before_trim(problem, erk(problem, tables))
+    state = before_spend_rest(problem, erk(problem, tables))
     low, high = 0.0, math.inf  # the scales at which each site's pattern is the nearest in the logarithm
     for i in problem.free:
         site = problem.sites.sites[i]
@@ -182,7 +183,7 @@ def test_moves_are_told_in_model_order() -> None:
 @models
 def test_a_trim_takes_the_largest_step_that_fits(name: str, kind: Any) -> None:
     problem, _ = posed(name, 0.6, budget=kind)
-    choice, events = trim(problem, [0] * len(problem.options))
+    choice, events = spend_rest(problem, [0] * len(problem.options))
     state = [0] * len(problem.options)
     names = [site.name for site in problem.sites]
     for event in events:
@@ -197,4 +198,4 @@ def test_a_trim_takes_the_largest_step_that_fits(name: str, kind: Any) -> None:
         assert event.cost == problem.cost(state) <= problem.budget.limit
     assert state == choice
     assert all(a.cost <= b.cost for a, b in pairwise(events))
-    assert trim(problem, choice) == (choice, [])
+    assert spend_rest(problem, choice) == (choice, [])

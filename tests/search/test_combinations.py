@@ -17,11 +17,11 @@ from nmfx.errors import SearchError
 from nmfx.scheme import Scheme
 from nmfx.search.budget import Prices
 from nmfx.search.domino_loop import DominoSearch
-from nmfx.search.finder import METHODS, SearchResult, find_scheme
-from nmfx.search.sensitivity import SENSITIVITIES
+from nmfx.search.finder import SearchResult, find_scheme
+from nmfx.settings.methods import METHODS, SENSITIVITIES
 from nmfx.sparsity.pattern import Pattern
 
-SENSITIVITY = ("weight", *SENSITIVITIES)
+SENSITIVITY = (*SENSITIVITIES,)
 LIMITS: list[dict[str, Any]] = [
     {"budget": "params"},
     {"budget": "macs"},

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from nmfx.models.census import find_sites
 from nmfx.models.site import Sites
 from nmfx.passes.transform import transform
-from nmfx.search.baselines import erk_sparsities
-from nmfx.search.domino import WEIGHTS, domino, penalties
 from nmfx.search.finder import find_scheme
-from nmfx.search.problem import Problem, pose
+from nmfx.search.methods.domino import WEIGHTS, domino, penalties
+from nmfx.search.methods.erk import erk_sparsities
+from nmfx.search.problem import Problem, make_problem
 from nmfx.search.tables import Tables
 
 # The plain restatement, from the text alone: domino.md, sections 2 to 6.
@@ -159,7 +159,7 @@ def test_domino_is_the_text(seed: int, kind: Any, target: float, m: int, candida
 def test_a_trim_only_gives_back(name: str) -> None:
     model, sites = searched(name)
     for target in (0.3, 0.5, 0.65):
-        problem = pose(sites, target=target, m=16)
+        problem = make_problem(sites, target=target, m=16)
         outcome = domino(problem, Tables(problem, model))
         trims = [event for event in outcome.events if event.reason.startswith("trim")]
         assert outcome.events[len(outcome.events) - len(trims) :] == tuple(trims)
@@ -206,7 +206,7 @@ class Three(nn.Module):
 def three(kind: Any, target: float = 0.5) -> Problem:
     sites = find_sites(Three(), torch.empty(1, 8, 4))
     assert [(site.weights, site.macs) for site in sites] == [(96, 96), (64, 256), (32, 32)]
-    return pose(sites, target=target, budget=kind, m=8)
+    return make_problem(sites, target=target, budget=kind, m=8)
 
 
 def test_the_weights_of_the_two_terms() -> None:
@@ -267,7 +267,7 @@ def test_zeros_and_ties_do_no_harm(kind: Any, draw: str) -> None:
             if parameter.dim() > 1:
                 parameter.copy_(DRAWS[draw](parameter))
     sites = find_sites(model, torch.empty(1, 3, 12, 12))
-    problem = pose(sites, target=0.6, budget=kind, m=8)
+    problem = make_problem(sites, target=0.6, budget=kind, m=8)
     tables = Tables(problem, model)
     outcome = domino(problem, tables)
     for points in tables.tipping_points:
@@ -280,7 +280,7 @@ def test_zeros_and_ties_do_no_harm(kind: Any, draw: str) -> None:
 def test_sites_without_a_choice_take_no_part() -> None:
     model, sites = searched("mixed")
     assert isinstance(sites, Sites)
-    problem = pose(sites, target=0.3, keep_dense=["deep*"])
+    problem = make_problem(sites, target=0.3, keep_dense=["deep*"])
     assert set(penalties(problem, [len(o) - 1 for o in problem.options], erk_sparsities(problem))) == set(problem.free)
     outcome = domino(problem, Tables(problem, model))
     assert all(outcome.choice[i] == 0 for i in range(len(sites)) if i not in problem.free)

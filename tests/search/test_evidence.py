@@ -18,13 +18,14 @@ from nmfx.demo.digits import load_demo
 from nmfx.errors import NmfxError, SearchError
 from nmfx.models.census import find_sites
 from nmfx.models.site import weight_of
+from nmfx.passes.calibration import Calibration
 from nmfx.search.budget import Budget
 from nmfx.search.domino_loop import DominoSearch
-from nmfx.search.evidence import Evidence, Trial, loss_on
 from nmfx.search.finder import find_scheme
-from nmfx.search.lagrange import solve_all
-from nmfx.search.problem import pose
-from nmfx.search.sensitivity import SENSITIVITIES
+from nmfx.search.problem import make_problem
+from nmfx.search.solver.lagrange import solve_all
+from nmfx.search.tables import Tables
+from nmfx.search.trial import Trial, loss_on
 from nmfx.settings.target import parse_limit, parse_target
 from nmfx.sparsity.mask import make_mask
 from nmfx.sparsity.packing import pack
@@ -202,8 +203,8 @@ def test_what_cannot_be_asked_says_why(name: str) -> None:
 def test_a_table_is_finite_zero_for_dense_and_leaves_the_model_alone(sensitivity: str) -> None:
     model, sites = demo()
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    problem = pose(sites, target=0.5)
-    table = SENSITIVITIES[sensitivity](problem, model, Evidence.of(digits()))
+    problem = make_problem(sites, target=0.5)
+    table = Tables(problem, model, calibration=Calibration.of(digits())).table(sensitivity)
     assert [len(row) for row in table] == [len(options) for options in problem.options]
     assert all(row[-1] == 0 and all(value >= 0 and math.isfinite(value) for value in row) for row in table)
     assert any(value > 0 for row in table for value in row)
@@ -224,8 +225,9 @@ def test_activation_sensitivity_is_the_output_error_of_uncorrelated_inputs() -> 
     ):
         model = nn.Sequential(layer)
         sites = find_sites(model, x[:1])
-        problem = pose(sites, target=0.4, m=8)
-        table = SENSITIVITIES["activation"](problem, model, Evidence(((x, torch.zeros(len(x), dtype=torch.long)),)))
+        problem = make_problem(sites, target=0.4, m=8)
+        batches = ((x, torch.zeros(len(x), dtype=torch.long)),)
+        table = Tables(problem, model, calibration=Calibration(batches)).table("activation")
         weight, dense = weight_of(model, sites.sites[0]).detach(), model(x).detach()
         for option, pattern in enumerate(problem.options[0][:-1]):
             kept = weight * make_mask(weight, pattern.n, problem.grouping(0, pattern))
@@ -235,8 +237,8 @@ def test_activation_sensitivity_is_the_output_error_of_uncorrelated_inputs() -> 
 
 def test_gradient_sensitivity_is_its_definition() -> None:
     model, sites = demo()
-    problem, batches = pose(sites, target=0.5), digits()[:3]
-    table = SENSITIVITIES["gradient"](problem, model, Evidence(batches))
+    problem, batches = make_problem(sites, target=0.5), digits()[:3]
+    table = Tables(problem, model, calibration=Calibration(batches)).table("gradient")
     i = problem.free[1]
     weight, pattern = weight_of(model, sites.sites[i]), problem.options[i][1]
     change = -(weight * ~make_mask(weight, pattern.n, problem.grouping(i, pattern))).detach()
@@ -249,10 +251,10 @@ def test_gradient_sensitivity_is_its_definition() -> None:
 
 def test_measured_sensitivity_is_measured() -> None:
     model, sites = demo()
-    problem, evidence = pose(sites, target=0.5), Evidence(digits())
+    problem, evidence = make_problem(sites, target=0.5), Calibration(digits())
     trial = Trial(problem, model, evidence)
     i = problem.free[0]
-    table = SENSITIVITIES["measured"](problem, model, evidence)
+    table = Tables(problem, model, calibration=evidence).table("measured")
     assert table[i][0] == max(0.0, trial.loss({i: problem.options[i][0]}) - trial.loss({}))
 
 
@@ -265,13 +267,13 @@ def test_a_trial_is_the_loss_of_the_baked_recalibrated_model() -> None:
     from nmfx.passes.transform import transform
 
     model, sites = demo()
-    problem, evidence = pose(sites, target=0.5), Evidence(digits())
+    problem, evidence = make_problem(sites, target=0.5), Calibration(digits())
     trial = Trial(problem, model, evidence)
     trial.loss([0] * len(sites))  # what was tried before leaves no trace
     choice = [min(1, len(options) - 1) for options in problem.options]
     scheme = {s.name: o[c] for s, o, c in zip(sites, problem.options, choice, strict=True) if not o[c].is_dense}
     baked = bake(transform(model, scheme, sites=sites))
-    recalibrate_bn(baked, evidence.shown)
+    recalibrate_bn(baked, evidence.for_statistics)
     assert trial.loss(choice) == pytest.approx(loss_on(baked.eval(), evidence.held_back), rel=1e-6)
 
 
@@ -281,7 +283,7 @@ def test_spdy_is_never_worse_than_its_starts_on_what_it_scores() -> None:
     again = find_scheme(model, sites=sites, target=0.8, method="spdy", data=digits(), options={"steps": 8})
     assert result.scheme == again.scheme
     assert result.left >= 0
-    problem, evidence = pose(sites, target=0.8, mixed=True), Evidence.of(digits())
+    problem, evidence = make_problem(sites, target=0.8, mixed=True), Calibration.of(digits())
     trial = Trial(problem, model, evidence)
 
     def score(scheme: Any) -> float:
@@ -316,7 +318,7 @@ def test_measured_losses_of_noise_still_use_the_budget() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(32, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 8))
     data = [(torch.randn(64, 32), torch.randint(0, 8, (64,))) for _ in range(4)]
-    problem = pose(find_sites(model, data[0][0]), target=0.5, m=8)
+    problem = make_problem(find_sites(model, data[0][0]), target=0.5, m=8)
     result = find_scheme(model, example_input=data[0][0], target=0.5, m=8, method="knapsack", sensitivity="measured", data=data)
     steps = [row[o + 1] - row[o] for row in problem.costs for o in range(len(row) - 1)]
     assert result.left < max(steps)

@@ -25,9 +25,9 @@ from nmfx.passes.statistics import recalibrate_bn
 from nmfx.passes.transform import transform
 from nmfx.passes.verification import verify
 from nmfx.scheme import Scheme
-from nmfx.search.finder import METHODS as ALL
 from nmfx.search.finder import SearchResult, find_scheme
-from nmfx.search.problem import pose
+from nmfx.search.problem import make_problem
+from nmfx.settings.methods import METHODS as ALL
 from nmfx.sparsity.pattern import Pattern
 from nmfx.training.evaluation import evaluate
 
@@ -70,7 +70,7 @@ def results(name: str, method: str, kind: Any) -> list[SearchResult]:
 
 def options_of(result: SearchResult, policy: str, m: int) -> dict[str, list[tuple[int, Pattern]]]:
     """What each site may take and what it costs, cheapest first."""
-    posed = pose(result.sites, target=0.0, budget=result.budget.kind, m=m, **POLICIES[policy])
+    posed = make_problem(result.sites, target=0.0, budget=result.budget.kind, m=m, **POLICIES[policy])
     rows = zip(posed.sites, posed.costs, posed.options, strict=True)
     return {site.name: list(zip(costs, patterns, strict=True)) for site, costs, patterns in rows}
 
@@ -159,7 +159,7 @@ def test_the_loss_is_what_baking_removes(name: str, method: str, kind: Any) -> N
     result = search(name, method, kind, 16, 0.6) or search(name, method, kind, 16, 0.5)
     assert result is not None
     dense, baked = (dict(m.named_parameters()) for m in (model, bake(transform(model, result.scheme, sites=sites))))
-    free = [sites.sites[i].name for i in pose(sites, target=0.0).free]
+    free = [sites.sites[i].name for i in make_problem(sites, target=0.0).free]
     lost = sum(float((dense[key] - baked[key]).detach().double().square().sum()) for key in free)
     energy = sum(float(dense[key].detach().double().square().sum()) for key in free)
     assert result.loss == pytest.approx(lost / energy, rel=1e-5)

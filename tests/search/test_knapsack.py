@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nmfx.errors import SearchError
-from nmfx.search import knapsack
-from nmfx.search.knapsack import Choice, solve
+from nmfx.search.solver import knapsack
+from nmfx.search.solver.knapsack import Choice, solve
 
 Table = tuple[list[list[float]], list[list[int]]]
 

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nmfx.errors import SearchError
-from nmfx.search.knapsack import solve
-from nmfx.search.lagrange import solve_all
+from nmfx.search.solver.knapsack import solve
+from nmfx.search.solver.lagrange import solve_all
 
 
 def spend(costs: list[list[int]], options: tuple[int, ...]) -> int:

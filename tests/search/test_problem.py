@@ -18,7 +18,7 @@ from nmfx.models.census import find_sites
 from nmfx.models.site import Sites
 from nmfx.scheme import Scheme
 from nmfx.search.budget import Budget
-from nmfx.search.problem import pose
+from nmfx.search.problem import make_problem
 from nmfx.settings.search import parse_candidates
 from nmfx.sparsity.pattern import Pattern
 
@@ -62,7 +62,7 @@ def test_what_is_no_candidate(n: Any) -> None:
 @models
 def test_options_rise_to_dense_and_cost_what_schemes_keep(name: str, policy: str, kind: Any) -> None:
     _, sites = searched(name)
-    problem = pose(sites, target=0.0, budget=kind, m=16, **POLICIES[policy])  # type: ignore[arg-type]
+    problem = make_problem(sites, target=0.0, budget=kind, m=16, **POLICIES[policy])  # type: ignore[arg-type]
     options: dict[str, Any] = {"layout": "strict", "remainder": "dense"} | POLICIES[policy]
     for i, site in enumerate(sites):
         choice, costs = problem.options[i], problem.costs[i]
@@ -82,13 +82,13 @@ def test_options_rise_to_dense_and_cost_what_schemes_keep(name: str, policy: str
 
 def test_kept_dense_is_said() -> None:
     _, sites = searched("mixed")
-    problem = pose(sites, target=0.0, keep_dense=["wide*", "head.weight"])
+    problem = make_problem(sites, target=0.0, keep_dense=["wide*", "head.weight"])
     assert problem.dense_reasons["wide.weight"] == "kept dense by 'wide*'"
     assert problem.dense_reasons["head.weight"] == "kept dense by 'head.weight'"
     assert "depthwise" in problem.dense_reasons["depthwise.weight"]
     assert "in=3" in problem.dense_reasons["stem.weight"]
     with pytest.raises(SearchError, match=r"keep-dense: no site matches 'haed\.weight' \(did you mean 'head\.weight'\?\)"):
-        pose(sites, target=0.5, keep_dense=["haed.weight"])
+        make_problem(sites, target=0.5, keep_dense=["haed.weight"])
 
 
 # The budget.
@@ -112,7 +112,7 @@ def test_the_limit_of_large_models_is_not_exceeded(dense: int) -> None:
 @models
 def test_left_is_the_limit_less_the_costs(name: str, kind: Any) -> None:
     _, sites = searched(name)
-    problem = pose(sites, target=0.5, budget=kind, m=4)
+    problem = make_problem(sites, target=0.5, budget=kind, m=4)
     for option in (0, -1):
         choice = [range(len(o))[option] for o in problem.options]
         assert problem.cost(choice) == sum(costs[option] for costs in problem.costs)
@@ -123,17 +123,17 @@ def test_left_is_the_limit_less_the_costs(name: str, kind: Any) -> None:
 @pytest.mark.parametrize("target", [-0.1, 1.0, 1.5, float("nan"), float("inf"), "half", "0.5y", "0.5x", "1.5", None, True])
 def test_what_is_no_target(target: Any) -> None:
     with pytest.raises(SearchError, match="expected a sparsity in 0 <= target < 1"):
-        pose(searched("digits")[1], target=target)
+        make_problem(searched("digits")[1], target=target)
 
 
 def test_what_is_no_budget() -> None:
     with pytest.raises(SearchError, match=r"budget 'mac' \(did you mean 'macs'\?\)"):
-        pose(searched("digits")[1], target=0.5, budget="mac")  # type: ignore[arg-type]
+        make_problem(searched("digits")[1], target=0.5, budget="mac")  # type: ignore[arg-type]
 
 
 def test_without_sites_there_is_nothing_to_save() -> None:
     with pytest.raises(SearchError, match="has no params to save"):
-        pose(Sites(()), target=0.5)
+        make_problem(Sites(()), target=0.5)
 
 
 # How far a target can go.
@@ -141,7 +141,7 @@ def test_without_sites_there_is_nothing_to_save() -> None:
 
 def out_of_reach(sites: Sites, **options: Any) -> str:
     with pytest.raises(SearchError) as caught:
-        pose(sites, target=0.9999, **options)
+        make_problem(sites, target=0.9999, **options)
     return str(caught.value)
 
 
@@ -160,10 +160,10 @@ def test_the_largest_target_works(name: str, policy: str, kind: Any) -> None:
         for keep in ([], [sites.sites[1].name], [sites.sites[-1].name]):
             options: dict[str, Any] = {"m": m, "keep_dense": keep, "budget": kind} | POLICIES[policy]
             target = largest(out_of_reach(sites, **options))
-            problem = pose(sites, target=target, **options)
+            problem = make_problem(sites, target=target, **options)
             assert problem.left([0] * len(sites)) >= 0
             with pytest.raises(SearchError, match="out of reach"):
-                pose(sites, target=target + 2e-6, **options)
+                make_problem(sites, target=target + 2e-6, **options)
 
 
 @kinds
@@ -188,15 +188,15 @@ def test_the_dense_site_that_costs_most_is_named(kind: Any, name: str) -> None:
 
 def test_a_target_just_in_reach_and_one_weight_too_far() -> None:
     sites = find_sites(nn.Linear(1000, 10, bias=False), torch.empty(1, 1000))
-    assert pose(sites, target=0.75, m=4).left([0]) == 0
+    assert make_problem(sites, target=0.75, m=4).left([0]) == 0
     with pytest.raises(SearchError, match=r"largest target is 0\.750000; a larger M reaches further"):
-        pose(sites, target=0.7501, m=4)
+        make_problem(sites, target=0.7501, m=4)
 
 
 def test_the_published_budget_of_resnet50() -> None:
     with torch.device("meta"):
         sites = find_sites(torchvision.models.resnet50())
-    problem = pose(sites, target=0.8)
+    problem = make_problem(sites, target=0.8)
     assert problem.budget.limit == 25_502_912 // 5
     assert problem.options[sites.sites.index(sites["layer1.0.conv2.weight"])] == tuple(
         Pattern(n, m) for n, m in ((1, 16), (2, 16), (4, 16), (8, 16), (1, 1))

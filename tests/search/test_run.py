@@ -21,9 +21,9 @@ from nmfx.data.loader import TrainLoader, train_loader
 from nmfx.data.source import open_data
 from nmfx.demo.digits import load_demo
 from nmfx.errors import SearchError
-from nmfx.search import run
+from nmfx.search import domino_run as run
 from nmfx.search.domino_loop import DominoSearch
-from nmfx.search.run import run_domino
+from nmfx.search.domino_run import run_domino
 
 FAST: dict[str, Any] = {"vote_every": 4, "penalty_every": 2, "decay": 5.0, "example_input": torch.empty(1, 1, 8, 8)}
 
@@ -111,7 +111,8 @@ COMMAND = ["search", "--method", "domino", "--data", "digits", "--target", "2x",
 
 
 def test_a_killed_command_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    start = "import nmfx.search.run as r, sys; r.SAVE_SECONDS = 0; from nmfx.cli.main import main; sys.exit(main(sys.argv[1:]))"
+    start = "import nmfx.search.domino_run as r, sys; r.SAVE_SECONDS = 0; "
+    start += "from nmfx.cli.main import main; sys.exit(main(sys.argv[1:]))"
     command = [sys.executable, "-c", start, *COMMAND]
     killed, through = tmp_path / "killed", tmp_path / "through"
     killed.mkdir(), through.mkdir()

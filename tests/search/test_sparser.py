@@ -23,10 +23,11 @@ from nmfx.passes.baking import bake
 from nmfx.passes.thresholds import thresholds_of
 from nmfx.passes.transform import transform
 from nmfx.scheme import Scheme
-from nmfx.search.baselines import erk_sparsities
 from nmfx.search.domino_loop import DominoSearch
-from nmfx.search.finder import METHODS, SearchResult, find_scheme
-from nmfx.search.problem import pose
+from nmfx.search.finder import SearchResult, find_scheme
+from nmfx.search.methods.erk import erk_sparsities
+from nmfx.search.problem import make_problem
+from nmfx.settings.methods import METHODS
 from nmfx.sparsity.pattern import Pattern
 
 # Rows of 16, 32, 32, 64 and 64 channels, and a stem of one: what a search of the demo network might have found before.
@@ -125,7 +126,7 @@ def test_a_start_of_another_model_or_of_other_groups_is_refused() -> None:
 
 def test_erk_is_capped_where_the_start_is() -> None:
     _, sites, start = sparse()
-    problem = pose(sites, target=0.85, within=start)
+    problem = make_problem(sites, target=0.85, within=start)
     densities = {i: 1 - sparsity for i, sparsity in erk_sparsities(problem).items()}
     most = {i: problem.options[i][-1].density for i in problem.free}
     assert all(densities[i] <= most[i] + 1e-12 for i in densities)

@@ -11,10 +11,10 @@ import pytest
 
 from nmfx.cli.commands import parser
 from nmfx.errors import NmfxError
-from nmfx.search import finder, sensitivity
 from nmfx.settings.flags import add_flags, name_of, read_flags
+from nmfx.settings.methods import METHODS, SENSITIVITIES, resolve
 from nmfx.settings.option import Option, about, kinds_of, options_of, parse, section, values_of
-from nmfx.settings.search import METHODS, SENSITIVITIES, Choices, Loop, SearchSettings
+from nmfx.settings.search import Choices, DominoSettings, SearchSettings
 from nmfx.settings.stages import (
     DataSettings,
     EvaluateSettings,
@@ -27,7 +27,7 @@ from nmfx.settings.training import Augment, Settings
 from nmfx.stages.pipeline import STAGES
 
 CLASSES = (
-    *(Augment, Settings, Choices, Loop, SearchSettings, ModelSettings, DataSettings),
+    *(Augment, Settings, Choices, DominoSettings, SearchSettings, ModelSettings, DataSettings),
     *(RecalibrateSettings, FinetuneSettings, ExportSettings, EvaluateSettings),
 )
 NEEDED = {ModelSettings: {"name": "digits"}, DataSettings: {"name": "digits"}}
@@ -127,8 +127,7 @@ def test_flags_of_other_forms(flags: list[str], expected: Settings) -> None:
 
 
 def test_words_are_those_of_the_registries() -> None:
-    assert set(METHODS) == set(finder.METHODS)
-    assert ("weight", *sensitivity.SENSITIVITIES) == SENSITIVITIES
+    assert all(callable(resolve(entry.function)) for entry in (*METHODS.values(), *SENSITIVITIES.values()))
     commands = next(action for action in parser()._actions if isinstance(action, argparse._SubParsersAction)).choices
     until = next(action for action in commands["run"]._actions if action.dest == "until")
     assert tuple(until.choices) == tuple(STAGES)

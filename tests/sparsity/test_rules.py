@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import get_args
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
@@ -11,13 +11,14 @@ from torch import nn
 import nmfx
 from nmfx.errors import NmfxError
 from nmfx.masking.sites import masked_sites
-from nmfx.sparsity.rules import RULES, Rule, Training, describe_rule, resolve_rule
+from nmfx.settings.stages import FinetuneSettings
+from nmfx.sparsity.rules import RULES, Rule, describe_rule, resolve_rule
 
 X = torch.randn(4, 8)
 
 
 def test_every_rule_can_be_said() -> None:
-    assert get_args(Training) == tuple(RULES)
+    assert get_args(get_type_hints(FinetuneSettings)["training"]) == tuple(RULES)
 
 
 @pytest.mark.parametrize(

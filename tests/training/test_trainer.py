@@ -21,8 +21,10 @@ from torch import Tensor, nn
 from torchvision.models.googlenet import GoogLeNetOutputs
 from torchvision.models.inception import InceptionOutputs
 
-from nmfx.data import Augment, Data, open_data, picture_config, validation_loader
+from nmfx.data.config import picture_config
+from nmfx.data.loader import validation_loader
 from nmfx.data.pictures import ArrayPictures
+from nmfx.data.source import Data, open_data
 from nmfx.demo.digits import load_demo
 from nmfx.errors import CheckpointError, DataError, NmfxError
 from nmfx.export.checkpoint import load_checkpoint, save_checkpoint
@@ -32,14 +34,15 @@ from nmfx.masking.sites import masked_sites
 from nmfx.passes.baking import bake
 from nmfx.passes.transform import transform
 from nmfx.passes.verification import verify
-from nmfx.settings.training import Settings
+from nmfx.settings.training import Augment, Settings
 from nmfx.training import trainer
 from nmfx.training.evaluation import evaluate
+from nmfx.training.finetuning import finetune
 from nmfx.training.loss import distilled, task_loss
 from nmfx.training.masks import set_training
 from nmfx.training.record import Progress
 from nmfx.training.state import load_state, save_state
-from nmfx.training.trainer import BEST, LAST, LOG, finetune, load_best
+from nmfx.training.trainer import BEST, LAST, LOG, load_best
 
 QUICK = Settings(epochs=2, batch_size=64, lr=0.02, save_seconds=0)
 EXAMPLE = torch.zeros(1, 1, 8, 8)

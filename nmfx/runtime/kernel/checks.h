@@ -10,6 +10,7 @@
 #include <initializer_list>
 #include <mutex>
 #include <new>
+#include <optional>
 #include <shared_mutex>
 #include <stdexcept>
 #include <unordered_map>
@@ -119,12 +120,30 @@ Reach reach_of(const at::Tensor& numbers) {
   });
 }
 
+// What is added to an output; with `over` the output may be written where it is, which only programs say.
+struct Residual {
+  std::optional<at::Tensor> tensor;
+  bool over = false;
+
+  Residual() = default;
+  Residual(const std::optional<at::Tensor>& tensor) : tensor(tensor) {}
+};
+
+// How torch gives an argument.
+template <class A>
+struct Given {
+  using type = A;
+};
+template <>
+struct Given<const Residual&> {
+  using type = const std::optional<at::Tensor>&;
+};
 // What torch calls: memory that cannot be had is an error as every other.
 template <auto F>
 struct Guarded;
 template <class R, class... A, R (*F)(A...)>
 struct Guarded<F> {
-  static R call(A... arguments) {
+  static R call(typename Given<A>::type... arguments) {
     try {
       return F(arguments...);
     } catch (const std::bad_alloc&) {

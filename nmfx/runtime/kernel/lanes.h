@@ -9,7 +9,7 @@
 // A picture can be cut into strips from left to right, each with all its channels for itself, so that every thread has memory of
 // its own: lines that two threads write go to and fro between their caches, and where the cores are far from one another that
 // takes longer than the products. In their gaps strips hold the columns of their neighbours that windows look at.
-// nmfx/runtime/lanes.py lays all of it out.
+// nmfx/runtime/layout/ lays all of it out.
 
 #pragma once
 
@@ -36,7 +36,7 @@ struct Mask {
 };
 
 // Where finished vectors go: first a residual, then limits, then the lanes that hold pixels, then copies for others to see.
-struct Shore {
+struct Writer {
   Lanes lanes;
   float* y;               // place 0 of the first channel
   const float* residual;  // the same of another picture, or null
@@ -45,8 +45,8 @@ struct Shore {
   Mask mask;
   int64_t strip, strip_floats;  // this one, and the distance to the next
 
-  Shore of(int64_t other) const {
-    Shore found = *this;
+  Writer of(int64_t other) const {
+    Writer found = *this;
     found.strip = other;
     found.y += (other - strip) * strip_floats;
     if (residual) found.residual += (other - strip) * residual_strip_floats;
@@ -54,7 +54,7 @@ struct Shore {
   }
   // NV vectors of row `row`, from vector x on.
   template <int NV>
-  INLINE void put(int64_t channel, int64_t row, int64_t x, vec* v) const {
+  INLINE void finish(int64_t channel, int64_t row, int64_t x, vec* v) const {
     const int64_t j = row * lanes.pitch + x;
     float* base = y + channel * lanes.floats();
     float* own = base + j * VL;
@@ -132,10 +132,10 @@ struct Reading {
 
 // Rows [first, last) of the weights over one piece; `from` is where what lies under it begins, before the chunk's own start.
 template <int NV, int STEP>
-inline void lanes_piece(const float* from, const int32_t* starts, const Weights& w, const float* bias, const Shore& shore,
+inline void lanes_piece(const float* from, const int32_t* starts, const Weights& w, const float* bias, const Writer& writer,
                         int64_t row, int64_t x, int64_t first, int64_t last) {
-  float* sums = sums_room.get((last - first) * NV * VL);
-  const auto leave = [&](int64_t r, vec* acc) INLINE { shore.put<NV>(r, row, x, acc); };
+  float* sums = sums_scratch.get((last - first) * NV * VL);
+  const auto leave = [&](int64_t r, vec* acc) INLINE { writer.finish<NV>(r, row, x, acc); };
   for (int64_t c = 0; c < w.chunks(); ++c) {
     const float* start = from + starts[c] * VL;
     if (STEP == 1 && w.dense()) {
@@ -151,10 +151,10 @@ inline void lanes_piece(const float* from, const int32_t* starts, const Weights&
 // where the picture does.
 template <int STEP>
 void lanes_convolve(const float* x, const Reading& reading, const int32_t* starts, const Weights& w, const float* bias,
-                    const Shore& shore, const Pieces& pieces, int64_t piece, int64_t first, int64_t last) {
+                    const Writer& writer, const Pieces& pieces, int64_t piece, int64_t first, int64_t last) {
   pieces.at(piece, [&](int64_t strip, int64_t row, int64_t begin, int64_t count) {
     const float* from = x + reading.strips[strip] + (row * reading.row + STEP * begin) * VL;
-    const Shore own = shore.of(strip);
+    const Writer own = writer.of(strip);
     with_vectors(count, [&](auto nv) { lanes_piece<nv.value, STEP>(from, starts, w, bias, own, row, begin, first, last); });
   });
 }
@@ -197,9 +197,9 @@ struct Channel {
 };
 
 template <int STEP, class Start, class Tap>
-inline void lanes_slide(const Channel& in, const Shore& shore, const Pieces& pieces, const Start& start, const Tap& add) {
-  const int64_t of_strip = pieces.count() / shore.lanes.strips;
-  for (int64_t piece = shore.strip * of_strip; piece < (shore.strip + 1) * of_strip; ++piece) {
+inline void lanes_slide(const Channel& in, const Writer& writer, const Pieces& pieces, const Start& start, const Tap& add) {
+  const int64_t of_strip = pieces.count() / writer.lanes.strips;
+  for (int64_t piece = writer.strip * of_strip; piece < (writer.strip + 1) * of_strip; ++piece) {
     pieces.at(piece, [&](int64_t, int64_t row, int64_t begin, int64_t count) {
       const float* from = in.x + (row * in.row + STEP * begin) * VL;
       with_vectors(count, [&](auto nv) {
@@ -210,22 +210,22 @@ inline void lanes_slide(const Channel& in, const Shore& shore, const Pieces& pie
           const float* shift = from + in.offsets[tap] * VL;
           each<NV>([&](auto i) INLINE { acc[i] = add(acc[i], tap, *reinterpret_cast<const tight*>(shift + i * STEP * VL)); });
         }
-        shore.put<NV>(0, row, begin, acc);
+        writer.finish<NV>(0, row, begin, acc);
       });
     });
   }
 }
 
 template <int STEP>
-void lanes_depthwise(const Channel& in, const float* weight, float bias, const Shore& shore, const Pieces& pieces) {
-  lanes_slide<STEP>(in, shore, pieces, [&]() INLINE { return bias - vec{}; },
+void lanes_depthwise(const Channel& in, const float* weight, float bias, const Writer& writer, const Pieces& pieces) {
+  lanes_slide<STEP>(in, writer, pieces, [&]() INLINE { return bias - vec{}; },
                     [&](vec sum, int64_t tap, vec v) INLINE { return sum + (weight[tap] - vec{}) * v; });
 }
 
 // Of pictures without negative pixels: what is around them counts as zero.
 template <int STEP>
-void lanes_max_pool(const Channel& in, const Shore& shore, const Pieces& pieces) {
-  lanes_slide<STEP>(in, shore, pieces, []() INLINE { return vec{}; },
+void lanes_max_pool(const Channel& in, const Writer& writer, const Pieces& pieces) {
+  lanes_slide<STEP>(in, writer, pieces, []() INLINE { return vec{}; },
                     [](vec sum, int64_t, vec v) INLINE { return larger(sum, v); });
 }
 

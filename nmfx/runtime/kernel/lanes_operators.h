@@ -19,10 +19,10 @@ struct Laid {
   const float* data() const { return tensor.const_data_ptr<float>(); }
 };
 
-// Rows within a lane, and lanes with what is before them within a channel: what `Shore` writes by.
+// Rows within a lane, and lanes with what is before them within a channel: what `Writer` writes by.
 void check_lanes(const Lanes& lanes) {
-  const int64_t all[] = {lanes.rows,   lanes.width,   lanes.pitch,  lanes.length, lanes.before,
-                         lanes.vectors, lanes.strips, lanes.left, lanes.right};
+  const int64_t all[] = {lanes.rows, lanes.width, lanes.pitch, lanes.length, lanes.before, lanes.vectors, lanes.strips, lanes.left,
+                         lanes.right};
   check(within(all, 0, LONGEST) && lanes.rows && lanes.width && lanes.strips && lanes.width <= lanes.pitch &&
             product({lanes.rows - 1, lanes.pitch}) + lanes.width <= lanes.length && lanes.before + lanes.length <= lanes.vectors &&
             lanes.left <= lanes.length && lanes.right <= lanes.length,
@@ -67,20 +67,20 @@ Mask mask_of(const at::Tensor& mask, const Lanes& lanes) {
 }
 
 // An output, where its vectors go, and how the input is read.
-struct Work {
+struct LanesIO {
   Laid x, y;
-  Shore shore;
+  Writer writer;
   std::vector<int64_t> strips;
   Reading reading;
 
-  Work(const Laid& x, int64_t channels, const Lanes& lanes, const Stride& stride, const After& after)
+  LanesIO(const Laid& x, int64_t channels, const Lanes& lanes, const Stride& stride, const After& after)
       : x(x), y(made(x, channels, lanes, stride, after)) {
     check(y.images() == x.images() && y.channels() == channels, "a residual as the output's lanes");
     const auto& residual = after.residual;
     check(!residual || (residual->images() == x.images() && residual->channels() == channels &&
                         residual->lanes.strips == lanes.strips && residual->lanes.length == lanes.length),
           "a residual of the output's shape");
-    shore = {lanes, y.tensor.mutable_data_ptr<float>() + lanes.before * VL,
+    writer = {lanes, y.tensor.mutable_data_ptr<float>() + lanes.before * VL,
              residual ? residual->data() + residual->lanes.before * VL : nullptr, residual ? residual->lanes.floats() : 0,
              residual ? residual->strip_floats() : 0, {static_cast<float>(after.low), static_cast<float>(after.high)},
              after.mask ? mask_of(*after.mask, lanes) : Mask{}, 0, y.strip_floats()};
@@ -105,10 +105,10 @@ struct Work {
     const int64_t down = product({stride.down, y.lanes.rows - 1, pitch}), across = stride.across * (y.lanes.width - 1);
     check(*least + reach.least >= 0 && *most + down + across + reach.most < vectors, "windows within what they read");
   }
-  Shore of(int64_t image, int64_t channel) const {
-    Shore found = shore;
+  Writer of(int64_t image, int64_t channel) const {
+    Writer found = writer;
     found.y += (image * y.channels() + channel) * y.lanes.floats();
-    if (shore.residual) found.residual += (image * y.channels() + channel) * shore.residual_floats;
+    if (writer.residual) found.residual += (image * y.channels() + channel) * writer.residual_floats;
     return found;
   }
 };
@@ -121,8 +121,8 @@ at::Tensor lanes_conv2d(const Laid& x, const at::Tensor& values, const at::Tenso
   check(x.channels() == channels, "lanes of ", channels, " channels, got ", x.channels());
   const Packs packs = packs_of(values, columns, pointers, &starts, out_channels, groups, width, chunk);
   const int64_t rows = packs.rows, chunks = packs.chunks;
-  const Work work(x, out_channels, lanes, stride, after);
-  work.check_reads(stride, packs.reach, x.lanes.pitch, product({x.channels(), x.lanes.vectors}));
+  const LanesIO io(x, out_channels, lanes, stride, after);
+  io.check_reads(stride, packs.reach, x.lanes.pitch, product({x.channels(), x.lanes.vectors}));
   const float* start = bias_of(bias, out_channels);
   const Pieces pieces(lanes, vectors);
   const int64_t count = pieces.count(), parts = Tiling::parts_of(x.images() * groups * count, rows);
@@ -134,12 +134,12 @@ at::Tensor lanes_conv2d(const Laid& x, const at::Tensor& values, const at::Tenso
       const int64_t whole = item / parts, next = std::min(end, (whole + 1) * parts);
       const int64_t first = rows * (item % parts) / parts, last = rows * (next - whole * parts) / parts;
       const int64_t g = whole % groups, piece = whole / groups % count, image = whole / groups / count;
-      run(x.data() + image * x.image_floats(), work.reading, starts.const_data_ptr<int32_t>() + g * chunks, weights[g],
-          start ? start + g * rows : nullptr, work.of(image, g * rows), pieces, piece, first, last);
+      run(x.data() + image * x.image_floats(), io.reading, starts.const_data_ptr<int32_t>() + g * chunks, weights[g],
+          start ? start + g * rows : nullptr, io.of(image, g * rows), pieces, piece, first, last);
       item = next;
     }
   });
-  return work.y.tensor;
+  return io.y.tensor;
 }
 
 // Whether every vector of a halo comes from the picture, under a mask that is there.
@@ -178,14 +178,14 @@ at::Tensor lanes_by_channel(const Laid& x, const std::optional<Lanes>& local, co
   check(!weight || (packed_in_order(*weight, at::kFloat) && weight->numel() == channels * taps),
         "a float32 weight (channels, 1, height, width) of these channels, got ", channels);
   if (local) check_halo(x, *local, pixels, sources, planes);
-  const Work work(x, channels, lanes, stride, after);
+  const LanesIO io(x, channels, lanes, stride, after);
   const int64_t vectors = local ? local->vectors : product({planes, x.lanes.vectors});
-  work.check_reads(stride, reach_of(offsets), local ? local->pitch : x.lanes.pitch, vectors);
+  io.check_reads(stride, reach_of(offsets), local ? local->pitch : x.lanes.pitch, vectors);
   const float* start = bias_of(bias, channels);
   const float* weights = weight ? weight->const_data_ptr<float>() : nullptr;
   const Pieces pieces(lanes, WIDEST);
   at::parallel_for(0, lanes.strips * x.images() * channels, 1, [&](int64_t begin, int64_t end) {
-    float* room = local ? plane_room.get(local->floats()) : nullptr;
+    float* room = local ? plane_scratch.get(local->floats()) : nullptr;
     for (int64_t item = begin; item < end; ++item) {
       const int64_t strip = item / channels / x.images(), image = item / channels % x.images(), channel = item % channels;
       const float* from = x.data() + image * x.image_floats() + channel * planes * x.lanes.floats();
@@ -194,9 +194,9 @@ at::Tensor lanes_by_channel(const Laid& x, const std::optional<Lanes>& local, co
         const Local halo{*local, pixels->const_data_ptr<int32_t>(), all + strip * local->vectors};
         halo.fill(from + strip * x.strip_floats() + x.lanes.before * VL, x.strip_floats(), room);
       }
-      const float* read = local ? room + stride.late[strip] * VL : from + work.reading.strips[strip];
+      const float* read = local ? room + stride.late[strip] * VL : from + io.reading.strips[strip];
       const Channel in{read, stride.down * (local ? local->pitch : x.lanes.pitch), offsets.const_data_ptr<int32_t>(), taps};
-      const Shore own = work.of(image, channel).of(strip);
+      const Writer own = io.of(image, channel).of(strip);
       if (weights) {
         const auto run = stride.across == 2 ? lanes_depthwise<2> : lanes_depthwise<1>;
         run(in, weights + channel * taps, start ? start[channel] : 0.0f, own, pieces);
@@ -206,7 +206,7 @@ at::Tensor lanes_by_channel(const Laid& x, const std::optional<Lanes>& local, co
       }
     }
   });
-  return work.y.tensor;
+  return io.y.tensor;
 }
 
 // The mean of every plane: (batch, channels, 1, 1).
@@ -230,70 +230,6 @@ at::Tensor lanes_average(const Laid& x, const at::Tensor& mask, int64_t pixels) 
         }
       }
       to[item] = total(sums) / static_cast<float>(pixels);
-    }
-  });
-  return y;
-}
-
-// Pictures anew, from plain to lanes or back or from lanes to lanes. `index` is (strips, floats of a channel) of the output; it
-// says where in a channel of the input each float is, with the strip it is in above that, or is negative for a zero. `sizes` are
-// those of the output behind its channels: height and width of plain pictures, else vectors and VL; where the index is longer,
-// there are several channels for each of the input's.
-constexpr int32_t IN_STRIP = 1 << 22;
-
-#ifdef __clang__
-#define SCALAR
-#else
-#define SCALAR __attribute__((optimize("no-tree-vectorize")))  // a gather of sixteen lanes takes several times longer
-#endif
-SCALAR void pick(const float* from, const int32_t* places, int64_t count, float* to) {
-  for (int64_t k = 0; k < count; ++k) to[k] = places[k] < 0 ? 0.0f : from[places[k]];
-}
-
-// The last strip that an index names, and the last float within a strip; strips only where there are `several`.
-Reach named_by(const at::Tensor& index, bool several) {
-  return known.reach({&index}, {several}, [&] {
-    Reach last{0, -1};
-    const int32_t* places = index.const_data_ptr<int32_t>();
-    for (int64_t k = 0; k < index.numel(); ++k) {
-      if (places[k] < 0) continue;
-      last.least = std::max<int64_t>(last.least, several ? places[k] / IN_STRIP : 0);
-      last.most = std::max<int64_t>(last.most, several ? places[k] % IN_STRIP : places[k]);
-    }
-    return last;
-  });
-}
-
-at::Tensor rearrange(const at::Tensor& input, const at::Tensor& index, at::IntArrayRef sizes, bool plain) {
-  check(packed_in_order(index, at::kInt) && index.dim() == 2 && index.size(0) > 0 && sizes.size() == 2 &&
-            within(sizes, 1, LONGEST) && (!plain || index.size(0) == 1),
-        "an index of int32");
-  const at::Tensor x = input.dim() == 4 ? pictures_of(input).unsqueeze(0) : input;
-  check(x.dim() == 5 && sound(x, at::kFloat) && within(x.sizes().slice(2), 1, LONGEST) && x.size(0) > 0 && strips_in_order(x),
-        "pictures or lanes of float32");
-  const int64_t images = x.size(1), channels = x.size(2), strips = index.size(0), floats = index.size(1);
-  const int64_t planes = floats / product({sizes[0], sizes[1]}), of_channel = product({x.size(3), x.size(4)});
-  check(planes > 0 && planes * sizes[0] * sizes[1] == floats, "an index of whole planes");
-  const Reach last = named_by(index, x.size(0) > 1);
-  check(last.least < x.size(0) && last.most < of_channel, "an index into pictures of this size, got ", input.sizes());
-  check((x.size(0) - 1) * x.stride(0) + of_channel <= INT32_MAX, "a batch that int32 can count");
-  product({strips, images, channels, floats});
-  at::Tensor y = plain ? output({images, channels * planes, sizes[0], sizes[1]}, x)
-                       : output_strips({strips, images, channels * planes, sizes[0], sizes[1]}, x);
-  const float* source = x.const_data_ptr<float>();
-  float* target = y.mutable_data_ptr<float>();
-  const int64_t from_strip = x.stride(0), from_channel = x.stride(2), to_strip = plain ? 0 : y.stride(0);
-  std::vector<int32_t> places(index.const_data_ptr<int32_t>(), index.const_data_ptr<int32_t>() + index.numel());
-  if (x.size(0) > 1) {
-    for (int32_t& place : places) {
-      if (place >= 0) place = static_cast<int32_t>(place / IN_STRIP * from_strip + place % IN_STRIP);
-    }
-  }
-  at::parallel_for(0, strips * images * channels, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t item = begin; item < end; ++item) {
-      const int64_t strip = item / (images * channels), channel = item % (images * channels);
-      const float* from = source + channel * from_channel;
-      pick(from, places.data() + strip * floats, floats, target + strip * to_strip + channel * floats);
     }
   });
   return y;

@@ -2,6 +2,8 @@
 
 #pragma once
 
+#include <ATen/ops/flatten.h>
+
 #include <cmath>
 
 #include "checks.h"
@@ -103,17 +105,17 @@ Shape shape_of(const at::Tensor& x, int64_t groups, at::IntArrayRef kernel, at::
 }
 
 // The residual as the output is laid out; undefined when there is none.
-at::Tensor residual_of(const std::optional<at::Tensor>& residual, at::IntArrayRef sizes) {
-  if (!residual) return {};
-  check(sound(*residual, at::kFloat) && residual->sizes() == sizes, "a float32 residual of the output's shape ", sizes);
-  return residual->contiguous();
+at::Tensor residual_of(const Residual& residual, at::IntArrayRef sizes) {
+  const auto& one = residual.tensor;
+  if (!one) return {};
+  check(sound(*one, at::kFloat) && one->sizes() == sizes, "a float32 residual of the output's shape ", sizes);
+  return one->contiguous();
 }
 
-// With `over`, the output is written where the residual is.
-at::Tensor convolution(const at::Tensor& input, const at::Tensor& values, const at::Tensor& columns, const at::Tensor& pointers,
-                       const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& residual, int64_t out_channels,
-                       int64_t width, at::IntArrayRef kernel, at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
-                       int64_t groups, double low, double high, int64_t chunk, int64_t vectors, bool over) {
+at::Tensor sparse_conv2d(const at::Tensor& input, const at::Tensor& values, const at::Tensor& columns, const at::Tensor& pointers,
+                         const std::optional<at::Tensor>& bias, const Residual& residual, int64_t out_channels, int64_t width,
+                         at::IntArrayRef kernel, at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
+                         int64_t groups, double low, double high, int64_t chunk, int64_t vectors) {
   check(1 <= vectors && vectors <= WIDEST, "1 to 8 vectors");
   check(groups > 0 && input.dim() == 4 && input.size(1) % groups == 0, "channels that divide by the groups");
   const at::Tensor x = pictures_of(input);
@@ -123,9 +125,10 @@ at::Tensor convolution(const at::Tensor& input, const at::Tensor& values, const 
   const std::array<int64_t, 4> sizes{s.n, out_channels, s.oh, s.ow};
   product({s.n, out_channels, s.oh, s.ow});
   const at::Tensor added = residual_of(residual, sizes);
-  check(!over || (residual && residual->is_contiguous() && !residual->is_alias_of(input)), "a residual to write over");
+  const auto& own = residual.tensor;
+  check(!residual.over || (own && own->is_contiguous() && !own->is_alias_of(input)), "a residual to write over");
   const float* start = bias_of(bias, out_channels);
-  at::Tensor y = over ? *residual : output(sizes, x);
+  at::Tensor y = residual.over ? *own : output(sizes, x);
   const Clamp limits{static_cast<float>(low), static_cast<float>(high)};
   for (int64_t g = 0; g < groups; ++g) {
     const Pictures io{x.const_data_ptr<float>(), x.size(1), g * s.c, added.defined() ? added.const_data_ptr<float>() : nullptr,
@@ -135,19 +138,10 @@ at::Tensor convolution(const at::Tensor& input, const at::Tensor& values, const 
   return y;
 }
 
-at::Tensor sparse_conv2d(const at::Tensor& input, const at::Tensor& values, const at::Tensor& columns,
-                         const at::Tensor& pointers, const std::optional<at::Tensor>& bias,
-                         const std::optional<at::Tensor>& residual, int64_t out_channels, int64_t width,
-                         at::IntArrayRef kernel, at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups, double low,
-                         double high, int64_t chunk, int64_t vectors) {
-  return convolution(input, values, columns, pointers, bias, residual, out_channels, width, kernel, stride, padding, dilation, groups,
-                     low, high, chunk, vectors, false);
-}
-
 // A kernel for each channel, dense: its plane is padded and split once, and every weight is a shift of it.
 at::Tensor depthwise_conv2d(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
-                            const std::optional<at::Tensor>& residual, at::IntArrayRef stride, at::IntArrayRef padding,
-                            at::IntArrayRef dilation, double low, double high) {
+                            const Residual& residual, at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
+                            double low, double high) {
   const at::Tensor x = pictures_of(input);
   check(weight.dim() == 4 && sound(weight, at::kFloat) && weight.size(0) == x.size(1) && weight.size(1) == 1,
         "a float32 weight (channels, 1, height, width) of these channels, got ", x.size(1));
@@ -167,8 +161,8 @@ at::Tensor depthwise_conv2d(const at::Tensor& input, const at::Tensor& weight, c
   std::vector<int64_t> offsets(taps);
   for (int64_t tap = 0; tap < taps; ++tap) offsets[tap] = halo.offset(s, tap / s.kw, tap % s.kw);
   at::parallel_for(0, s.n * channels, 1, [&](int64_t begin, int64_t end) {
-    float* padded = plane_room.get(halo.floats(s) + WIDEST * VL);
-    float* sums = sums_room.get(lanes + WIDEST * VL);
+    float* padded = plane_scratch.get(halo.floats(s) + WIDEST * VL);
+    float* sums = sums_scratch.get(lanes + WIDEST * VL);
     std::memset(padded, 0, (halo.floats(s) + WIDEST * VL) * sizeof(float));
     for (int64_t item = begin; item < end; ++item) {
       const int64_t channel = item % channels;
@@ -228,7 +222,7 @@ at::Tensor max_pool2d(const at::Tensor& input, at::IntArrayRef kernel, at::IntAr
   const int64_t phase = (w + 2 * pw + sw - 1) / sw;
   at::parallel_for(0, x.size(0) * x.size(1), 1, [&](int64_t begin, int64_t end) {
     const int64_t lines = (w + VL) + phase * sw + SLACK;
-    float* highest = plane_room.get(lines);  // the largest of kh rows
+    float* highest = plane_scratch.get(lines);  // the largest of kh rows
     float* phases = highest + (w + VL) / VL * VL;  // the same, spread
     std::fill(phases, phases + phase * sw + SLACK / 2, -INFINITY);
     for (int64_t plane = begin; plane < end; ++plane) {
@@ -264,6 +258,12 @@ at::Tensor max_pool2d(const at::Tensor& input, at::IntArrayRef kernel, at::IntAr
     }
   });
   return y;
+}
+
+// (batch, ...) to (batch, features), over the same memory.
+at::Tensor flatten(const at::Tensor& input) {
+  check(input.dim() > 1, "a batch to flatten");
+  return at::flatten(input, 1);
 }
 
 // The mean of every plane: (batch, channels, 1, 1).

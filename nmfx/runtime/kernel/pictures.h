@@ -67,7 +67,7 @@ template <int NV, class Fill>
 inline void compute(const Pictures& io, const Weights& w, const float* bias, const Clamp& limits, int64_t plane,
                     const std::vector<Run>& runs, int64_t first, int64_t last, int64_t pitch, const Fill& fill) {
   constexpr int64_t T = NV * VL;
-  float* sums = sums_room.get((last - first) * T);
+  float* sums = sums_scratch.get((last - first) * T);
   const bool whole = runs.size() == 1 && runs[0].length == T;
   const auto leave = [&](int64_t r, vec* acc) INLINE {
     if (whole) {
@@ -125,7 +125,7 @@ void pointwise_tile(const Shape& s, const Pictures& io, const Weights& w, const 
                          [&](int64_t column, int64_t) { return from + column * plane; });
     }
   }
-  float* packed = packed_room.get(w.chunk * T + SLACK);
+  float* packed = packed_scratch.get(w.chunk * T + SLACK);
   compute<NV>(io, w, bias, limits, plane, outputs, first, last, 0, [&](int64_t column, int64_t count) {
     for (int64_t k = 0; k < count; ++k) {
       for (const Run& run : inputs) {
@@ -192,10 +192,10 @@ void window_tile(const Shape& s, const Pictures& io, const Weights& w, const flo
   offsets.resize(taps);
   for (int64_t tap = 0; tap < taps; ++tap) offsets[tap] = halo.offset(s, tap / s.kw, tap % s.kw) + shift;
   const int64_t room = halo.floats(s);
-  float* planes[2] = {plane_room.get(2 * room), nullptr};  // one channel is filled while the other is read
+  float* planes[2] = {plane_scratch.get(2 * room), nullptr};  // one channel is filled while the other is read
   planes[1] = planes[0] + room;
   std::memset(planes[0], 0, 2 * room * sizeof(float));
-  float* packed = packed_room.get(w.chunk * T + SLACK);
+  float* packed = packed_scratch.get(w.chunk * T + SLACK);
   const float* picture = io.x + (image * io.channels + io.channel0) * s.h * s.w;
   compute<NV>(io, w, bias, limits, s.oh * s.ow, runs, first, last, 0, [&](int64_t column, int64_t count) {
     int64_t channel = column / taps, tap = column % taps;

@@ -35,8 +35,8 @@ template <int NV>
 void project_tile(const float* x, const Weights& w, const float* bias, Clamp limits, float* y, int64_t start, int64_t length,
                   int64_t first, int64_t last) {
   constexpr int64_t T = NV * VL, BLOCK = 16;
-  float* packed = packed_room.get(w.chunk * T + SLACK);
-  float* sums = sums_room.get((last - first) * T);
+  float* packed = packed_scratch.get(w.chunk * T + SLACK);
+  float* sums = sums_scratch.get((last - first) * T);
   alignas(64) float lines[BLOCK * T];  // finished rows, on their way out
   if (length < T) std::memset(packed, 0, w.chunk * T * sizeof(float));
   const auto leave = [&](int64_t r, vec* acc) INLINE {

@@ -115,7 +115,7 @@ inline float total(vec v) {
 }
 
 // Aligned memory of one thread, kept between calls.
-struct Room {
+struct Scratch {
   std::vector<float> memory;
   float* get(int64_t count) {
     if (static_cast<int64_t>(memory.size()) < count + 16) memory.resize(count + 16);
@@ -123,6 +123,6 @@ struct Room {
     return reinterpret_cast<float*>((address + 63) & ~uintptr_t(63));
   }
 };
-thread_local Room packed_room, sums_room, plane_room;
+thread_local Scratch packed_scratch, sums_scratch, plane_scratch;
 
 }  // namespace

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from nmfx.passes.thresholds import thresholds_attached
-from nmfx.search.baselines import erk_sparsities
-from nmfx.search.events import Event, Outcome, settle, trim
+from nmfx.search.events import Event, Outcome, settle, spend_rest
+from nmfx.search.methods.erk import erk_sparsities
 from nmfx.search.problem import Problem
 from nmfx.search.tables import Tables
 
@@ -40,13 +39,10 @@ def penalties(
 
 def domino(problem: Problem, tables: Tables) -> Outcome:
     """Sites shrink at rate eta, step when 75 % of their groups agree, and tip the next by what their commits change."""
-    names = {i: problem.sites.sites[i].name for i in problem.free}
-    groupings = {name: problem.grouping(i) for i, name in names.items()}
-    with thresholds_attached(tables.model, problem.sites, groupings, {name: problem.first(i) for i, name in names.items()}):
-        points = tables.tipping_points
+    points = tables.tipping_points
     choice = [len(options) - 1 for options in problem.options]
     erk, events, time = erk_sparsities(problem), [], 0.0
-    working = {i: problem.first(i) for i in problem.free}  # n, the intermediate N
+    working = {i: problem.start_n(i) for i in problem.free}  # n, the intermediate N
     shrinkage = dict.fromkeys(problem.free, 0.0)  # S
     eta = penalties(problem, choice, erk)
     while not problem.fits(choice):
@@ -71,5 +67,5 @@ def domino(problem: Problem, tables: Tables) -> Outcome:
             events.append(Event(name, before, after, reason, problem.cost(choice), time))
             eta = penalties(problem, choice, erk)
     choice, settled = settle(problem, choice)
-    choice, trims = trim(problem, choice)
-    return Outcome(tuple(choice), (*events, *settled, *trims))
+    choice, raised = spend_rest(problem, choice)
+    return Outcome(tuple(choice), (*events, *settled, *raised))

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from nmfx.errors import SearchError
-from nmfx.search.knapsack import Choice, solve
+from nmfx.search.solver.knapsack import Choice, solve
 
 STEPS = 32  # prices tried for each budget; mostly five to ten suffice
 

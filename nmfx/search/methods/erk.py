@@ -1,25 +1,16 @@
-"""Uniform, and Erdos-Renyi-kernel densities: what a search has to beat."""
+"""Erdos-Renyi-kernel densities: what a search has to beat."""
 
 from __future__ import annotations
 
 import math
 
-from nmfx.search.events import Event, Outcome, settle, trim
+from nmfx.search.events import Outcome, moves, settle, spend_rest
 from nmfx.search.problem import Problem
 from nmfx.search.tables import Tables
 
 
-def uniform(problem: Problem, tables: Tables) -> Outcome:
-    """One N for every site, the largest that fits everywhere; what it leaves is spent on single sites."""
-    steps = [list(choice) for choice in zip(*problem.levels, strict=True)]  # one choice for each candidate N
-    choice = next((c for c in reversed(steps) if problem.fits(c)), steps[0])
-    settled, forced = settle(problem, choice)  # only measured times can make the sparsest patterns too slow
-    chosen, trims = trim(problem, settled)
-    return Outcome(tuple(chosen), (*moves(problem, choice, "the densest pattern that fits everywhere"), *forced, *trims))
-
-
 def erk(problem: Problem, tables: Tables) -> Outcome:
-    """ERK densities made N:M: the largest common scale at which the nearest patterns fit the budget, then the trim step."""
+    """ERK densities made N:M: the largest common scale at which the nearest patterns fit the budget; the rest is spent."""
     raw = {i: sum(s.shape) / math.prod(s.shape) for i, s in enumerate(problem.sites) if i in set(problem.free)}
 
     def nearest(scale: float) -> list[int]:
@@ -35,8 +26,8 @@ def erk(problem: Problem, tables: Tables) -> Outcome:
         middle = math.sqrt(low * high)
         low, high = (middle, high) if problem.fits(nearest(middle)) else (low, middle)
     choice, forced = settle(problem, nearest(low))
-    choice, trims = trim(problem, choice)
-    return Outcome(tuple(choice), (*moves(problem, nearest(low), "nearest to its ERK density"), *forced, *trims))
+    choice, raised = spend_rest(problem, choice)
+    return Outcome(tuple(choice), (*moves(problem, nearest(low), "nearest to its ERK density"), *forced, *raised))
 
 
 def erk_sparsities(problem: Problem) -> dict[int, float]:
@@ -56,15 +47,3 @@ def erk_sparsities(problem: Problem) -> dict[int, float]:
             return {i: 1 - max(0.0, scale) * raw[i] if i in free else most[i].sparsity for i in problem.free}
         free -= over
     return {i: most[i].sparsity for i in problem.free}
-
-
-def moves(problem: Problem, choice: list[int], reason: str) -> tuple[Event, ...]:
-    """Events of a method that decides in one go, in model order."""
-    current = [len(options) - 1 for options in problem.options]
-    events = []
-    for i in problem.free:
-        if choice[i] != current[i]:
-            before, current[i] = problem.options[i][current[i]], choice[i]
-            site, after = problem.sites.sites[i].name, problem.options[i][choice[i]]
-            events.append(Event(site, before, after, reason, problem.cost(current)))
-    return tuple(events)

@@ -7,24 +7,17 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from nmfx.passes.baking import bake
 from nmfx.progress import Progress, silent
-from nmfx.runtime.building import load_kernel, quiet
-from nmfx.runtime.compiled import (
-    Lowered,
-    compile,
-    copy_of,
-    fastest,
-    inputs_of,
-    install_layers,
-    time_site,
-    with_and_without_lanes,
-)
-from nmfx.runtime.layers import Fused
-from nmfx.runtime.lowering import export, lower
-from nmfx.runtime.timing import NETWORK_SECONDS, Times, measure
+from nmfx.runtime.compiled import Lowered
+from nmfx.runtime.compiler import compile, fastest, with_and_without_lanes
+from nmfx.runtime.kernel.building import load_kernel, quiet
+from nmfx.runtime.lowering.exporting import copy_of, export
+from nmfx.runtime.lowering.fusion import lower
+from nmfx.runtime.measuring.choices import TimedSite, inputs_of, install_layers, time_site
+from nmfx.runtime.measuring.timing import NETWORK_SECONDS, Times, measure
 from nmfx.sparsity.layout import Grouping
 from nmfx.sparsity.mask import make_mask
 from nmfx.sparsity.pattern import Pattern
@@ -116,44 +109,35 @@ def measure_latency(
     sites = lower(graph)
     seen = inputs_of(graph, sites, example)
     prices: dict[str, dict[Pattern, int]] = {}
+    as_they_are, sparsest = list[TimedSite](), list[TimedSite]()  # the time between sites is measured in networks of these
     for index, (node, fused) in enumerate(sites):
         progress(index / len(sites), fused.name)
         inputs, offered = seen[str(node.target)], groupings.get(fused.name, {})
-        least = _price(node, fused, inputs, times)
+        timed = {Pattern.DENSE: time_site(node, fused, inputs, times)}
+        least = round(timed[Pattern.DENSE].choice().seconds * NANO)
         found = {Pattern.DENSE: least}
-        for pattern in sorted((p for p in offered if not p.is_dense), key=lambda p: p.density, reverse=True):
-            least = min(least, _price(node, _sparsest(fused, {pattern: offered[pattern]}), inputs, times))
+        patterns = [pattern for pattern in offered if not pattern.is_dense]
+        for pattern in sorted(patterns, key=lambda one: one.density, reverse=True):
+            pruned = replace(fused, weight=fused.weight * make_mask(fused.weight, pattern.n, offered[pattern]))
+            timed[pattern] = time_site(node, pruned, inputs, times)
+            least = min(least, round(timed[pattern].choice().seconds * NANO))
             found[pattern] = least
         twice = prices.get(fused.name, {})  # a weight read at two places is paid for twice
         prices[fused.name] = {pattern: price + twice.get(pattern, 0) for pattern, price in found.items()}
+        as_they_are.append(timed[Pattern.DENSE])
+        sparsest.append(timed[min(patterns, key=lambda one: one.density, default=Pattern.DENSE)])
     other = copy_of(graph)
-    timed = [time_site(node, fused, seen[str(node.target)], times) for node, fused in sites]
-    install_layers(other, timed, [one.choice(sparse=False) for one in timed])
+    install_layers(other, as_they_are, [one.choice(sparse=False) for one in as_they_are])
     dense = Lowered(other, domain, (), len(example))
-    sparsest = [(node, _sparsest(fused, groupings.get(fused.name, {}))) for node, fused in sites]
-    timed = [time_site(node, fused, seen[str(node.target)], times) for node, fused in sparsest]
     times.save()
-    built = with_and_without_lanes(graph, timed)
+    built = with_and_without_lanes(graph, sparsest)
     sparse = fastest([Lowered(mine, domain, choices, len(example)) for mine, choices in built], example)
     runs = dense_runs(model, example) | {"dense": lambda: dense(example), "sparse": lambda: sparse(example)}
     with torch.no_grad():
         took = measure(runs, seconds=NETWORK_SECONDS)
-    rest = round((took.pop("sparse") - sum(one.choice().seconds for one in timed)) * NANO)
+    rest = round((took.pop("sparse") - sum(one.choice().seconds for one in sparsest)) * NANO)
     best = min(took, key=lambda name: took[name])
     return Latency(prices, rest, round(took[best] * NANO), runs[best])
-
-
-def _sparsest(fused: Fused, offered: Mapping[Pattern, Grouping]) -> Fused:
-    """The site under its sparsest pattern; the time between sites is measured in a network of these."""
-    patterns = [pattern for pattern in offered if not pattern.is_dense]
-    if not patterns:
-        return fused
-    pattern = min(patterns, key=lambda one: one.density)
-    return replace(fused, weight=fused.weight * make_mask(fused.weight, pattern.n, offered[pattern]))
-
-
-def _price(node: fx.Node, fused: Fused, inputs: tuple[Tensor, ...], times: Times) -> int:
-    return round(time_site(node, fused, inputs, times).choice().seconds * NANO)
 
 
 @torch.no_grad()

@@ -10,13 +10,11 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-import hashlib
 import logging
 import os
 import platform
 import shlex
 import shutil
-import stat
 import subprocess
 import tempfile
 import threading
@@ -26,14 +24,17 @@ from pathlib import Path
 import torch
 
 from nmfx.errors import NmfxError
-from nmfx.files.atomic import draft_in, locked, write_atomic
+from nmfx.files.atomic import draft_in, write_atomic
+from nmfx.files.drafts import locked
+from nmfx.runtime.kernel.trust import digest_of, make_folder, read_trusted
+from nmfx.runtime.operators import header
 
-SOURCES = Path(__file__).with_name("kernel")  # kernel.cpp and the headers it is made of
+SOURCES = Path(__file__).parent  # kernel.cpp and the headers it is made of, but for one
+TABLE = "table.h"  # which is written beside the build
 FLAGS = ("-O3", "-std=c++20", "-fopenmp", "-fno-math-errno")  # -fopenmp: at::parallel_for runs in torch's own threads
 NATIVE = "-march=native"
 NAME = "nmfx_runtime"
 PATIENCE = 900  # seconds to wait for another process that builds; then this one builds as well
-LARGEST = 1 << 28  # bytes of a kernel, at most
 log = logging.getLogger(__name__)
 _once = threading.Lock()
 _in_process: list[str] = []  # the digest of the kernel that is loaded
@@ -80,7 +81,7 @@ def identity() -> str:
     """
     sources = (path.read_text(encoding="utf-8") for path in sorted(SOURCES.iterdir()) if path.suffix in (".cpp", ".h"))
     machine = processor() if any("native" in flag for flag in flags()) else platform.machine()
-    return _digest("\0".join((*sources, *flags(), torch.__version__, machine)).encode())[:16]
+    return digest_of("\0".join((*sources, header(), *flags(), torch.__version__, machine)).encode())[:16]
 
 
 def flags() -> tuple[str, ...]:
@@ -111,7 +112,7 @@ def _loaded() -> tuple[str, str]:
 def _load_once() -> tuple[str, str]:
     """Why there is no kernel, and the digest of the one that there is: this compiler's from the cache, or a new one, or any."""
     reasons = list[str]()
-    for way in (_load_kept, _load_built, _load_any):
+    for way in (_load_kept, _load_built, functools.partial(_load_kept, builder="*")):
         if digest := way(reasons):
             return "", digest
     reason = "; ".join(dict.fromkeys(reasons))
@@ -131,12 +132,8 @@ def _load_kept(reasons: list[str], builder: str | None = None) -> str:
                 reasons.append(_brief(error))
                 log.info("not loaded: %s", error)
             else:
-                return _digest(content)
+                return digest_of(content)
     return ""
-
-
-def _load_any(reasons: list[str]) -> str:
-    return _load_kept(reasons, "*")
 
 
 def _load_built(reasons: list[str]) -> str:
@@ -147,7 +144,7 @@ def _load_built(reasons: list[str]) -> str:
         return ""
     for folder in folders():
         try:
-            _make_folder(folder)
+            make_folder(folder)
         except (OSError, NmfxError) as error:
             reasons.append(_brief(error))
             continue
@@ -175,79 +172,32 @@ def _build(folder: Path) -> str:
     with draft_in(folder) as draft, _quiet_build():
         from torch.utils import cpp_extension
 
+        (draft / TABLE).write_text(header(), encoding="utf-8")
         cpp_extension.load(
             NAME,
             [str(SOURCES / "kernel.cpp")],
             extra_cflags=list(flags()),
+            extra_include_paths=[str(draft)],
             extra_ldflags=[flag for flag in flags() if flag.startswith("-fsanitize")],
             build_directory=str(draft),
             with_cuda=False,
             is_python_module=False,
         )
         content = next(draft.glob(f"{NAME}*.so")).read_bytes()
-    _in_process.append(_digest(content))
-    path = folder / f"{NAME}-{identity()}-{_builder()}-{_digest(content)}.so"
+    _in_process.append(digest_of(content))
+    path = folder / f"{NAME}-{identity()}-{_builder()}-{digest_of(content)}.so"
     try:
         write_atomic(path, lambda new: new.write_bytes(content), mode=0o644)
     except NmfxError as error:  # it is loaded all the same
         log.warning("the kernel is not kept: %s", error)
-    return _digest(content)
-
-
-def read_trusted(path: Path) -> bytes:
-    """The bytes of a kept kernel.
-
-    Raises:
-        NmfxError: others could have written it, or it is damaged.
-    """
-    for one in (path.parent.parent, path.parent):
-        check_ours(one)
-    with open(os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)), "rb") as file:
-        about = os.fstat(file.fileno())
-        _check_ours(path, about)
-        if not stat.S_ISREG(about.st_mode) or about.st_size > LARGEST:
-            raise NmfxError(f"{path} is no kernel; remove it")
-        content = file.read(LARGEST)
-    if _digest(content) != path.stem.rpartition("-")[2]:
-        raise NmfxError(f"{path} is damaged; remove it")
-    return content
-
-
-def check_ours(folder: Path) -> None:
-    """Raise an NmfxError if anybody but this user and root can write to a folder, or to the link that leads to it."""
-    _check_ours(folder, os.lstat(folder))
-    _check_ours(folder, os.stat(folder))
-
-
-def _check_ours(path: Path, about: os.stat_result) -> None:
-    if not hasattr(os, "geteuid"):
-        return
-    if about.st_uid not in (0, os.geteuid()):
-        raise NmfxError(f"{path} belongs to another user ({about.st_uid}) and is not used; set NMFX_CACHE to a folder of yours")
-    if about.st_mode & 0o022 and not stat.S_ISLNK(about.st_mode):
-        raise NmfxError(f"{path} can be written by others and is not used; chmod go-w it if you trust what is in it")
-
-
-def _make_folder(folder: Path) -> None:
-    """Make a folder of kernels and the one around it, writable by this user alone.
-
-    Raises:
-        NmfxError: it is there and others can write to it, or this user cannot.
-    """
-    folder.parent.parent.mkdir(parents=True, exist_ok=True)
-    for one in (folder.parent, folder):
-        with contextlib.suppress(FileExistsError):
-            one.mkdir(0o755)
-        check_ours(one)
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise NmfxError(f"{folder} cannot be written to; set NMFX_CACHE to a folder of yours")
+    return digest_of(content)
 
 
 def _remove_damaged(folder: Path) -> None:
     """Remove kernels for this machine that cannot be what their names say."""
     for path in folder.glob(f"{NAME}-{identity()}-*.so"):
         with contextlib.suppress(OSError):
-            if not path.is_symlink() and path.is_file() and _digest(path.read_bytes()) != path.stem.rpartition("-")[2]:
+            if not path.is_symlink() and path.is_file() and digest_of(path.read_bytes()) != path.stem.rpartition("-")[2]:
                 path.unlink()
 
 
@@ -258,7 +208,7 @@ def _load(content: bytes, path: Path) -> None:
         NmfxError: the process has another kernel already: torch ends it where operators are registered twice.
     """
     if _in_process:
-        if _in_process != [_digest(content)]:
+        if _in_process != [digest_of(content)]:
             raise NmfxError(f"{path}: this process has loaded another kernel already")
         return
     try:
@@ -268,7 +218,7 @@ def _load(content: bytes, path: Path) -> None:
         ctypes.CDLL(f"/proc/self/fd/{memory}")
     except (AttributeError, OSError):  # not Linux, or nothing may be run from memory
         torch.ops.load_library(path)  # type: ignore[no-untyped-call]
-    _in_process.append(_digest(content))
+    _in_process.append(digest_of(content))
 
 
 @contextlib.contextmanager
@@ -288,11 +238,7 @@ def _quiet_build() -> Iterator[None]:
 
 
 def _builder() -> str:
-    return _digest(compiler().encode())[:8] if compiler() else ""
-
-
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()[:32]
+    return digest_of(compiler().encode())[:8] if compiler() else ""
 
 
 def _brief(error: BaseException) -> str:

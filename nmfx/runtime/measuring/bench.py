@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import statistics
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from nmfx.errors import NmfxError
 from nmfx.progress import Progress, silent
-from nmfx.runtime.compiled import Choice, compile
-from nmfx.runtime.latency import COMPILED, dense_runs
-from nmfx.runtime.timing import portion
+from nmfx.runtime.compiler import compile
+from nmfx.runtime.measuring.choices import Choice
+from nmfx.runtime.measuring.latency import COMPILED, dense_runs
+from nmfx.runtime.measuring.timing import mean_seconds, on_threads, portion
 
 Run = Callable[[], object]
 NMFX, MASKED = "nmfx", "masked, eager"
@@ -109,31 +109,29 @@ def bench(
     """
     threads = threads or tuple(dict.fromkeys((1, torch.get_num_threads())))
     timings, choices, missing = list[Timing](), dict[tuple[int, int], tuple[Choice, ...]](), dict[str, str]()
-    difference, before = 0.0, torch.get_num_threads()
+    difference = 0.0
     combinations = [(batch, count) for count in threads for batch in batches]
-    try:
-        for number, (batch, count) in enumerate(combinations):
-            torch.set_num_threads(count)
-            x = example[:1].expand(batch, *example.shape[1:]).contiguous()
-            say = portion(progress, number, len(combinations))
-            with torch.no_grad():
-                say(0.0, "compiling with torch.compile")
-                engines = dense_runs(dense, x)
-                if COMPILED not in engines:
-                    missing[COMPILED] = "it cannot compile this model"
-                if onnx is not None:
-                    with _absent(missing, "ONNX Runtime"):
-                        engines["ONNX Runtime"] = _onnx_engine(onnx, x, count)
-                engines[MASKED] = partial(converted, x)
-                say(0.5, "compiling with nmfx")
-                ours = compile(converted.eval(), x)
-                engines[NMFX] = partial(ours, x)
-                choices[batch, count] = ours.choices
-                difference = max(difference, _difference(ours(x), converted(x)))
-                found = in_turns(engines, turns, say)
-                timings += [Timing(name, batch, count, seconds) for name, seconds in found.items()]
-    finally:
-        torch.set_num_threads(before)
+    for number, (batch, count) in enumerate(combinations):
+        x = example[:1].expand(batch, *example.shape[1:]).contiguous()
+        say = portion(progress, number, len(combinations))
+        with on_threads(count), torch.no_grad():
+            say(0.0, "compiling with torch.compile")
+            engines = dense_runs(dense, x)
+            if COMPILED not in engines:
+                missing[COMPILED] = "it cannot compile this model"
+            if onnx is not None:
+                try:
+                    engines["ONNX Runtime"] = _onnx_engine(onnx, x, count)
+                except (NmfxError, RuntimeError, ValueError) as error:
+                    missing["ONNX Runtime"] = " ".join(str(error).split())[:200]
+            engines[MASKED] = partial(converted, x)
+            say(0.5, "compiling with nmfx")
+            ours = compile(converted.eval(), x)
+            engines[NMFX] = partial(ours, x)
+            choices[batch, count] = ours.choices
+            difference = max(difference, _difference(ours(x), converted(x)))
+            found = in_turns(engines, turns, say)
+            timings += [Timing(name, batch, count, seconds) for name, seconds in found.items()]
     return Bench(tuple(timings), choices, missing, difference)
 
 
@@ -142,19 +140,10 @@ def in_turns(runs: Mapping[str, Run], turns: int, progress: Progress) -> dict[st
     found: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(turns):
         for name, run in runs.items():
-            _repeat(run, SETTLE)
-            found[name].append(_repeat(run, TURN))
+            mean_seconds(run, SETTLE)
+            found[name].append(mean_seconds(run, TURN))
         progress(0.6 + 0.4 * (turn + 1) / turns, "measuring")
     return {name: tuple(seconds) for name, seconds in found.items()}
-
-
-def _repeat(run: Run, seconds: float) -> float:
-    """Mean seconds of a call, over as many calls as take `seconds` or more."""
-    calls, start = 0, time.perf_counter()
-    while (now := time.perf_counter()) - start < seconds or not calls:
-        run()
-        calls += 1
-    return (now - start) / calls
 
 
 def _onnx_engine(path: Path, x: Tensor, threads: int) -> Run:
@@ -171,18 +160,5 @@ def _onnx_engine(path: Path, x: Tensor, threads: int) -> Run:
 
 
 def _difference(found: object, wanted: object) -> float:
-    if isinstance(found, Tensor) and isinstance(wanted, Tensor):
-        return float((found - wanted).abs().max() / wanted.abs().max().clamp_min(1e-30))
-    if isinstance(found, Mapping) and isinstance(wanted, Mapping):
-        return max(_difference(found[key], wanted[key]) for key in found)
-    assert isinstance(found, tuple | list)
-    assert isinstance(wanted, tuple | list)
-    return max(_difference(a, b) for a, b in zip(found, wanted, strict=True))
-
-
-@contextlib.contextmanager
-def _absent(missing: dict[str, str], name: str) -> Iterator[None]:
-    try:
-        yield
-    except (NmfxError, RuntimeError, ValueError) as error:
-        missing[name] = " ".join(str(error).split())[:200]
+    pairs = zip(tree_leaves(found), tree_leaves(wanted), strict=True)
+    return max(float((a - b).abs().max() / b.abs().max().clamp_min(1e-30)) for a, b in pairs if isinstance(b, Tensor))

@@ -191,7 +191,7 @@ def _check_steps(search: DominoSearch, state: _State) -> None:
     for i in search.problem.free:
         name, options = search.sites.sites[i].name, search.problem.options[i]
         n, choice = state.working[name], state.choice[name]
-        most = [option.n for option in options[:-1]] + [search.problem.first(i)]
+        most = [option.n for option in options[:-1]] + [search.problem.start_n(i)]
         if not (choice < len(options) and (most[choice - 1] < n <= most[choice] if choice else n == most[0])):
             raise SearchError(f"{name}: N = {n} at option {choice} of {len(options)} is no step of the search")
     for event in state.events:

@@ -8,12 +8,11 @@ import time
 from collections.abc import Callable
 
 from nmfx.errors import SearchError
-from nmfx.search.baselines import moves
-from nmfx.search.events import Outcome, trim
-from nmfx.search.evidence import Trial, understood
-from nmfx.search.lagrange import solve_all
-from nmfx.search.sensitivity import Table
-from nmfx.search.tables import Tables
+from nmfx.passes.calibration import explain_failure
+from nmfx.search.events import Outcome, moves, spend_rest
+from nmfx.search.problem import Problem
+from nmfx.search.solver.lagrange import solve_all
+from nmfx.search.tables import Table, Tables
 
 SECONDS = 60.0
 BENT = 0.1  # share of the sites whose coefficients change in one step
@@ -21,6 +20,7 @@ STARTS = ("weight", "activation", "gradient")
 
 
 def spdy(
+    problem: Problem,
     tables: Tables,
     *,
     seconds: float | None = None,
@@ -32,34 +32,37 @@ def spdy(
     held-back pictures after BN recalibration (SPDY, Frantar & Alistarh, ICML 2022, section 3.3).
 
     Args:
+        problem: the options of each site and the budgets.
+        tables: what they lose, and the pictures.
         seconds: time limit (60 unless `steps` is given).
         steps: limit on the schemes tried; with it alone the result is reproducible.
+        seed: of the search.
         progress: called with a line of text after each scheme tried.
 
+    Returns:
+        The choice of the lowest loss.
+
     Raises:
-        SearchError: there is no data.
+        SearchError: a limit that is none.
     """
-    if tables.evidence is None:
-        raise SearchError("method 'spdy' tries schemes on pictures: give data= (--data)")
-    tables.evidence.need_labels("method 'spdy'")
     for name, number in (("seconds", seconds), ("steps", steps)):
         if number is not None and (not isinstance(number, int | float) or not 0 <= number < math.inf):
             raise SearchError(f"{name} = {number!r}: expected a limit of 0 or more")
-    problem, generator, start = tables.problem, random.Random(seed), time.monotonic()  # noqa: S311
+    generator, start = random.Random(seed), time.monotonic()  # noqa: S311
     seconds = SECONDS if seconds is None and steps is None else seconds
-    trial, limits = Trial(problem, tables.model, tables.evidence), [budget.limit for budget in problem.budgets]
+    trial, limits = tables.trial(), [budget.limit for budget in problem.budgets]
     tried: dict[tuple[int, ...], float] = {}
 
     def score(table: Table) -> tuple[float, tuple[int, ...]]:
-        choice = tuple(trim(problem, solve_all(table, problem.prices, limits).options)[0])
+        choice = tuple(spend_rest(problem, solve_all(table, problem.prices, limits).options)[0])
         if choice not in tried:
-            with understood(tables.model):
+            with explain_failure(tables.model):
                 tried[choice] = trial.loss(choice)
             if progress is not None:
                 progress(f"{len(tried)} schemes tried, best loss {min(tried.values()):.4f}")
         return tried[choice], choice
 
-    known = {name: tables.squared_errors if name == "weight" else tables.measured(name) for name in STARTS}
+    known = {name: tables.squared_errors if name == "weight" else tables.table(name) for name in STARTS}
     first = {name: score(table) for name, table in known.items()}
     base = min(first, key=lambda name: first[name])
     (best, choice), coefficients = first[base], [1.0] * len(problem.options)

@@ -1,27 +1,23 @@
-"""The scheme: which pattern each site gets. A value from weight name to pattern, its totals, and its two file formats."""
+"""The scheme as a value: weight name to pattern, its totals, and to and from its two file formats."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import yaml
 
 from nmfx import text
-from nmfx.errors import PatternError, SchemeError
+from nmfx.errors import SchemeError
 from nmfx.files import parsing
-from nmfx.files.atomic import write_atomic
-from nmfx.files.parsing import Count, Finite, Form, Text
+from nmfx.files.atomic import write_text
 from nmfx.models.site import Site, Sites
+from nmfx.scheme.document import INFO, VERSION, parse_document
+from nmfx.scheme.published import published_entries, published_keys
 from nmfx.sparsity.layout import Grouping, group
 from nmfx.sparsity.pattern import Layout, Pattern, Remainder
-
-VERSION = 1
-INFO = ("model", "weights", "method", "budget", "target", "m", "sites")  # what a scheme file says about where it came from
 
 
 @dataclass(frozen=True)
@@ -110,7 +106,7 @@ class Scheme(Mapping[str, Pattern]):
         layout: Layout = "strict",
         remainder: Remainder = "dense",
     ) -> Scheme:
-        """`pattern` on every site that can take it (see `fit`), except those matching a glob of `keep_dense`."""
+        """`pattern` on every site that can take it (see `fit`); the options are those of `from_rules`."""
         return Scheme.from_rules(sites, {"*": pattern}, keep_dense=keep_dense, layout=layout, remainder=remainder)
 
     @staticmethod
@@ -123,6 +119,12 @@ class Scheme(Mapping[str, Pattern]):
         remainder: Remainder = "dense",
     ) -> Scheme:
         """Globs over names of sites, or modules above them, to patterns; the first match counts, and what has none stays dense.
+
+        Args:
+            sites: of the model.
+            rules: glob -> pattern.
+            keep_dense: globs of sites that stay dense whatever the rules say.
+            layout, remainder: how rows are cut, and what becomes of those that M does not divide (see `fit`).
 
         Raises:
             SchemeError: a glob matches no site, or a rule that names one site asks for what it cannot take.
@@ -196,11 +198,7 @@ class Scheme(Mapping[str, Pattern]):
             content = self.to_published(_needed(sites, path))
         else:
             content = self.to_yaml(sites)
-
-        def write(temporary: Path) -> None:
-            temporary.write_text(content, encoding="utf-8")
-
-        write_atomic(path, write, force=force)
+        write_text(path, content, force=force)
 
     @staticmethod
     def load(path: str | Path, sites: Sites | None = None) -> Scheme:
@@ -213,7 +211,8 @@ class Scheme(Mapping[str, Pattern]):
         content = parsing.read_text(path, "a scheme", SchemeError)
         if content.lstrip().startswith("{"):
             return Scheme.from_published(content, _needed(sites, path), origin=str(path))
-        scheme, said = _parse(content, str(path))
+        fields, said = parse_document(content, str(path))
+        scheme = Scheme(**fields)
         if sites is not None:
             try:
                 totals = scheme.totals(sites)
@@ -244,7 +243,7 @@ class Scheme(Mapping[str, Pattern]):
     @staticmethod
     def from_yaml(content: str, origin: str = "scheme") -> Scheme:
         """The scheme that `to_yaml` wrote. Unknown keys, doubled names and malformed patterns are errors."""
-        return _parse(content, origin)[0]
+        return Scheme(**parse_document(content, origin)[0])
 
     def to_published(self, sites: Sites) -> str:
         """The one-line format of the published code, a Python dict literal (domino.md, section 7).
@@ -282,111 +281,9 @@ class Scheme(Mapping[str, Pattern]):
         return Scheme(named, "flat" if crossing else "strict", shapes=shapes_of(sites), info={"m": str(m)})
 
 
-class _Totals(Form, frozen=True):
-    """Totals as a scheme file states them."""
-
-    weights: Count | None = None
-    kept: Count | None = None
-    macs: Count | None = None
-    kept_macs: Count | None = None
-    sparsity: Finite | None = None
-
-
-class _Body(Form, frozen=True):
-    """A scheme file below its first two lines."""
-
-    layout: Layout = "strict"
-    short: bool = False
-    totals: _Totals = _Totals()
-    patterns: dict[str, str] = msgspec.field(default_factory=dict)
-    shapes: dict[str, str] = msgspec.field(default_factory=dict)
-
-
-def _parse(content: str, origin: str) -> tuple[Scheme, _Totals]:
-    """A scheme in YAML, and the totals that it states."""
-    tree = parsing.yaml_tree(content, origin, SchemeError)
-    if tree.pop("nmfx", None) != "scheme":
-        raise SchemeError(f"{origin}: not a scheme file (it should begin with 'nmfx: scheme')")
-    if (version := tree.pop("version", "1")) != str(VERSION):
-        said = parsing.printable(str(version), 20)
-        raise SchemeError(f"{origin}: scheme version {said}, this nmfx reads version {VERSION}; upgrade nmfx")
-    text.check_keys(tree, (*INFO, "layout", "short", "totals", "patterns", "shapes"), origin, SchemeError)
-    info = parsing.convert({key: tree.pop(key) for key in INFO if key in tree}, dict[str, Text], origin, SchemeError)
-    layout, short = tree.get("layout", "strict"), tree.get("short", "false")
-    if layout not in ("strict", "flat") or short not in ("true", "false"):
-        said = parsing.printable(f"layout {layout!r} or short {short!r}", 120)
-        raise SchemeError(f"{origin}: {said}: expected strict or flat, true or false")
-    if not all(re.fullmatch(r"[0-9]{1,3}", size) for size in info.get("m", "1").split(", ")):
-        raise SchemeError(f"{origin}: m: {parsing.printable(info['m'], 60)!r} is not a group size")
-    if not all(isinstance(tree.get(key, {}), dict) for key in ("patterns", "shapes")):
-        raise SchemeError(f"{origin}: 'patterns' and 'shapes' should map weight names to N:M and to shapes")
-    body = parsing.convert(tree, _Body, origin, SchemeError, strict=False)
-    if "patterns" not in tree or ("sites" in info and body.shapes.keys() != body.patterns.keys()):
-        raise SchemeError(f"{origin}: patterns or shapes are missing: the file is truncated; make it anew")
-    patterns = {name: _pattern(p, f"{origin}: patterns.{parsing.printable(name)}") for name, p in body.patterns.items()}
-    shapes = {name: _shape(shape, f"{origin}: shapes.{parsing.printable(name)}") for name, shape in body.shapes.items()}
-    return Scheme(patterns, body.layout, body.short, shapes, info), body.totals
-
-
-def _pattern(said: str, where: str) -> Pattern:
-    try:
-        return Pattern.DENSE if said == "dense" else Pattern(said)
-    except PatternError as error:
-        raise SchemeError(f"{where}: {parsing.printable(str(error))}") from error
-
-
-def _shape(said: str, where: str) -> tuple[int, ...]:
-    if not re.fullmatch(r"[0-9]{1,12}(x[0-9]{1,12}){0,7}", said):
-        raise SchemeError(f"{where}: {parsing.printable(said, 60)!r} is not a shape, as 64x3x7x7")
-    return tuple(map(int, said.split("x")))
-
-
-ENTRY = re.compile(
-    r"""\s*(?P<quote>['"])(?P<key>[^'"\\]{0,200})(?P=quote)\s*:\s*"""
-    r"""(?:\[\s*(?P<n>[0-9]{1,3})\s*,\s*(?P<m>[0-9]{1,3})\s*,?\s*\]|\(\s*(?P<n2>[0-9]{1,3})\s*,\s*(?P<m2>[0-9]{1,3})\s*,?\s*\))"""
-    r"""\s*(?P<end>,\s*\}|,|\})"""
-)
-
-
-def published_entries(content: str, origin: str = "scheme") -> dict[str, Pattern]:
-    """The layers of the published one-line format and their patterns: a dict of ``'layer': [N, M]``, read letter by letter.
-
-    Raises:
-        SchemeError: it is something else, or a layer is there twice.
-    """
-    entries: dict[str, Pattern] = {}
-    content = content.strip()
-    place, end = 1, ""
-    while not end.endswith("}"):
-        entry = ENTRY.match(content, place) if content.startswith("{") else None
-        if entry is None or entry["key"] in entries:
-            near = parsing.printable(content[place : place + 30])
-            raise SchemeError(f"{origin}: not a published scheme, a dict of 'layer': [N, M], once each: at {near!r}")
-        n, m = entry["n"] or entry["n2"], entry["m"] or entry["m2"]
-        entries[entry["key"]] = _pattern(f"{n}:{m}", f"{origin}: {parsing.printable(entry['key'])}")
-        place, end = entry.end(), entry["end"]
-    if place != len(content):
-        raise SchemeError(f"{origin}: not a published scheme: something follows it")
-    return entries
-
-
 def shapes_of(sites: Sites) -> dict[str, tuple[int, ...]]:
     """Shape of every site, by name."""
     return {site.name: site.shape for site in sites}
-
-
-def published_keys(sites: Sites) -> dict[str, str]:
-    """Site name -> key of the published format: convolutions and linears numbered in module order."""
-    keys, convolutions, linears = {}, 0, 0
-    for site in sites:
-        if site.kind.startswith("conv") and "transpose" not in site.kind:
-            width = site.shape[1] * site.conv_groups
-            keys[site.name] = f"SparseConv{convolutions}_{width}-{site.shape[0]}-{tuple(site.shape[2:])}"
-            convolutions += 1
-        elif site.kind == "linear":
-            keys[site.name] = f"Linear{linears}_{site.shape[1]}-{site.shape[0]}"
-            linears += 1
-    return keys
 
 
 def _needed(sites: Sites | None, path: Path) -> Sites:

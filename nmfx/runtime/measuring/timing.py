@@ -11,7 +11,7 @@ import math
 import os
 import platform
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,11 @@ import msgspec
 import torch
 
 from nmfx.errors import NmfxError
-from nmfx.files.atomic import locked, write_atomic
+from nmfx.files.atomic import write_atomic
+from nmfx.files.drafts import locked
 from nmfx.files.parsing import Form, Seconds, read_json
 from nmfx.progress import Progress
-from nmfx.runtime.building import cache_folder, kernel_digest, processor
+from nmfx.runtime.kernel.building import cache_folder, kernel_digest, processor
 
 ROUNDS, TURN_SECONDS = 7, 0.004  # turns of each candidate, and the shortest time of one
 NETWORK_SECONDS = 0.1  # the shortest time of a turn of a whole network
@@ -46,6 +47,17 @@ def portion(progress: Progress, number: int, parts: int) -> Progress:
     return lambda share, what: progress((number + share) / parts, what)
 
 
+@contextlib.contextmanager
+def on_threads(count: int) -> Iterator[None]:
+    """Let operators share `count` threads within a ``with`` block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def measure(
     candidates: Mapping[str, Callable[[], Any]],
     *,
@@ -62,25 +74,26 @@ def measure(
         hopeless: a candidate that takes this many times as long as the fastest has one turn only.
     """
     seconds = TURN_SECONDS if seconds is None else seconds
-    rounds = ROUNDS if rounds is None else rounds
-    repeats, best = {}, {}
+    best = {}
     for name, run in candidates.items():
         run()
-        start = time.perf_counter()
-        run()
-        took = time.perf_counter() - start
-        repeats[name], best[name] = max(1, min(50, int(seconds / max(took, 1e-9)))), took
-    for turn in range(rounds):
+        best[name] = mean_seconds(run, 0.0)
+    for turn in range(ROUNDS if rounds is None else rounds):
         limit = hopeless * min(best.values())
         for name, run in candidates.items():
-            if turn and best[name] > limit:
-                continue
-            run()
-            start = time.perf_counter()
-            for _ in range(repeats[name]):
+            if not turn or best[name] <= limit:
                 run()
-            best[name] = min(best[name], (time.perf_counter() - start) / repeats[name])
+                best[name] = min(best[name], mean_seconds(run, seconds, most=50))
     return best
+
+
+def mean_seconds(run: Callable[[], Any], seconds: float, most: float = math.inf) -> float:
+    """Mean seconds of a call, over as many calls as take `seconds` or more, one or more and `most` at most."""
+    calls, took, start = 0, 0.0, time.perf_counter()
+    while not calls or (calls < most and took < seconds):
+        run()
+        calls, took = calls + 1, time.perf_counter() - start
+    return took / calls
 
 
 class _Kept(Form, frozen=True):

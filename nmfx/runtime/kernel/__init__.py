@@ -1,0 +1,1 @@
+"""The kernel in C++, built and loaded."""

@@ -1,0 +1,1 @@
+"""How weights and pictures lie in memory for the kernel."""

@@ -1,0 +1,1 @@
+"""A model as a graph of PyTorch's operators, its sites fused."""

@@ -1,0 +1,1 @@
+"""Search methods, one file each; `nmfx.settings.methods` names them and says what each needs."""

@@ -1,0 +1,1 @@
+"""Sensitivities, one file a table: what each pattern of each site loses. `nmfx.settings.methods` names them."""
