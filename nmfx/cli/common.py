@@ -67,7 +67,10 @@ def warn_random(work: WorkDirectory) -> None:
 def after_search(work: WorkDirectory, data: tuple[str, ...], scheme: str | None = None) -> list[tuple[str, str]]:
     """What can be done with a scheme: what brings accuracy back comes before the export."""
     data = data or ("--data", DIGITS if work.model == "demo:digits" else "DIR")
-    commands = [(work.command("finetune", *data, scheme=scheme), "train it under this scheme")]
+    commands = [
+        (work.command("finetune", *data, scheme=scheme), "train it under this scheme"),
+        (work.command("correct", *data, scheme=scheme), "or correct its weights: no training, minutes"),
+    ]
     if batch_norms(work.build_meta()):
         commands.append((work.command("recalibrate", *data, scheme=scheme), "batch norms only, no training"))
     return [*commands, (work.command("export", scheme=scheme), "as it is")]

@@ -16,7 +16,7 @@ from nmfx.masking.copies import deep_copy
 from nmfx.masking.owner import masks_derived, unmask
 from nmfx.masking.sites import masked_sites, respec
 from nmfx.masking.weight import MaskSpec
-from nmfx.models.following import storage_of
+from nmfx.models.storages import storage_of
 from nmfx.passes.lockstep import Call, Run, moved, running
 from nmfx.passes.samples import Product, product_of
 from nmfx.progress import Progress, silent

@@ -123,7 +123,7 @@ def test_bad_input_leaves_the_model_as_it_was() -> None:
             correct(masked, **given)
     with pytest.raises(NmfxError, match="transform it first"):
         correct(model, batches)
-    with pytest.raises(Exception, match="mat1 and mat2|size"):
+    with pytest.raises(Exception, match="expected input"):
         correct(masked, [torch.randn(2, 4, 16, 16)])
     assert all(torch.equal(value, before[key]) for key, value in masked.state_dict().items())
 

@@ -18,7 +18,8 @@ def stop_at_products(name: str, args: Any) -> str | None:
 
 def test_every_run_stops_where_it_was_asked_to_and_ends() -> None:
     torch.manual_seed(0)
-    model, inputs, before = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), list(torch.randn(3, 5, 4)), threading.active_count()
+    model, inputs = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), list(torch.randn(3, 5, 4))
+    before = threading.active_count()
     with running(model, inputs, stop_at_products) as runs:
         for layer in (0, 2):
             calls = [run.advance() for run in runs]
@@ -48,9 +49,9 @@ def test_what_fails_in_a_run_fails_here_and_no_thread_is_left() -> None:
             raise ValueError("the model's own")
 
     before = threading.active_count()
-    with pytest.raises(ValueError, match="the model's own"), running(Broken(), [torch.ones(1, 4)] * 3, stop_at_products) as runs:
+    with running(Broken(), [torch.ones(1, 4)] * 3, stop_at_products) as runs:
         for run in runs:
             run.advance()
-        for run in runs:
-            run.advance()
+        with pytest.raises(ValueError, match="the model's own"):
+            runs[0].advance()
     assert threading.active_count() == before

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nmfx.models.following import storage_of
+from nmfx.models.storages import storage_of
 from nmfx.passes.samples import Product, product_of
 
 W = Callable[..., Tensor]

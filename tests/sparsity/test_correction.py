@@ -1,4 +1,4 @@
-"""New values for kept weights: the least loss under a mask, exactly N in a group, never worse than plain masking where fitted."""
+"""New values for kept weights: the least loss under a mask, at most N in a group, an error below that of plain masking."""
 
 from __future__ import annotations
 
