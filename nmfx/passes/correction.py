@@ -95,7 +95,7 @@ def correct(
     specs = {site.spec.name: site.spec for site in masked_sites(model)}
     if not specs:
         raise NmfxError("correct: the model has no masked weights; transform it first")
-    sparse, target = (_Network(one, specs) for one in (model, model if dense is None else dense))
+    sparse, target = _Network(model, specs, keep_derived=True), _Network(model if dense is None else dense, specs)
     if sparse.shapes != target.shapes:
         odd = min(sparse.shapes.items() ^ target.shapes.items())[0]
         raise NmfxError(f"correct: dense has another {odd}; give the dense version of this network")
@@ -140,12 +140,16 @@ class _Stop:
 
 
 class _Network:
-    """An unmasked copy to run, and its weights by name."""
+    """A copy to run, and its weights by name: without masks, but for those on what a module makes of its weight.
 
-    def __init__(self, model: nn.Module, specs: dict[str, MaskSpec]) -> None:
+    Args:
+        keep_derived: whether those stay.
+    """
+
+    def __init__(self, model: nn.Module, specs: dict[str, MaskSpec], *, keep_derived: bool = False) -> None:
         self.model = deep_copy(model).eval()
         for module in self.model.modules():
-            if not masks_derived(module):  # what a module makes of its weight is masked in its own forward pass
+            if not (keep_derived and masks_derived(module)):
                 unmask(module, keep_masked=False)
         self.specs = specs
         self.weights: dict[str, Tensor] = {}

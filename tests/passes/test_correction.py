@@ -7,11 +7,12 @@ import copy
 import pytest
 import timm
 import torch
-import torchvision
+from timm.layers import StdConv2d
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import nmfx
+from nmfx.demo.resnet import CifarResNet
 from nmfx.errors import NmfxError
 from nmfx.masking.sites import masked_sites
 from nmfx.passes.correction import correct
@@ -34,14 +35,20 @@ class Kinds(nn.Module):
         return self.head((self.line(x.mT).mT @ self.matrix).relu().mean(1))
 
 
+def standardised() -> nn.Module:
+    layers = nn.Conv2d(3, 16, 3), nn.ReLU(), StdConv2d(16, 16, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1)
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(16, 4))
+
+
+def small_vit() -> nn.Module:
+    return timm.create_model("vit_tiny_patch16_224", img_size=64, depth=1, embed_dim=48, num_classes=4)
+
+
 MODELS = {
     "kinds": (Kinds, (3, 16, 16)),
-    "torchvision resnet18": (lambda: torchvision.models.resnet18(num_classes=10), (3, 64, 64)),
-    "timm vit": (lambda: timm.create_model("vit_tiny_patch16_224", img_size=64, depth=2), (3, 64, 64)),
-    "timm resnetv2 (standardised weights)": (
-        lambda: timm.create_model("resnetv2_50x1_bit", num_classes=10, layers=(1, 1, 1, 1)),
-        (3, 64, 64),
-    ),
+    "residuals": (lambda: CifarResNet(1), (3, 32, 32)),
+    "timm vit": (small_vit, (3, 64, 64)),
+    "standardised weights": (standardised, (3, 16, 16)),
 }
 
 
@@ -74,7 +81,7 @@ def test_outputs_come_back_to_the_dense_network(name: str, method: str) -> None:
     records = correct(masked, batches, method=method)
     named = [one.name for one in records]
     assert set(nmfx.scheme_of(masked)) <= set(named)
-    assert distance(masked, model, batches) < before * (0.95 if "standardised" in name else 0.7)
+    assert distance(masked, model, batches) < before * 0.7
     plain = nmfx.bake(masked)
     for site in masked_sites(masked):
         if not site.spec.derived:
@@ -93,7 +100,7 @@ def test_the_same_twice_and_the_mode_is_kept() -> None:
 
 
 def test_a_network_that_is_sparse_already_does_not_change() -> None:
-    _, masked, batches, sites = converted("torchvision resnet18")
+    _, masked, batches, sites = converted("residuals")
     plain = nmfx.bake(masked)
     again = nmfx.transform(plain, nmfx.scheme_of(masked), sites=sites)
     correct(again, batches)

@@ -40,7 +40,9 @@ def test_moments_say_the_error_of_any_weights() -> None:
 def test_without_a_mask_the_dense_weights_come_back() -> None:
     _, weight, _, moments = problem()
     for damping in (1e-4, 0.01, 1.0):
-        torch.testing.assert_close(Quadratic.of(moments, weight, damping).optimum.float(), weight, rtol=1e-4, atol=1e-4)
+        found = Quadratic.of(moments, weight, damping).optimum.float()
+        assert moments.error(found) < 1e-6
+        torch.testing.assert_close(found, weight, rtol=1e-2, atol=1e-2)  # inputs that hardly vary say little of their weights
 
 
 def test_kept_weights_are_those_of_least_squares() -> None:
