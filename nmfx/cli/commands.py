@@ -25,7 +25,8 @@ EPILOG = """\
 a first tour, in an empty folder (real digits, two minutes; needs nmfx[demo]):
   nmfx convert digits                     build, find the sites, digits.nmfx/
   nmfx search                             a pattern for each of its layers
-  nmfx correct --data digits              kept weights to fit, no training
+  nmfx recalibrate --data digits          batch norms to fit, no training
+  nmfx correct --data digits              kept weights as well, no training
   nmfx finetune --data digits --batch-size 32 --epochs 5   train it; it resumes
   nmfx evaluate --data digits             accuracy, from dense to fine-tuned
   nmfx export --baked                     compressed checkpoint, plain weights

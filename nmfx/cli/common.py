@@ -15,7 +15,6 @@ from nmfx.cli.console import advancing, warn, working
 from nmfx.cli.processes import asked_to_stop
 from nmfx.errors import NmfxError
 from nmfx.models.example import Example
-from nmfx.passes.statistics import batch_norms
 from nmfx.progress import Progress
 from nmfx.runtime.kernel.building import load_kernel
 from nmfx.settings.flags import read_flags
@@ -67,13 +66,11 @@ def warn_random(work: WorkDirectory) -> None:
 def after_search(work: WorkDirectory, data: tuple[str, ...], scheme: str | None = None) -> list[tuple[str, str]]:
     """What can be done with a scheme: what brings accuracy back comes before the export."""
     data = data or ("--data", DIGITS if work.model == "demo:digits" else "DIR")
-    commands = [
+    return [
         (work.command("finetune", *data, scheme=scheme), "train it under this scheme"),
-        (work.command("correct", *data, scheme=scheme), "or correct its weights: no training, minutes"),
+        (work.command("correct", *data, scheme=scheme), "new values for kept weights, no training"),
+        (work.command("export", scheme=scheme), "as it is"),
     ]
-    if batch_norms(work.build_meta()):
-        commands.append((work.command("recalibrate", *data, scheme=scheme), "batch norms only, no training"))
-    return [*commands, (work.command("export", scheme=scheme), "as it is")]
 
 
 @contextlib.contextmanager

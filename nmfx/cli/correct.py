@@ -25,11 +25,12 @@ def run(args: Namespace) -> None:
             done = correct_weights(
                 work, settings, data, path, scheme=args.scheme, device=device, force=args.force, progress=progress
             )
-        plain = [one for one in done.weights if one.chosen.startswith("plain")]
-        number, seen = len(done.weights) - len(plain), f"{done.pictures} training pictures of {done.data}, without labels"
-        out.print(f"corrected {number} of {len(done.weights)} weights to give the dense network's outputs on {seen}")
-        for one in plain:
-            out.print(f"  {one}", soft_wrap=True)
+        changed = sum(one.chosen.startswith("corrected") for one in done.weights)
+        seen = f"{done.pictures} training pictures of {done.data}, without labels"
+        out.print(f"corrected {changed} of {len(done.weights)} weights to give the dense network's outputs on {seen}")
+        for one in done.weights:
+            if not one.chosen.startswith("corrected"):
+                out.print(f"  {one}", soft_wrap=True)
         out.print(f"wrote {path}", soft_wrap=True)
         warn_random(work)
         if not args.out:

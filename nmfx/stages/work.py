@@ -123,7 +123,7 @@ class WorkDirectory:
         return shlex.join(["nmfx", name, str(self.path), *options, *named])
 
     def finished(self, scheme: Scheme, epoch: str = "best") -> tuple[Finished | None, list[str]]:
-        """The fine-tuned network, else the corrected or recalibrated one, if it is under `scheme`; and what is there but is not.
+        """The fine-tuned network, else the corrected or recalibrated one, if under `scheme`; and what is there but is not.
 
         Args:
             epoch: which of the fine-tuned network's: ``best`` or ``last``.
