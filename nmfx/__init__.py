@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from nmfx.models.tracer import to_graph as to_graph
     from nmfx.models.tracer import to_graphs as to_graphs
     from nmfx.passes.baking import bake as bake
+    from nmfx.passes.correction import correct as correct
     from nmfx.passes.statistics import recalibrate_bn as recalibrate_bn
     from nmfx.passes.transform import scheme_of as scheme_of
     from nmfx.passes.transform import transform as transform
@@ -58,6 +59,7 @@ _HOMES = {
     "DominoSearch": "nmfx.search.domino_loop",
     "find_scheme": "nmfx.search.finder",
     "Pattern": "nmfx.sparsity.pattern",
+    "correct": "nmfx.passes.correction",
     "recalibrate_bn": "nmfx.passes.statistics",
     "evaluate": "nmfx.training.evaluation",
     "finetune": "nmfx.training.finetuning",

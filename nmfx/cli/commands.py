@@ -12,6 +12,7 @@ from nmfx.settings.option import options_of
 from nmfx.settings.search import Choices, DominoSettings, SearchSettings
 from nmfx.settings.stages import (
     BenchSettings,
+    CorrectSettings,
     DataSettings,
     EvaluateSettings,
     ExportSettings,
@@ -26,6 +27,7 @@ a first tour, in an empty folder (real digits, two minutes; needs nmfx[demo]):
   nmfx convert digits                     build, find the sites, digits.nmfx/
   nmfx search                             a pattern for each of its layers
   nmfx recalibrate --data digits          batch norms to fit, no training
+  nmfx correct --data digits              kept weights as well, no training
   nmfx finetune --data digits --batch-size 32 --epochs 5   train it; it resumes
   nmfx evaluate --data digits             accuracy, from dense to fine-tuned
   nmfx export --baked                     compressed checkpoint, plain weights
@@ -115,6 +117,20 @@ def _recalibrate(parser: argparse.ArgumentParser) -> None:
     _pictures(parser)
     add_flags(parser, RecalibrateSettings)
     _output(parser, "folder to write to (default: DIR/recalibrated)")
+
+
+def _correct(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Give the kept weights of a work directory's masked model new values, layer after layer, so that its outputs come back "
+        "to the dense network's on a few hundred pictures: no labels, no training, minutes. Masks are chosen with the values, "
+        "batch norms matched. Writes DIR/corrected/model.safetensors: what export, evaluate and bench take where nothing has "
+        "been fine-tuned, and what `nmfx finetune --from` can start from."
+    )
+    _work(parser, "work directory with a scheme")
+    _other_scheme(parser)
+    _pictures(parser)
+    add_flags(parser, CorrectSettings)
+    _output(parser, "folder to write to (default: DIR/corrected)")
 
 
 def _finetune(parser: argparse.ArgumentParser) -> None:
@@ -279,6 +295,7 @@ COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], str]] = {
     "convert": (_convert, "build a model, find its sites, write a work directory"),
     "search": (_search, "choose a pattern for every site under a budget"),
     "recalibrate": (_recalibrate, "match the masked model's batch norms to the dense model's, without training"),
+    "correct": (_correct, "correct the kept weights against the dense model's outputs, without training"),
     "finetune": (_finetune, "train the masked model on pictures; stopped runs go on"),
     "evaluate": (_evaluate, "measure the accuracy of a checkpoint, work directory or model"),
     "export": (_export, "write scheme files and the compressed checkpoint"),

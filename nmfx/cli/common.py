@@ -11,7 +11,6 @@ from typing import Any
 
 from nmfx.cli.console import advancing, silence, warn, working
 from nmfx.errors import NmfxError
-from nmfx.passes.statistics import batch_norms
 from nmfx.processes import asked_to_stop, joined, rank
 from nmfx.progress import Progress
 from nmfx.runtime.kernel.building import load_kernel
@@ -73,10 +72,11 @@ def warn_random(work: WorkDirectory) -> None:
 def after_search(work: WorkDirectory, data: tuple[str, ...], scheme: str | None = None) -> list[tuple[str, str]]:
     """What can be done with a scheme: what brings accuracy back comes before the export."""
     data = data or ("--data", DIGITS if work.model == "demo:digits" else "DIR")
-    commands = [(work.command("finetune", *data, scheme=scheme), "train it under this scheme")]
-    if batch_norms(work.build_meta()):
-        commands.append((work.command("recalibrate", *data, scheme=scheme), "batch norms only, no training"))
-    return [*commands, (work.command("export", scheme=scheme), "as it is")]
+    return [
+        (work.command("finetune", *data, scheme=scheme), "train it under this scheme"),
+        (work.command("correct", *data, scheme=scheme), "new values for kept weights, no training"),
+        (work.command("export", scheme=scheme), "as it is"),
+    ]
 
 
 @contextlib.contextmanager

@@ -44,8 +44,8 @@ def run(args: Namespace) -> None:
 
 
 def _stamp(work: WorkDirectory, settings: ExportSettings, done: ExportRecord, *, own: bool) -> None:
-    """What `nmfx run` reads; recalibrated weights and other schemes are no recipe's."""
-    if not own or done.taken == work.recalibrated_path:
+    """What `nmfx run` reads; corrected or recalibrated weights and other schemes are no recipe's."""
+    if not own or done.taken in (work.corrected_path, work.recalibrated_path):
         drop_stamp(work.path, "export")
         return
     before = ("build", "search", "finetune") if done.taken else ("build", "search")

@@ -13,6 +13,7 @@ from nmfx.settings.option import about, is_mapping, is_settings, kinds_of, typed
 from nmfx.settings.search import SearchSettings
 from nmfx.settings.stages import (
     BenchSettings,
+    CorrectSettings,
     DataSettings,
     EvaluateSettings,
     ExportSettings,
@@ -22,19 +23,18 @@ from nmfx.settings.stages import (
 )
 
 PAGE = Path(__file__).parents[2] / "docs" / "options.md"
-SECTIONS: dict[
-    str, tuple[type, str]
-] = {  # a recipe's section, or a command's name; its settings, and the commands with its flags
+SECTIONS: dict[str, tuple[type, str]] = {  # a recipe's section or a command: its settings, and the commands with its flags
     "model": (ModelSettings, "convert"),
-    "data": (DataSettings, "search, recalibrate, finetune, evaluate"),
+    "data": (DataSettings, "search, correct, recalibrate, finetune, evaluate"),
     "search": (SearchSettings, "search"),
     "finetune": (FinetuneSettings, "finetune"),
     "export": (ExportSettings, "export"),
     "evaluate": (EvaluateSettings, "evaluate"),
+    "correct": (CorrectSettings, "correct"),
     "recalibrate": (RecalibrateSettings, "recalibrate"),
     "bench": (BenchSettings, "bench"),
 }
-ALONE = ("recalibrate", "bench")  # commands that no recipe has
+ALONE = ("correct", "recalibrate", "bench")  # commands that no recipe has
 HEAD = """# Options
 
 Every option of stages, written from the definitions in `nmfx/settings/` by `python -m nmfx.settings.reference`; a test

@@ -91,6 +91,21 @@ class RecalibrateSettings:
 
 
 @dataclass(frozen=True)
+class CorrectSettings:
+    """How kept weights are corrected against the dense network."""
+
+    method: Literal["admm", "sweep", "magnitude"] = option(
+        "admm", "ADMM between loss and mask (ALPS), one sweep over the columns (SparseGPT), or the mask of magnitude, refitted"
+    )
+    pictures: int | None = option(None, "training pictures to look at, without their labels; 512, or all", least=1)
+    batch_size: int = option(32, "pictures a batch", least=1)
+    seed: int = option(0, "which pictures, and which positions of large feature maps", least=0, most=2**32 - 1)
+
+    def __post_init__(self) -> None:
+        check_options(self, "correction settings")
+
+
+@dataclass(frozen=True)
 class FinetuneSettings:
     """Training under the scheme."""
 

@@ -28,6 +28,7 @@ from nmfx.stages.export import FORMATS
 from nmfx.stages.finetune import FILES
 from nmfx.stages.stamp import build_values, search_values
 from nmfx.stages.work import (
+    CORRECTED,
     EXPORT,
     RECALIBRATED,
     SCHEME,
@@ -48,7 +49,7 @@ from nmfx.text import nearest
 KNOWN = ("auto", "pretrained", "none")  # words for weights; anything else is a file
 EXPORTS = (".safetensors", *(ending for ending, _ in FORMATS.values()))
 OURS = {
-    *(WORK, WEIGHTS, START, SCHEME, "scheme.txt", f"scheme{SEARCHING}", RECALIBRATED, SCORES),
+    *(WORK, WEIGHTS, START, SCHEME, "scheme.txt", f"scheme{SEARCHING}", CORRECTED, RECALIBRATED, SCORES),
     *(f"{TUNING}/{name}" for name in FILES),
     *(f"{EXPORT}/{SCHEME}", f"{EXPORT}/scheme.txt"),
     *(f"stages/{name}.json" for name in ("build", "search", "finetune", "export", "evaluate", "written")),

@@ -124,14 +124,15 @@ def load_candidate(what: str, settings: ModelSettings, network: str | None = Non
 
 
 def candidates_of(work: WorkDirectory, size: tuple[int, ...] | None = None) -> Iterator[Candidate]:
-    """The models of a work directory: dense (or its sparse start), masked, recalibrated and fine-tuned."""
+    """The models of a work directory: dense (or its sparse start), masked, recalibrated, corrected and fine-tuned."""
     size, dense, scheme = size or work.input_size, work.load(), None
     yield Candidate("start" if work.start_path.is_file() else "dense", dense, size)
     if work.scheme_path.is_file():
         sites = work.sites(dense)
         scheme = Scheme.load(work.scheme_path, sites)
         yield Candidate("masked, untrained", transform(dense, scheme, sites=sites), size)
-    for label, file in (("recalibrated", work.recalibrated_path), ("fine-tuned", work.tuned_path)):
+    finished = {"recalibrated": work.recalibrated_path, "corrected": work.corrected_path, "fine-tuned": work.tuned_path}
+    for label, file in finished.items():
         if file.is_file():
             model = load_checkpoint(file)
             other = scheme is not None and scheme_of(model).patterns != scheme.patterns

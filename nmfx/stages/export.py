@@ -64,15 +64,15 @@ def export(
     finished: bool = True,
     make_way: Callable[[list[str]], list[str]] = lambda names: [],
 ) -> ExportRecord:
-    """Write a work directory's model under its scheme: with the fine-tuned weights if they are under it, else the recalibrated
-    ones, else those it was made with. All files come at once, or none.
+    """Write a work directory's model under its scheme: with the fine-tuned weights if they are under it, else the corrected or
+    recalibrated ones, else those it was made with. All files come at once, or none.
 
     Args:
         work: the model and its scheme.
         settings: which epoch of fine-tuning, and the formats.
         folder: where the files go.
         scheme: the file of another scheme.
-        finished: take the fine-tuned or recalibrated weights, if there are any; False: those that it was made with.
+        finished: take the fine-tuned, corrected or recalibrated weights, if there are any; False: those that it was made with.
         make_way: told the names of the files before they move to `folder`; its lines become notes.
 
     Returns:

@@ -36,7 +36,8 @@ from nmfx.stages.written import check_folders, set_aside
 
 VERSION = 1
 WORK, WEIGHTS, START, SCHEME = "work.yaml", "weights.safetensors", "start.yaml", "scheme.yaml"
-RECALIBRATED, TUNING, EXPORT, SCORES = "recalibrated/model.safetensors", "finetune", "export", "evaluation.json"
+RECALIBRATED, CORRECTED = "recalibrated/model.safetensors", "corrected/model.safetensors"
+TUNING, EXPORT, SCORES = "finetune", "export", "evaluation.json"
 SEARCHING = ".search.safetensors"  # in the place of a scheme's ending: what the published loop goes on with
 HUBS = ("timm/", "torchvision/", "hf-hub:", "hf_hub:")  # names of models that look like paths
 FILES = (".nmfx", ".safetensors", ".yaml", ".yml", ".txt", ".pth", ".pt", ".bin", ".ckpt", ".tar")  # no model is called so
@@ -88,6 +89,11 @@ class WorkDirectory:
         return self.path / RECALIBRATED
 
     @property
+    def corrected_path(self) -> Path:
+        """Where the masked network with corrected weights is or will be."""
+        return self.path / CORRECTED
+
+    @property
     def exported_path(self) -> Path:
         """The compressed checkpoint that the export stage writes."""
         return self.path / EXPORT / f"{self.source.name}.safetensors"
@@ -117,7 +123,7 @@ class WorkDirectory:
         return shlex.join(["nmfx", name, str(self.path), *options, *named])
 
     def finished(self, scheme: Scheme, epoch: str = "best") -> tuple[Finished | None, list[str]]:
-        """The fine-tuned network, or else the recalibrated one, if it is under `scheme`; and what is there but is not.
+        """The fine-tuned network, else the corrected or recalibrated one, if under `scheme`; and what is there but is not.
 
         Args:
             epoch: which of the fine-tuned network's: ``best`` or ``last``.
@@ -126,7 +132,7 @@ class WorkDirectory:
             NmfxError: the last epoch is wanted, and there is none under this scheme.
         """
         tuned, notes = self.tuned_path.with_name(TUNED[epoch]), list[str]()
-        for path, how in ((tuned, "trained"), (self.recalibrated_path, "recalibrated")):
+        for path, how in ((tuned, "trained"), (self.corrected_path, "corrected"), (self.recalibrated_path, "recalibrated")):
             if path.is_file():
                 header = read_checkpoint(path)[0]
                 if header.scheme.patterns == scheme.patterns:
@@ -223,7 +229,7 @@ def open_work(path: Path) -> WorkDirectory:
     Raises:
         NmfxError: it is none, or leads elsewhere by a link in it.
     """
-    check_folders(path, ("export", "finetune", "recalibrated", "stages"))
+    check_folders(path, ("export", "finetune", "corrected", "recalibrated", "stages"))
     file = path / WORK
     for folder in (path.parent, path):
         remove_dead_drafts(folder)

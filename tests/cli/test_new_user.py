@@ -55,9 +55,10 @@ def test_the_tour_runs_as_it_is_printed(nmfx: Run, monkeypatch: pytest.MonkeyPat
     assert {argv[0] for argv in TOUR} == COMMANDS.keys() - {"compare"}
     out = {argv[0]: nmfx(*argv) for argv in TOUR}
     rows = dict(re.findall(r"^(\S.*?)  +(\d+\.\d+)%", out["evaluate"], re.M))
-    assert list(rows) == ["dense", "masked, untrained", "recalibrated", "fine-tuned"]
+    assert list(rows) == ["dense", "masked, untrained", "recalibrated", "corrected", "fine-tuned"]
     scores = list(map(float, rows.values()))
-    assert scores[0] > scores[3] > scores[2] > scores[1] + 10
+    assert scores[0] > scores[4] > scores[2] > scores[1] + 10
+    assert scores[0] > scores[3] > scores[2] + 5
     assert "weights: fine-tuned from pretrained" in out["export"]
     assert max(map(len, EPILOG.splitlines())) < 80
 
@@ -69,12 +70,12 @@ def test_every_hint_can_be_typed(nmfx: Run) -> None:
         tried.append(argv[0])
         out = nmfx(*argv, *(["--epochs", "1"] if argv[0] == "finetune" else []))
         if argv[0] == "search":
-            assert [offer[0] for offer in hints(out)] == ["finetune", "recalibrate", "export"], (
+            assert [offer[0] for offer in hints(out)] == ["finetune", "correct", "export"], (
                 "what brings accuracy back is first"
             )
             for offer in hints(out)[2:]:
                 nmfx(*offer, "--out", "as-it-is")
-    assert tried == ["search", "recalibrate", "evaluate"]
+    assert tried == ["search", "correct", "evaluate"]
 
 
 @pytest.mark.parametrize(
@@ -175,6 +176,20 @@ def test_recalibration_goes_into_the_export(nmfx: Run) -> None:
     assert {key.rpartition(".")[2] for key in differing} == {"running_mean", "running_var"}
 
 
+def test_corrected_weights_go_into_the_export_and_train_on(nmfx: Run, fails: Run) -> None:
+    nmfx("convert", "digits")
+    nmfx("search", "--target", "0.8")
+    out = nmfx("correct", "--data", "digits", "--pictures", "96")
+    assert "corrected 5 of 6 weights to give the dense network's outputs on 96 training pictures of digits" in out
+    assert "wrote digits.nmfx/corrected/model.safetensors" in out
+    assert "exists already; give --force" in fails("correct", "--data", "digits")
+    assert "weights: corrected (admm), pretrained" in nmfx("export")
+    rows = dict(re.findall(r"^(\S.*?)  +(\d+\.\d+)%", nmfx("evaluate", "--data", "digits"), re.M))
+    assert float(rows["corrected"]) > float(rows["masked, untrained"]) + 20
+    nmfx("finetune", "--data", "digits", "--from", "digits.nmfx/corrected/model.safetensors", "--epochs", "1")
+    assert "weights: fine-tuned from model.safetensors" in nmfx("export", "--force")
+
+
 def test_another_scheme_leaves_recalibrated_weights_out(nmfx: Run, capsys: pytest.CaptureFixture[str]) -> None:
     nmfx("convert", "digits", "--pattern", "2:4")
     nmfx("recalibrate", "--data", "digits", "--pictures", "64")
@@ -190,6 +205,7 @@ STRICT: dict[str, tuple[str, ...]] = {
     "convert": ("convert", *SMALL, "-o", "x.nmfx"),
     "search": ("search", "--target", "0.5", "--force"),
     "recalibrate": ("recalibrate", "--data", "digits"),
+    "correct": ("correct", "--data", "digits"),
     "finetune": ("finetune", "--data", "digits"),
     "evaluate": ("evaluate", "--data", "digits"),
     "export": ("export",),

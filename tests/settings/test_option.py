@@ -18,6 +18,7 @@ from nmfx.settings.reference import PAGE, reference
 from nmfx.settings.search import Choices, DominoSettings, SearchSettings
 from nmfx.settings.stages import (
     BenchSettings,
+    CorrectSettings,
     DataSettings,
     EvaluateSettings,
     ExportSettings,
@@ -30,7 +31,7 @@ from nmfx.stages.pipeline import STAGES
 
 CLASSES = (
     *(Augment, Settings, Choices, DominoSettings, SearchSettings, ModelSettings, DataSettings),
-    *(RecalibrateSettings, FinetuneSettings, ExportSettings, EvaluateSettings, BenchSettings),
+    *(CorrectSettings, RecalibrateSettings, FinetuneSettings, ExportSettings, EvaluateSettings, BenchSettings),
 )
 NEEDED = {ModelSettings: {"name": "digits"}, DataSettings: {"name": "digits"}}
 WHOLE = [cls for cls in CLASSES if cls not in NEEDED]

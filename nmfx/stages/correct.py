@@ -1,0 +1,70 @@
+"""The correct stage: kept weights get new values, so that layers' outputs come back to the dense network's, without labels."""
+
+from __future__ import annotations
+
+from collections.abc import Sized
+from dataclasses import dataclass
+from pathlib import Path
+
+from nmfx.export.checkpoint import save_checkpoint
+from nmfx.passes.correction import Corrected, correct
+from nmfx.passes.transform import transform
+from nmfx.processes import rank
+from nmfx.progress import Progress, silent
+from nmfx.settings.stages import CorrectSettings, DataSettings
+from nmfx.stages.data import open_pictures, sample
+from nmfx.stages.work import WorkDirectory
+
+PICTURES = 512  # looked at, unless told otherwise
+
+
+@dataclass(frozen=True)
+class CorrectRecord:
+    """What the correct stage did: what became of each weight, on how many training pictures of which data."""
+
+    weights: list[Corrected]
+    pictures: int
+    data: str
+    path: Path
+
+
+def correct_weights(
+    work: WorkDirectory,
+    settings: CorrectSettings,
+    pictures: DataSettings,
+    path: Path,
+    *,
+    scheme: str | None = None,
+    device: str = "cpu",
+    force: bool = True,
+    progress: Progress = silent,
+) -> CorrectRecord:
+    """Correct the weights of a work directory's model under `scheme`, or its own, and write it to `path`.
+
+    Args:
+        work, settings, pictures: the network, how, and the training pictures.
+        path: of the compressed checkpoint.
+        scheme: the file of another scheme.
+        device: where it runs.
+        force: overwrite `path`.
+        progress: told of each weight.
+
+    Raises:
+        NmfxError: no scheme, or pictures that do not fit.
+    """
+    dense = work.load()
+    sites = work.sites(dense)
+    chosen = work.scheme(sites, scheme)
+    model = transform(dense, chosen, sites=sites)
+    data = open_pictures(pictures)
+    count = settings.pictures or min(PICTURES, len(data.train) if isinstance(data.train, Sized) else PICTURES)
+    size = min(settings.batch_size, max(1, count // 8))  # the last of eight batches or more is held back
+    how = {"count": count, "batch_size": size, "seed": settings.seed, "workers": pictures.workers}
+    batches = sample(data, model, work.input_size, **how)
+    weights = correct(
+        model.to(device), batches, dense=dense.to(device), method=settings.method, seed=settings.seed, progress=progress
+    )
+    said = {**chosen.info, "weights": f"corrected ({settings.method}), {work.weights}"}
+    if rank() == 0:
+        save_checkpoint(model.cpu(), path, info=said, force=force)
+    return CorrectRecord(weights, count, data.name, path)

@@ -1,0 +1,149 @@
+"""correct: closer to the dense network, exactly N in a group, and what cannot be corrected is said."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import timm
+import torch
+from timm.layers import StdConv2d
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import nmfx
+from nmfx.demo.resnet import CifarResNet
+from nmfx.errors import NmfxError
+from nmfx.masking.sites import masked_sites
+from nmfx.passes.correction import correct
+
+
+class Kinds(nn.Module):
+    """A convolution of every kind, a projection, an attention, and a weight that a matmul reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 16, 3, 2, 1, bias=False), nn.BatchNorm2d(16)
+        self.grouped, self.up = nn.Conv2d(16, 16, 3, 1, 1, groups=2), nn.ConvTranspose2d(16, 16, 2, 2)
+        self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+        self.line, self.matrix = nn.Conv1d(16, 16, 3, padding=1), nn.Parameter(torch.randn(16, 16) / 4)
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.up(F.relu(self.grouped(F.relu(self.norm(self.stem(x)))))).flatten(2).mT  # batch positions 16
+        x = x + self.attention(x, x, x, need_weights=False)[0]
+        return self.head((self.line(x.mT).mT @ self.matrix).relu().mean(1))
+
+
+def standardised() -> nn.Module:
+    layers = nn.Conv2d(3, 16, 3), nn.ReLU(), StdConv2d(16, 16, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1)
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(16, 4))
+
+
+def small_vit() -> nn.Module:
+    return timm.create_model("vit_tiny_patch16_224", img_size=64, depth=1, embed_dim=48, num_classes=4)
+
+
+MODELS = {
+    "kinds": (Kinds, (3, 16, 16)),
+    "residuals": (lambda: CifarResNet(1), (3, 32, 32)),
+    "timm vit": (small_vit, (3, 64, 64)),
+    "standardised weights": (standardised, (3, 16, 16)),
+}
+
+
+def pictures(size: tuple[int, ...], count: int = 64) -> list[Tensor]:
+    """Smooth ones: correlated as real ones are."""
+    x = torch.randn(count, size[0], 5, 5, generator=torch.Generator().manual_seed(3))
+    return list(F.interpolate(x, size[1:], mode="bilinear").split(8))
+
+
+def converted(name: str, pattern: str = "2:8") -> tuple[nn.Module, nn.Module, list[Tensor], nmfx.Sites]:
+    torch.manual_seed(0)
+    make, size = MODELS[name]
+    model, batches = make().eval(), pictures(size)
+    nmfx.recalibrate_bn(model, batches)
+    sites = nmfx.find_sites(model, batches[0][:1])
+    scheme = {site.name: pattern for site in sites if site.length % 8 == 0}
+    return model, nmfx.transform(model, scheme, sites=sites), batches, sites
+
+
+def distance(model: nn.Module, dense: nn.Module, batches: list[Tensor]) -> float:
+    with torch.no_grad():
+        return sum(float((model(x) - dense(x)).square().sum()) for x in batches)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("method", ["admm", "sweep"])
+def test_outputs_come_back_to_the_dense_network(name: str, method: str) -> None:
+    model, masked, batches, _ = converted(name)
+    before = distance(masked, model, batches)
+    records = correct(masked, batches, method=method)
+    named = [one.name for one in records]
+    assert set(nmfx.scheme_of(masked)) <= set(named)
+    assert distance(masked, model, batches) < before * 0.7
+    plain = nmfx.bake(masked)
+    for site in masked_sites(masked):
+        if not site.spec.derived:
+            assert torch.equal(plain.get_parameter(site.spec.name), site.value)
+            assert torch.equal(site.parameter, site.value)  # what is dropped is zero
+
+
+def test_the_same_twice_and_the_mode_is_kept() -> None:
+    _, masked, batches, _ = converted("kinds")
+    other = copy.deepcopy(masked).train()
+    first, second = correct(masked, batches), correct(other, iter([(x, torch.zeros(len(x))) for x in batches]))
+    assert [str(one) for one in first] == [str(one) for one in second]
+    assert other.training
+    for one, two in zip(masked.state_dict().values(), other.state_dict().values(), strict=True):
+        assert torch.equal(one, two)
+
+
+def test_a_network_that_is_sparse_already_does_not_change() -> None:
+    _, masked, batches, sites = converted("residuals")
+    plain = nmfx.bake(masked)
+    again = nmfx.transform(plain, nmfx.scheme_of(masked), sites=sites)
+    correct(again, batches)
+    for key, value in nmfx.bake(again).state_dict().items():
+        torch.testing.assert_close(value, plain.state_dict()[key], rtol=1e-3, atol=1e-3 * float(value.abs().max()))
+
+
+def test_fixed_masks_are_those_that_were_chosen() -> None:
+    model, _, batches, sites = converted("kinds")
+    fixed = nmfx.transform(model, {"stem.weight": "1:3", "head.weight": "2:8"}, sites=sites, training="fixed")
+    correct(fixed, batches)
+    for site in masked_sites(fixed):
+        assert site.spec.frozen
+        assert not site.parameter[~site.mask].any()
+
+
+def test_bad_input_leaves_the_model_as_it_was() -> None:
+    model, masked, batches, _ = converted("kinds")
+    before = copy.deepcopy(masked.state_dict())
+    for wrong, message in (
+        ({"method": "adm"}, "did you mean 'admm'"),
+        ({"batches": []}, "no batches"),
+        ({"dense": nn.Conv2d(3, 4, 3)}, "give the dense version"),
+    ):
+        given = {"batches": batches} | wrong
+        with pytest.raises(NmfxError, match=message):
+            correct(masked, **given)
+    with pytest.raises(NmfxError, match="transform it first"):
+        correct(model, batches)
+    with pytest.raises(Exception, match="expected input"):
+        correct(masked, [torch.randn(2, 4, 16, 16)])
+    assert all(torch.equal(value, before[key]) for key, value in masked.state_dict().items())
+
+
+def test_pictures_that_take_another_way_are_refused() -> None:
+    class Branching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.a(x) if bool(x.sum() > 0) else self.b(x)
+
+    masked = nmfx.transform(Branching(), "2:4", example_input=torch.ones(1, 8))
+    with pytest.raises(NmfxError, match="take different ways"):
+        correct(masked, [torch.ones(4, 8), -torch.ones(4, 8)])
