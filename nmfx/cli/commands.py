@@ -203,7 +203,7 @@ def _bench(parser: argparse.ArgumentParser) -> None:
 
 def _run(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Run a recipe: build, search, fine-tune, export, evaluate. A stage is skipped when its output is there and still what "
+        "Run a recipe: build, search, correct, fine-tune, export, evaluate. A stage is skipped when its output is there and still what "
         "the recipe asks for; a changed setting runs its stage and the later ones again; a stopped run goes on."
     )
     parser.add_argument(
@@ -213,7 +213,7 @@ def _run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data-root", metavar="DIR", help="where the pictures are: the image folder, or a named data set's place"
     )
-    stages = ("build", "search", "finetune", "export", "evaluate")
+    stages = ("build", "search", "correct", "finetune", "export", "evaluate")
     parser.add_argument("--until", choices=stages, metavar="STAGE", help=f"the last stage to run: {', '.join(stages)}")
     parser.add_argument("--force", action="store_true", help="run every stage anew")
     parser.add_argument(

@@ -19,5 +19,6 @@ class Recipe(Job):
     def __post_init__(self) -> None:
         kwargs = parse_kwargs(self.model.kwargs, "model", NmfxError)
         object.__setattr__(self, "model", replace(self.model, kwargs=kwargs))
-        if self.data is None and (self.finetune or self.search.data):
-            raise NmfxError(f"{'finetune' if self.finetune else 'search with data: true'} needs a data section")
+        if self.data is None and (self.correct or self.finetune or self.search.data):
+            which = "correct" if self.correct else "finetune" if self.finetune else "search with data: true"
+            raise NmfxError(f"{which} needs a data section")

@@ -27,14 +27,14 @@ SECTIONS: dict[str, tuple[type, str]] = {  # a recipe's section or a command: it
     "model": (ModelSettings, "convert"),
     "data": (DataSettings, "search, correct, recalibrate, finetune, evaluate"),
     "search": (SearchSettings, "search"),
+    "correct": (CorrectSettings, "correct"),
     "finetune": (FinetuneSettings, "finetune"),
     "export": (ExportSettings, "export"),
     "evaluate": (EvaluateSettings, "evaluate"),
-    "correct": (CorrectSettings, "correct"),
     "recalibrate": (RecalibrateSettings, "recalibrate"),
     "bench": (BenchSettings, "bench"),
 }
-ALONE = ("correct", "recalibrate", "bench")  # commands that no recipe has
+ALONE = ("recalibrate", "bench")  # commands that no recipe has
 HEAD = """# Options
 
 Every option of stages, written from the definitions in `nmfx/settings/` by `python -m nmfx.settings.reference`; a test

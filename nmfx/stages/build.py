@@ -52,7 +52,7 @@ OURS = {
     *(WORK, WEIGHTS, START, SCHEME, "scheme.txt", f"scheme{SEARCHING}", CORRECTED, RECALIBRATED, SCORES),
     *(f"{TUNING}/{name}" for name in FILES),
     *(f"{EXPORT}/{SCHEME}", f"{EXPORT}/scheme.txt"),
-    *(f"stages/{name}.json" for name in ("build", "search", "finetune", "export", "evaluate", "written")),
+    *(f"stages/{name}.json" for name in ("build", "search", "correct", "finetune", "export", "evaluate", "written")),
 }  # what may lie in a work directory
 
 

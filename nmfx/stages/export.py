@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from nmfx.passes.transform import transform
 from nmfx.passes.verification import Verified, verify
 from nmfx.scheme import Scheme
 from nmfx.settings.stages import ExportSettings
-from nmfx.stages.work import SCHEME, WorkDirectory, save_scheme
+from nmfx.stages.work import FINISHING, SCHEME, WorkDirectory, save_scheme
 
 FORMATS: dict[str, tuple[str, Callable[[nn.Module, Path, Example], None]]] = {  # of a baked model: an ending, and a writer
     "baked": (".baked.safetensors", lambda model, path, example: save_baked(model, path)),
@@ -61,7 +61,7 @@ def export(
     folder: Path,
     *,
     scheme: str | None = None,
-    finished: bool = True,
+    finished: Sequence[str] = FINISHING,
     make_way: Callable[[list[str]], list[str]] = lambda names: [],
 ) -> ExportRecord:
     """Write a work directory's model under its scheme: with the fine-tuned weights if they are under it, else the corrected or
@@ -72,7 +72,7 @@ def export(
         settings: which epoch of fine-tuning, and the formats.
         folder: where the files go.
         scheme: the file of another scheme.
-        finished: take the fine-tuned, corrected or recalibrated weights, if there are any; False: those that it was made with.
+        finished: the stages whose weights are taken, if there are any; without one, those that the network was made with.
         make_way: told the names of the files before they move to `folder`; its lines become notes.
 
     Returns:
@@ -85,7 +85,7 @@ def export(
     sites, example = work.sites(model), work.example(model)
     chosen = work.scheme(sites, scheme)
     dense = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
-    done, notes = work.finished(chosen, settings.epoch) if finished else (None, [])
+    done, notes = work.finished(chosen, settings.epoch, finished)
     if done is not None:
         load_checkpoint(done.path, model)
     else:

@@ -19,8 +19,9 @@ from nmfx.progress import Progress, silent
 from nmfx.scheme import Totals
 from nmfx.settings.job import Job
 from nmfx.settings.option import values_of
-from nmfx.settings.stages import FinetuneSettings
+from nmfx.settings.stages import CorrectSettings, FinetuneSettings
 from nmfx.stages.build import build, write_files
+from nmfx.stages.correct import correct_weights
 from nmfx.stages.epochs import TUNED
 from nmfx.stages.evaluate import exported, score, write_scores
 from nmfx.stages.export import export
@@ -29,6 +30,7 @@ from nmfx.stages.search import search
 from nmfx.stages.stamp import (
     Stamp,
     build_values,
+    correct_values,
     digests,
     evaluate_values,
     finetune_values,
@@ -37,10 +39,10 @@ from nmfx.stages.stamp import (
     stamp,
     write_stamp,
 )
-from nmfx.stages.work import EXPORT, SCHEME, SCORES, SEARCHING, START, TUNING, WEIGHTS, WORK, open_work, save_scheme
+from nmfx.stages.work import CORRECTED, EXPORT, SCHEME, SCORES, SEARCHING, START, TUNING, WEIGHTS, WORK, open_work, save_scheme
 from nmfx.stages.written import BOARD, Written, check_folders, is_state, remove_events, remove_state
 
-FOLDERS = ("stages", EXPORT, TUNING, BOARD)
+FOLDERS = ("stages", EXPORT, TUNING, BOARD, "corrected")
 LOOP = f"scheme{SEARCHING}"
 
 
@@ -92,6 +94,16 @@ def describe(totals: Totals) -> str:
     )
 
 
+def _correct(job: Job, folder: Path, device: str, progress: Progress) -> Done:
+    assert job.correct is not None  # or the stage is left out
+    assert job.data is not None
+    kept = Written(folder).clear(CORRECTED)
+    record = correct_weights(open_work(folder), job.correct, job.data, folder / CORRECTED, device=device, progress=progress)
+    changed = sum(one.chosen.startswith("corrected") for one in record.weights)
+    said = f"{changed} of {len(record.weights)} weights corrected on {record.pictures} training pictures, without labels"
+    return Done((CORRECTED,), (*kept, said))
+
+
 def _finetune(job: Job, folder: Path, device: str, progress: Progress) -> Done:
     assert job.finetune is not None  # or the stage is left out
     assert job.data is not None
@@ -99,7 +111,8 @@ def _finetune(job: Job, folder: Path, device: str, progress: Progress) -> Done:
     def make_way(names: Iterable[str]) -> list[str]:
         return Written(folder).clear(*(f"{TUNING}/{name}" for name in names))
 
-    origin, place = Origin(open_work(folder)), folder / TUNING
+    start = folder / CORRECTED if job.correct is not None else None
+    origin, place = Origin(open_work(folder), start), folder / TUNING
     record = finetune(origin, job.finetune, job.data, place, device=device, make_way=make_way, progress=progress)
     best, epochs = record.result.best, len(record.result.epochs)
     said = f"{epochs} epochs; best top-1 {best.top1:.2%} after epoch {best.epoch + 1}"
@@ -113,9 +126,8 @@ def _export(job: Job, folder: Path, device: str, progress: Progress) -> Done:
         stale = [path for path in earlier if path not in paths and left.ours(path)]  # of a run with other settings
         return left.clear(*paths, *stale)
 
-    record = export(
-        open_work(folder), job.export, folder / EXPORT, finished=job.finetune is not None, make_way=make_way
-    )
+    finished = [name for name, asked in (("finetune", job.finetune), ("correct", job.correct)) if asked is not None]
+    record = export(open_work(folder), job.export, folder / EXPORT, finished=finished, make_way=make_way)
     paths = tuple(f"{EXPORT}/{name}" for name in record.files.values())
     lines, checked = list[str](), record.verified
     if checked is not None:
@@ -147,6 +159,7 @@ class Stage:
 STAGES = {
     "build": Stage(lambda job: build_values(job.model), _build),
     "search": Stage(lambda job: search_values(job.search, job.data), _search, (LOOP,), together=True),
+    "correct": Stage(lambda job: correct_values(job.correct or CorrectSettings(), job.data), _correct),
     "finetune": Stage(
         lambda job: finetune_values(job.finetune or FinetuneSettings(), job.data),
         _finetune,
@@ -172,7 +185,8 @@ class Pipeline:
     @property
     def stages(self) -> list[str]:
         """The stages that the job has."""
-        absent = {"finetune": self.job.finetune is None, "evaluate": self.job.data is None}
+        job = self.job
+        absent = {"correct": job.correct is None, "finetune": job.finetune is None, "evaluate": job.data is None}
         return [name for name in STAGES if not absent.get(name)]
 
     def _wanted(self, stage: str) -> Stamp:

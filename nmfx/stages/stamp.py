@@ -16,7 +16,7 @@ from nmfx.files.parsing import Form, Text, read_json
 from nmfx.models.source import find_source
 from nmfx.settings.option import free_keys, values_of
 from nmfx.settings.search import SearchSettings
-from nmfx.settings.stages import DataSettings, EvaluateSettings, FinetuneSettings, ModelSettings
+from nmfx.settings.stages import CorrectSettings, DataSettings, EvaluateSettings, FinetuneSettings, ModelSettings
 from nmfx.settings.training import Settings
 
 FOLDER = "stages"
@@ -77,6 +77,11 @@ def search_values(search: SearchSettings, data: DataSettings | None) -> dict[str
     """What decides the output of the search stage: its settings, pictures if it looks at any, the content of a scheme file."""
     file = {"content of scheme": digest_of(Path(search.scheme))} if search.scheme else {}
     return {"look at data": search.data} | values_of(search, ("data",)) | (_pictures(data) if search.data else {}) | file
+
+
+def correct_values(correct: CorrectSettings, data: DataSettings | None) -> dict[str, Any]:
+    """What decides the output of the correct stage: its settings and the pictures."""
+    return values_of(correct) | _pictures(data)
 
 
 def finetune_values(finetune: FinetuneSettings, data: DataSettings | None) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -41,6 +41,7 @@ TUNING, EXPORT, SCORES = "finetune", "export", "evaluation.json"
 SEARCHING = ".search.safetensors"  # in the place of a scheme's ending: what the published loop goes on with
 HUBS = ("timm/", "torchvision/", "hf-hub:", "hf_hub:")  # names of models that look like paths
 FILES = (".nmfx", ".safetensors", ".yaml", ".yml", ".txt", ".pth", ".pt", ".bin", ".ckpt", ".tar")  # no model is called so
+FINISHING = ("finetune", "correct", "recalibrate")  # stages that write a network under the scheme, the best first
 KEYS = ("nmfx", "version", "model", "kwargs", "weights", "note", "input_size")
 
 
@@ -122,17 +123,26 @@ class WorkDirectory:
         named = ["--scheme", scheme] if scheme else []
         return shlex.join(["nmfx", name, str(self.path), *options, *named])
 
-    def finished(self, scheme: Scheme, epoch: str = "best") -> tuple[Finished | None, list[str]]:
-        """The fine-tuned network, else the corrected or recalibrated one, if under `scheme`; and what is there but is not.
+    def finished(
+        self, scheme: Scheme, epoch: str = "best", stages: Sequence[str] = FINISHING
+    ) -> tuple[Finished | None, list[str]]:
+        """The network that the first of `stages` wrote under `scheme`; and what is there but is not under it.
 
         Args:
+            scheme: the patterns it has to have.
             epoch: which of the fine-tuned network's: ``best`` or ``last``.
+            stages: some of `FINISHING`, in that order.
 
         Raises:
             NmfxError: the last epoch is wanted, and there is none under this scheme.
         """
         tuned, notes = self.tuned_path.with_name(TUNED[epoch]), list[str]()
-        for path, how in ((tuned, "trained"), (self.corrected_path, "corrected"), (self.recalibrated_path, "recalibrated")):
+        places = {
+            "finetune": (tuned, "trained"),
+            "correct": (self.corrected_path, "corrected"),
+            "recalibrate": (self.recalibrated_path, "recalibrated"),
+        }
+        for path, how in (places[stage] for stage in stages):
             if path.is_file():
                 header = read_checkpoint(path)[0]
                 if header.scheme.patterns == scheme.patterns:

@@ -12,13 +12,13 @@ from nmfx.data.config import picture_config
 from nmfx.data.loader import validation_loader
 from nmfx.data.source import open_data
 from nmfx.errors import ModelError, NmfxError
-from nmfx.export.checkpoint import load_checkpoint
+from nmfx.export.checkpoint import load_checkpoint, read_checkpoint
 from nmfx.recipe.check import check_recipe
 from nmfx.recipe.loader import load_recipe
 from nmfx.recipe.schema import Recipe
 from nmfx.scheme import Scheme
 from nmfx.settings.search import Choices, DominoSettings, SearchSettings
-from nmfx.settings.stages import ModelSettings
+from nmfx.settings.stages import CorrectSettings, ModelSettings
 from nmfx.sparsity.pattern import Pattern
 from nmfx.stages.build import build, build_weights, create
 from nmfx.stages.data import open_pictures
@@ -63,6 +63,21 @@ def test_what_is_done_is_skipped_and_what_changed_runs_with_all_after_it(tmp_pat
     assert not (folder / "export" / "digits.baked.safetensors").exists()
     assert run(replace(recipe, search=replace(recipe.search, target=0.75)), folder) == ALL[1:]
     assert run(replace(recipe, model=replace(recipe.model, weights="auto")), folder) == ALL  # all after it, the same or not
+
+
+def test_weights_are_corrected_before_they_train_and_without_training(tmp_path: Path) -> None:
+    folder, recipe = tmp_path / "run", replace(quick(), correct=CorrectSettings(pictures=96))
+    assert run(recipe, folder) == [*ALL[:2], "correct", *ALL[2:]]
+    assert run(recipe, folder) == []
+    assert "fine-tuned from model.safetensors" in read_checkpoint(folder / "export/digits.safetensors")[0].info["weights"]
+    assert run(replace(recipe, correct=CorrectSettings(pictures=97)), folder) == ["correct", *ALL[2:]]
+    plain = replace(recipe, finetune=None)
+    assert run(plain, folder) == ["correct", "export", "evaluate"]
+    assert "corrected (admm)" in read_checkpoint(folder / "export/digits.safetensors")[0].info["weights"]
+    assert run(plain, folder) == []
+    assert run(quick(), folder) == ALL[2:]
+    with pytest.raises(NmfxError, match="correct needs a data section"):
+        replace(plain, data=None)
 
 
 def test_an_output_that_is_gone_or_altered_is_made_again(tmp_path: Path) -> None:

@@ -157,4 +157,4 @@ def test_nothing_is_written_behind_a_link(tmp_path: Path, name: str) -> None:
     with pytest.raises(NmfxError, match=f"{name} is a link to .*outside: nothing is written or deleted behind it"):
         Pipeline(load_recipe("digits"), folder)
     assert [path.name for path in outside.iterdir()] == ["digits.mine"]
-    assert set(STAGES) == {"build", "search", "finetune", "export", "evaluate"}
+    assert set(STAGES) == {"build", "search", "correct", "finetune", "export", "evaluate"}
