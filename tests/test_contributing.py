@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,7 @@ AFTER = {  # that flags and keys know the name
     "Method": 'section({"method": "largest-first"}, SearchSettings, "recipe")',
     "Sensitivity": 'section({"sensitivity": "absolute"}, SearchSettings, "recipe")',
     "Rule": 'section({"training": "strong-sr-ste"}, FinetuneSettings, "recipe")',
+    "Option": "",
 }
 
 
@@ -55,4 +57,39 @@ def test_an_example_works_in_the_one_file_it_names(name: str, path: str, entry: 
         text=True,
         cwd=tmp_path,
     )
+    assert done.returncode == 0, done.stderr
+
+
+PLACES = (  # of the five blocks of the operator's example: the file, and what each is written before
+    ("operators.py", "def padded("),
+    ("operators.py", '    Operator("flatten"'),
+    ("kernel/operators.h", "// (batch, ...) to (batch, features)"),
+    ("lowering/replacement.py", "    aten.mean.dim: _mean,\n"),
+)
+IMPORTS = """
+import torch
+from torch import nn
+from nmfx.runtime.chain import link
+from nmfx.runtime.kernel.building import load_kernel
+from nmfx.runtime.layers import sparse_layer
+from nmfx.runtime.layout.tiles import Tile
+from nmfx.runtime.lowering.exporting import export
+from nmfx.runtime.lowering.fusion import lower
+from nmfx.runtime.operators import OPERATORS
+"""
+
+
+@pytest.mark.slow
+def test_the_operator_works_in_the_three_files_it_names(tmp_path: Path) -> None:
+    page = (ROOT / "docs/contributing.md").read_text().partition("## Operator\n")[2]
+    blocks = [textwrap.dedent(block) for block in re.findall(r"```\w+\n(.*?)\n *```", page, re.DOTALL)]
+    shutil.copytree(ROOT / "nmfx", tmp_path / "nmfx", ignore=shutil.ignore_patterns("__pycache__"))
+    for block, (name, before) in zip(blocks, PLACES, strict=False):
+        path = tmp_path / "nmfx/runtime" / name
+        content, indent = path.read_text(), " " * (len(before) - len(before.lstrip()))
+        assert content.count(before) == 1
+        path.write_text(content.replace(before, f"{textwrap.indent(block, indent)}\n{'' if indent else chr(10)}{before}"))
+    test = f"{IMPORTS}\n{blocks[-1]}\n\ntest_hardswish_is_part_of_a_chain()\n"
+    env = {**os.environ, "PYTHONPATH": str(tmp_path), "NMFX_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run([sys.executable, "-c", test], env=env, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -203,8 +203,8 @@ def _bench(parser: argparse.ArgumentParser) -> None:
 
 def _run(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Run a recipe: build, search, correct, fine-tune, export, evaluate. A stage is skipped when its output is there and still what "
-        "the recipe asks for; a changed setting runs its stage and the later ones again; a stopped run goes on."
+        "Run a recipe: build, search, correct, fine-tune, export, evaluate. A stage is skipped when its output is there and "
+        "still what the recipe asks for; a changed setting runs its stage and the later ones again; a stopped run goes on."
     )
     parser.add_argument(
         "recipe", metavar="RECIPE", help="a YAML file, or a packaged recipe by name, as digits or resnet50-0.80"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 from dataclasses import MISSING, replace
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 
@@ -27,6 +27,7 @@ from nmfx.settings.stages import (
     RecalibrateSettings,
 )
 from nmfx.settings.training import Augment, Settings
+from nmfx.sparsity.correction import CORRECTIONS
 from nmfx.stages.pipeline import STAGES
 
 CLASSES = (
@@ -35,6 +36,10 @@ CLASSES = (
 )
 NEEDED = {ModelSettings: {"name": "digits"}, DataSettings: {"name": "digits"}}
 WHOLE = [cls for cls in CLASSES if cls not in NEEDED]
+
+
+def test_corrections_are_those_that_there_are() -> None:
+    assert get_args(get_type_hints(CorrectSettings)["method"]) == tuple(CORRECTIONS)
 
 
 def numbers() -> list[tuple[type, str, Option, type]]:
