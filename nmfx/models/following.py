@@ -227,11 +227,15 @@ class Census(TorchDispatchMode):
 
 
 @contextlib.contextmanager
-def plain_kernels() -> Iterator[None]:
-    """The fused attention and recurrent paths hide their products in one operation."""
+def plain_kernels(*, convolutions: bool = True) -> Iterator[None]:
+    """The fused attention and recurrent paths hide their products in one operation.
+
+    Args:
+        convolutions: whether these are plain, too; oneDNN's, which are much faster, can stay where nothing is recurrent.
+    """
     enabled, mkldnn = torch.backends.mha.get_fastpath_enabled(), torch._C._get_mkldnn_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
-    torch._C._set_mkldnn_enabled(False)
+    torch._C._set_mkldnn_enabled(mkldnn and not convolutions)
     try:
         yield
     finally:

@@ -130,7 +130,7 @@ class Run:
 def running(model: nn.Module, inputs: Sequence[Any], wanted: Callable[[str, Any], Any]) -> Iterator[list[Run]]:
     """Runs of `model`, one for each input, that end with the ``with`` block."""
     runs = [Run(model, x, wanted) for x in inputs]
-    with plain_kernels():
+    with plain_kernels(convolutions=any(isinstance(module, nn.RNNBase) for module in model.modules())):
         try:
             yield runs
         finally:
