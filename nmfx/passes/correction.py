@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from nmfx import text
 from nmfx.errors import NmfxError
@@ -29,6 +30,8 @@ NORMS = {  # operations that normalise by running statistics, and where the runn
     "aten::cudnn_batch_norm": 3,
     "aten::miopen_batch_norm": 3,
 }
+LOOKUPS = ("aten::embedding", "aten::index", "aten::index_select", "aten::gather")
+LEAST_VARIANCE, MOST_CHANGE = 1e-6, 16.0  # of a batch norm: of its own, below which pictures say nothing; times, at most
 DAMPINGS = (0.01, 0.1, 1.0)  # tried in this order until the held-back pictures agree with the others
 AGREE = 1.25  # how much larger the error on held-back pictures may be
 ROWS, LEAST_ROWS = 16, 32768  # gathered for each column of a site, and for a site
@@ -76,20 +79,24 @@ def correct(
 
     Args:
         model: as `transform` gives it.
-        batches: inputs, or ``(input, label, ...)`` tuples, as a loader gives them: some hundreds of pictures, in 8 batches or
-            more. The last eighth is held back and decides for each weight between corrected, damped more, and plain.
-        dense: the network to come back to; by default the weights behind the masks, before any training.
+        batches: inputs, or ``(input, label, ...)`` tuples, as a loader gives them: some hundreds of pictures. An input is a
+            tensor, a tuple of positional or a dict of named arguments. The last eighth (of fewer than 8 batches: of each one's
+            pieces) is held back and decides for each weight between corrected, damped more, and plain.
+        dense: the network to come back to; by default the weights behind the masks, which are dense before any training or
+            correction; give it where they are not.
         method: one of `nmfx.sparsity.correction.CORRECTIONS`.
         seed: of the positions that are drawn from large feature maps.
         progress: told of each weight that is done.
 
     Returns:
         What became of each weight, in the order in which they run; then masked ones that no product reads as they are stored
-        (standardised weights, weights that are copied first). These are masked by magnitude, as `bake` would.
+        (standardised weights, weights that are copied first). These are masked by magnitude, as `bake` would. A weight that is
+        used several times is fitted to its first use.
 
     Raises:
-        NmfxError: an unknown method, no batches, a model without masks, a `dense` network of another kind, or a forward pass
-            that takes another way for another picture. The model is left as it was.
+        NmfxError: an unknown method, no batches or some that hold infinite or NaN values, a model without masks, a `dense`
+            network of another kind, or a forward pass that fails or takes another way for another picture. The model is left
+            as it was.
     """
     if method not in CORRECTIONS:
         raise NmfxError(f"unknown correction {method!r}{text.nearest(method, CORRECTIONS)}; known: {', '.join(CORRECTIONS)}")
@@ -101,18 +108,27 @@ def correct(
         odd = min(sparse.shapes.items() ^ target.shapes.items())[0]
         raise NmfxError(f"correct: dense has another {odd}; give the dense version of this network")
     device = next(sparse.model.parameters()).device
-    inputs = [moved(batch[0] if isinstance(batch, list | tuple) else batch, device) for batch in batches]
-    if not inputs:
-        raise NmfxError("correct: no batches of pictures to look at")
+    inputs = _inputs(batches, device)
     for name, spec in specs.items():
         if not spec.derived:
             sparse.weights[name].mul_(make_mask(sparse.weights[name], spec.pattern.n, spec.grouping))
     job = _Correction(sparse, method, seed, len(inputs), progress)
-    with running(sparse.model, inputs, sparse.wanted) as runs, running(target.model, inputs, target.wanted) as others:
-        job.run(runs, others)
-    found = {**dict(sparse.model.named_parameters()), **dict(sparse.model.named_buffers())}
-    for name, value in (*model.named_parameters(), *model.named_buffers()):
-        if name in found and not torch.equal(value, found[name]):
+    try:
+        with (
+            torch.autocast(device.type, enabled=False),
+            running(sparse.model, inputs, sparse.wanted) as runs,
+            running(target.model, inputs, target.wanted) as others,
+        ):
+            job.run(runs, others)
+    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
+        what = str(error).splitlines()[0] if str(error) else repr(error)
+        raise NmfxError(f"correct: {type(model).__name__} cannot be run on these batches: {what}") from error
+    for name, parameter in model.named_parameters():
+        if name in sparse.weights and not torch.equal(parameter, sparse.weights[name]):
+            parameter.copy_(sparse.weights[name])
+    found = dict(sparse.model.named_buffers())
+    for name, value in model.named_buffers():
+        if name.rpartition(".")[2] in ("running_mean", "running_var"):
             value.copy_(found[name])
     frozen = [site for site in masked_sites(model) if site.spec.frozen]
     respec(frozen, frozen=False)
@@ -121,6 +137,28 @@ def correct(
     respec(frozen, keep_masks=True, frozen=True)
     seen = {one.name for one in job.records}
     return job.records + [Corrected(name, "plain: no product reads it as it is stored") for name in specs if name not in seen]
+
+
+def _inputs(batches: Iterable[Any], device: torch.device) -> list[Any]:
+    """Inputs of the forward passes, without labels; fewer than 8 batches are cut into pieces, so that some can be held back."""
+    if isinstance(batches, Tensor | str | dict) or not isinstance(batches, Iterable):
+        raise NmfxError(f"correct: expected batches, as a list or a loader gives them, got {type(batches).__name__}")
+    inputs = []
+    for batch in batches:
+        x = batch[0] if isinstance(batch, list | tuple) else batch
+        tensors = [leaf for leaf in tree_leaves(x) if isinstance(leaf, Tensor)]
+        if not tensors:
+            raise NmfxError(f"correct: expected batches of tensors, got {type(x).__name__}")
+        if not all(bool(t.isfinite().all()) for t in tensors if t.is_floating_point()):
+            raise NmfxError("correct: a batch holds infinite or NaN values")
+        if all(len(t) for t in tensors if t.dim()):
+            inputs.append(moved(x, device))
+    if not inputs:
+        raise NmfxError("correct: no batches of pictures to look at")
+    if len(inputs) < 8 and all(isinstance(x, Tensor) and x.dim() for x in inputs):
+        pieces = math.ceil(8 / len(inputs))
+        inputs = [piece for x in inputs for piece in x.split(max(1, math.ceil(len(x) / pieces)))]
+    return inputs
 
 
 @dataclass(frozen=True)
@@ -159,6 +197,7 @@ class _Network:
                 parameter.data = parameter.data.contiguous()
                 self.weights[name] = parameter.data
         self._names = {storage_of(weight): name for name, weight in self.weights.items()}
+        self.looked_up = set[str]()
         self._norms = {storage_of(buffer): name for name, buffer in self.model.named_buffers()}
 
     @property
@@ -173,6 +212,8 @@ class _Network:
             if isinstance(mean, Tensor) and storage_of(mean) in self._norms and args[place + 2] is not True:
                 return _Stop((self._norms[storage_of(mean)],), None, mean, variance, args[0])
             return None
+        if name in LOOKUPS and isinstance(args[0], Tensor) and storage_of(args[0]) in self._names:
+            self.looked_up.add(self._names[storage_of(args[0])])
         product = product_of(name, args, lambda t: storage_of(t) in self._names)
         if product is None:
             return None
@@ -235,7 +276,7 @@ class _Correction:
         if wanted < product.positions:
             generator = torch.Generator().manual_seed(hash((self.seed, len(self.seen), index)) % 2**63)
             drawn = torch.randperm(product.positions, generator=generator)[:wanted].sort().values.to(product.x.device)
-        held_back = index >= self.batches - max(1, self.batches // 8) and self.batches > 1
+        held_back = self.batches > 1 and index >= self.batches - max(1, self.batches // 8)
         moments[held_back].add(product.samples(None, drawn)[0], target.tag.product.samples(target.out, drawn)[1])
 
     def _correct(self, stop: _Stop, dense: Product, moments: list[Moments]) -> None:
@@ -247,14 +288,22 @@ class _Correction:
             self.records.append(Corrected(name, f"plain: {why}"))
             return
         fitted, held = moments
+        if not held.samples:
+            self.records.append(Corrected(name, "plain: no pictures can be held back; give more"))
+            return
+        if not fitted.energy:
+            self.records.append(Corrected(name, "plain: it gives zeros at its first use"))
+            return
+        if name in self.sparse.looked_up:
+            self.records.append(Corrected(name, "plain: it is a table as well, read by index"))
+            return
         weight, wanted = product.matrix(product.weight).float(), dense.matrix(dense.weight).float()
-        judge = held if held.samples else fitted
-        before = after = judge.error(weight)
+        before = after = held.error(weight)
         best, used = weight, math.nan
         exact = before < EXACT
         for damping in () if exact else DAMPINGS:
             found = self._solve(name, product, Quadratic.of(fitted, wanted, damping), wanted).float()
-            error = judge.error(found)
+            error = held.error(found)
             if error < after:
                 best, used, after = found, damping, error
             if error <= AGREE * fitted.error(found):
@@ -262,7 +311,7 @@ class _Correction:
         chosen = f"corrected, damping {used:g}"
         if math.isnan(used):
             chosen = "plain: its outputs are right" if exact else "plain: nothing is better on the held-back pictures"
-        if not math.isnan(used) and held.samples:  # the held-back pictures have judged; now they may teach as well
+        if not math.isnan(used):  # the held-back pictures have judged; now they may teach as well
             best = fit_kept(Quadratic.of(fitted + held, wanted, used), best != 0, best)
         product.weight.copy_(product.tensor(best))
         self.records.append(Corrected(name, chosen, before, after))
@@ -295,8 +344,10 @@ def _match(stop: _Stop, inputs: Sequence[tuple[Tensor, Tensor]]) -> None:
     assert stop.mean is not None
     assert stop.variance is not None
     (mean, variance), (dense_mean, dense_variance) = (_moments([pair[which] for pair in inputs]) for which in range(2))
+    says = dense_variance > LEAST_VARIANCE * stop.variance
+    ratio = torch.where(says, variance / dense_variance, 1.0).clamp(1 / MOST_CHANGE, MOST_CHANGE)
     stop.mean.add_((mean - dense_mean).to(stop.mean.dtype))
-    stop.variance.mul_(torch.where(dense_variance > 0, variance / dense_variance, 1.0).to(stop.variance.dtype))
+    stop.variance.mul_(ratio.to(stop.variance.dtype))
 
 
 def _moments(inputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

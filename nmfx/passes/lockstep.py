@@ -66,7 +66,7 @@ class Run:
     Args:
         model: run in the mode it is in, without gradients, as a copy that shares its tensors: what modules keep between their
             operations is the run's own.
-        x: the input, a tensor or a tuple of positional arguments.
+        x: the input: a tensor, positional arguments as a tuple or a list, or a dict of arguments by name.
         wanted: ``(name, args)`` of an aten operation -> a tag, or None to go on.
     """
 
@@ -84,7 +84,10 @@ class Run:
         try:
             if not self._cancelled:
                 with torch.no_grad(), _Stops(self):
-                    self.model(*self.x) if isinstance(self.x, tuple) else self.model(self.x)
+                    if isinstance(self.x, dict):
+                        self.model(**self.x)
+                    else:
+                        self.model(*(self.x if isinstance(self.x, tuple | list) else (self.x,)))
         except _Cancelled:
             pass
         except BaseException as error:

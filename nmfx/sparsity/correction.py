@@ -10,8 +10,10 @@ whose weights without a mask are ``W_0 = (Y'X + d W_dense) (X'X + d)^-1``, and `
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,7 +55,8 @@ class Moments:
     @staticmethod
     def zeros(groups: int, rows: int, columns: int, *, device: torch.device | None = None) -> Moments:
         """Of no samples yet."""
-        return Moments(torch.zeros(groups, columns, columns, device=device), torch.zeros(groups, rows, columns, device=device))
+        how: dict[str, Any] = {"dtype": torch.float32, "device": device}
+        return Moments(torch.zeros(groups, columns, columns, **how), torch.zeros(groups, rows, columns, **how))
 
     def add(self, x: Tensor, y: Tensor) -> None:
         """Add samples: `x` ``(groups, samples, columns)``, `y` ``(groups, samples, rows)``, float32."""
@@ -74,7 +77,8 @@ class Moments:
         """``|X W' - Y|^2 / |Y|^2`` of weights ``(groups, rows, columns)``."""
         weight = weight.to(self.inputs.dtype)
         product = (weight @ self.inputs - 2 * self.targets) * weight
-        return max(0.0, float(product.sum(dtype=torch.float64)) + self.energy) / max(self.energy, 1e-30)
+        error = (float(product.sum(dtype=torch.float64)) + self.energy) / max(self.energy, 1e-30)
+        return max(0.0, error) if math.isfinite(error) else math.inf
 
 
 @dataclass(frozen=True)

@@ -123,6 +123,9 @@ def test_bad_input_leaves_the_model_as_it_was() -> None:
     for wrong, message in (
         ({"method": "adm"}, "did you mean 'admm'"),
         ({"batches": []}, "no batches"),
+        ({"batches": None}, "expected batches"),
+        ({"batches": ["abc"]}, "expected batches of tensors"),
+        ({"batches": torch.zeros(8, 3, 16, 16)}, "expected batches, as a list"),
         ({"dense": nn.Conv2d(3, 4, 3)}, "give the dense version"),
     ):
         given = {"batches": batches} | wrong
@@ -147,3 +150,86 @@ def test_pictures_that_take_another_way_are_refused() -> None:
     masked = nmfx.transform(Branching(), "2:4", example_input=torch.ones(1, 8))
     with pytest.raises(NmfxError, match="take different ways"):
         correct(masked, [torch.ones(4, 8), -torch.ones(4, 8)])
+
+
+class Tied(nn.Module):
+    """A table that is the weight of a product as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.line, self.out = nn.Embedding(20, 16), nn.Linear(16, 16), nn.Linear(16, 20, bias=False)
+        self.out.weight = self.table.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.line(self.table(x)).relu())
+
+
+def test_a_table_that_is_a_weight_as_well_stays() -> None:
+    torch.manual_seed(0)
+    model, batches = Tied().eval(), [torch.randint(0, 20, (16, 5)) for _ in range(8)]
+    masked = nmfx.transform(model, "2:4", example_input=batches[0])
+    before = distance(masked, model, batches)
+    records = {one.name: one.chosen for one in correct(masked, batches)}
+    assert records["table.weight"] == "plain: it is a table as well, read by index"
+    assert records["line.weight"].startswith("corrected")
+    assert distance(masked, model, batches) < before
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_pictures_that_are_not_finite_are_refused(value: float) -> None:
+    _, masked, batches, _ = converted("residuals")
+    before = copy.deepcopy(masked.state_dict())
+    batches[-1][0, 0, 0, 0] = value
+    with pytest.raises(NmfxError, match="infinite or NaN"):
+        correct(masked, batches)
+    assert all(torch.equal(one, before[key]) for key, one in masked.state_dict().items())
+
+
+def test_one_batch_is_cut_and_one_picture_corrects_nothing() -> None:
+    model, masked, batches, _ = converted("kinds")
+    before = distance(masked, model, batches)
+    correct(masked, [torch.cat(batches), torch.empty(0, 3, 16, 16)])
+    assert distance(masked, model, batches) < 0.7 * before
+    _, again, _, _ = converted("kinds")
+    assert {one.chosen for one in correct(again, [batches[0][:1]])} == {"plain: no pictures can be held back; give more"}
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-20])
+def test_pictures_that_say_nothing_leave_batch_norms_in_reach(scale: float) -> None:
+    model, masked, batches, _ = converted("residuals")
+    before = distance(masked, model, batches)
+    correct(masked, [scale * x for x in batches])
+    assert distance(masked, model, batches) < 4 * before
+
+
+def test_settings_of_the_process_change_nothing() -> None:
+    _, first, batches, _ = converted("kinds")
+    _, second, _, _ = converted("kinds")
+    correct(first, batches)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            correct(second, batches)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for one, other in zip(first.parameters(), second.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+
+
+def test_named_arguments_and_buffers_of_the_model() -> None:
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.line = nn.Linear(8, 8)
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, *, x: Tensor, y: Tensor) -> Tensor:
+            self.calls += 1
+            return self.line(x) + y
+
+    model, batches = Counting(), [{"x": torch.randn(16, 8), "y": torch.randn(16, 8)} for _ in range(8)]
+    masked = nmfx.transform(model, "2:4", example_input=batches[0])
+    (record,) = correct(masked, batches)
+    assert record.chosen.startswith("corrected")
+    assert record.after < record.before
+    assert float(masked.calls) == 0
