@@ -1,4 +1,6 @@
-"""The commands and what each takes: the options of its settings, and a few arguments of its own. Imports no torch."""
+"""The commands and what each takes: the options of its settings, and a few arguments of its own. Imports no torch. It has a few
+lines more than other files, as the command line is easier to see in one piece.
+"""
 
 from __future__ import annotations
 

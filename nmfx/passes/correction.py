@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -13,51 +12,12 @@ from torch.utils._pytree import tree_leaves
 
 from nmfx import text
 from nmfx.errors import NmfxError
-from nmfx.masking.copies import deep_copy
-from nmfx.masking.owner import masks_derived, unmask
 from nmfx.masking.sites import masked_sites, respec
-from nmfx.masking.weight import MaskSpec
-from nmfx.models.storages import storage_of
-from nmfx.passes.lockstep import Call, Run, moved, running
-from nmfx.passes.samples import Product, product_of
+from nmfx.passes.layerwise import Corrected, LayerwiseCorrection, Network
+from nmfx.passes.lockstep import moved, running
 from nmfx.progress import Progress, silent
-from nmfx.sparsity.correction import CORRECTIONS, Moments, Quadratic, Selection, fit_kept
+from nmfx.sparsity.correction import CORRECTIONS
 from nmfx.sparsity.mask import make_mask
-
-NORMS = {  # operations that normalise by running statistics, and where the running mean is among their arguments
-    "aten::native_batch_norm": 3,
-    "aten::_native_batch_norm_legit_no_training": 3,
-    "aten::cudnn_batch_norm": 3,
-    "aten::miopen_batch_norm": 3,
-}
-LOOKUPS = ("aten::embedding", "aten::index", "aten::index_select", "aten::gather")
-LEAST_VARIANCE, MOST_CHANGE = 1e-6, 16.0  # of a batch norm: of its own, below which pictures say nothing; times, at most
-DAMPINGS = (0.01, 0.1, 1.0)  # tried in this order until the held-back pictures agree with the others
-AGREE = 1.25  # how much larger the error on held-back pictures may be
-ROWS, LEAST_ROWS = 16, 32768  # gathered for each column of a site, and for a site
-EXACT = 1e-6  # an error that is rounding
-MOST_COLUMNS = 8192  # second moments of more would take over 256 MiB
-
-
-@dataclass(frozen=True)
-class Corrected:
-    """What became of one weight.
-
-    Attributes:
-        name: its state-dict key.
-        chosen: ``corrected, damping 0.01``, or ``plain`` and why.
-        before, after: squared error of the outputs that it makes, on the held-back pictures, as a share of their energy: with
-            the dense weights that magnitude keeps, and as it is now.
-    """
-
-    name: str
-    chosen: str
-    before: float = math.nan
-    after: float = math.nan
-
-    def __str__(self) -> str:
-        errors = "" if math.isnan(self.before) else f", error {self.before:.2%} -> {self.after:.2%}"
-        return f"{self.name}: {self.chosen}{errors}"
 
 
 @torch.no_grad()
@@ -103,7 +63,7 @@ def correct(
     specs = {site.spec.name: site.spec for site in masked_sites(model)}
     if not specs:
         raise NmfxError("correct: the model has no masked weights; transform it first")
-    sparse, target = _Network(model, specs, keep_derived=True), _Network(model if dense is None else dense, specs)
+    sparse, target = Network(model, specs, keep_derived=True), Network(model if dense is None else dense, specs)
     if sparse.shapes != target.shapes:
         odd = min(sparse.shapes.items() ^ target.shapes.items())[0]
         raise NmfxError(f"correct: dense has another {odd}; give the dense version of this network")
@@ -112,7 +72,7 @@ def correct(
     for name, spec in specs.items():
         if not spec.derived:
             sparse.weights[name].mul_(make_mask(sparse.weights[name], spec.pattern.n, spec.grouping))
-    job = _Correction(sparse, method, seed, len(inputs), progress)
+    job = LayerwiseCorrection(sparse, method, seed, len(inputs), progress)
     try:
         with (
             torch.autocast(device.type, enabled=False),
@@ -159,201 +119,3 @@ def _inputs(batches: Iterable[Any], device: torch.device) -> list[Any]:
         pieces = math.ceil(8 / len(inputs))
         inputs = [piece for x in inputs for piece in x.split(max(1, math.ceil(len(x) / pieces)))]
     return inputs
-
-
-@dataclass(frozen=True)
-class _Stop:
-    """Where a run waits: at a product that reads a weight, or at a batch norm.
-
-    Attributes:
-        key: tells one from another; the same in both networks.
-        product: of a weight.
-        mean, variance, x: of a batch norm, and its input.
-    """
-
-    key: tuple[Any, ...]
-    product: Product | None = None
-    mean: Tensor | None = None
-    variance: Tensor | None = None
-    x: Tensor | None = None
-
-
-class _Network:
-    """A copy to run, and its weights by name: without masks, but for those on what a module makes of its weight.
-
-    Args:
-        keep_derived: whether those stay.
-    """
-
-    def __init__(self, model: nn.Module, specs: dict[str, MaskSpec], *, keep_derived: bool = False) -> None:
-        self.model = deep_copy(model).eval()
-        for module in self.model.modules():
-            if not (keep_derived and masks_derived(module)):
-                unmask(module, keep_masked=False)
-        self.specs = specs
-        self.weights: dict[str, Tensor] = {}
-        for name, parameter in self.model.named_parameters():
-            if parameter.dim() > 1 and parameter.is_floating_point():
-                parameter.data = parameter.data.contiguous()
-                self.weights[name] = parameter.data
-        self._names = {storage_of(weight): name for name, weight in self.weights.items()}
-        self.looked_up = set[str]()
-        self._norms = {storage_of(buffer): name for name, buffer in self.model.named_buffers()}
-
-    @property
-    def shapes(self) -> dict[str, torch.Size]:
-        """Shapes of all weights."""
-        return {name: weight.shape for name, weight in self.weights.items()}
-
-    def wanted(self, name: str, args: Any) -> _Stop | None:
-        """What `Run` asks of every operation."""
-        if (place := NORMS.get(name)) is not None:
-            mean, variance = args[place], args[place + 1]
-            if isinstance(mean, Tensor) and storage_of(mean) in self._norms and args[place + 2] is not True:
-                return _Stop((self._norms[storage_of(mean)],), None, mean, variance, args[0])
-            return None
-        if name in LOOKUPS and isinstance(args[0], Tensor) and storage_of(args[0]) in self._names:
-            self.looked_up.add(self._names[storage_of(args[0])])
-        product = product_of(name, args, lambda t: storage_of(t) in self._names)
-        if product is None:
-            return None
-        weight = product.weight
-        part = (weight.storage_offset(), tuple(weight.shape), weight.stride())
-        return _Stop((self._names[storage_of(weight)], *part), product)
-
-
-@dataclass
-class _Correction:
-    """One job under way."""
-
-    sparse: _Network
-    method: str
-    seed: int
-    batches: int
-    progress: Progress
-    records: list[Corrected] = field(default_factory=list)
-    seen: set[tuple[Any, ...]] = field(default_factory=set)
-
-    def run(self, runs: Sequence[Run], others: Sequence[Run]) -> None:
-        """Go from stop to stop until the forward passes end."""
-        while True:
-            calls: list[tuple[Call, Call]] = []
-            keys: set[Any] = set()
-            moments: list[Moments] = []
-            for index, (run, other) in enumerate(zip(runs, others, strict=True)):
-                call, target = run.advance(), other.advance()
-                keys |= {None if one is None else one.tag.key for one in (call, target)}
-                if len(keys) > 1:
-                    raise NmfxError("correct: the forward passes of the batches, or of dense, take different ways")
-                if call is None or target is None:
-                    continue
-                calls.append((call, target))
-                target.compute()
-                if call.tag.product is not None and call.tag.key not in self.seen:
-                    self._gather(moments, call, target, index)
-            if not calls:
-                return
-            stop, target = calls[0][0].tag, calls[0][1].tag
-            if stop.key not in self.seen:
-                self.seen.add(stop.key)
-                if stop.product is None:
-                    _match(stop, [(call.tag.x, other.tag.x) for call, other in calls])
-                else:
-                    self._correct(stop, target.product, moments)
-
-    def _gather(self, moments: list[Moments], call: Call, target: Call, index: int) -> None:
-        """Add what one batch says to `moments`: of the pictures to fit on, and of those held back."""
-        product: Product = call.tag.product
-        columns = math.prod(product.columns)
-        if columns > MOST_COLUMNS:
-            return
-        if not moments:
-            device = product.weight.device
-            moments += [Moments.zeros(product.groups, product.rows, columns, device=device) for _ in range(2)]
-        pictures = 1 if product.conv is None else len(product.x)
-        wanted = math.ceil(max(ROWS * columns, LEAST_ROWS) / self.batches / max(1, pictures))
-        drawn = None
-        if wanted < product.positions:
-            generator = torch.Generator().manual_seed(hash((self.seed, len(self.seen), index)) % 2**63)
-            drawn = torch.randperm(product.positions, generator=generator)[:wanted].sort().values.to(product.x.device)
-        held_back = self.batches > 1 and index >= self.batches - max(1, self.batches // 8)
-        moments[held_back].add(product.samples(None, drawn)[0], target.tag.product.samples(target.out, drawn)[1])
-
-    def _correct(self, stop: _Stop, dense: Product, moments: list[Moments]) -> None:
-        """Choose the values of one weight, and write them to where the waiting runs will read them."""
-        name, product = str(stop.key[0]), stop.product
-        assert product is not None
-        if not moments or not moments[0].samples:
-            why = f"more than {MOST_COLUMNS} columns" if not moments else "no pictures reach it"
-            self.records.append(Corrected(name, f"plain: {why}"))
-            return
-        fitted, held = moments
-        if not held.samples:
-            self.records.append(Corrected(name, "plain: no pictures can be held back; give more"))
-            return
-        if not fitted.energy:
-            self.records.append(Corrected(name, "plain: it gives zeros at its first use"))
-            return
-        if name in self.sparse.looked_up:
-            self.records.append(Corrected(name, "plain: it is a table as well, read by index"))
-            return
-        weight, wanted = product.matrix(product.weight).float(), dense.matrix(dense.weight).float()
-        before = after = held.error(weight)
-        best, used = weight, math.nan
-        exact = before < EXACT
-        for damping in () if exact else DAMPINGS:
-            found = self._solve(name, product, Quadratic.of(fitted, wanted, damping), wanted).float()
-            error = held.error(found)
-            if error < after:
-                best, used, after = found, damping, error
-            if error <= AGREE * fitted.error(found):
-                break
-        chosen = f"corrected, damping {used:g}"
-        if math.isnan(used):
-            chosen = "plain: its outputs are right" if exact else "plain: nothing is better on the held-back pictures"
-        if not math.isnan(used):  # the held-back pictures have judged; now they may teach as well
-            best = fit_kept(Quadratic.of(fitted + held, wanted, used), best != 0, best)
-        product.weight.copy_(product.tensor(best))
-        self.records.append(Corrected(name, chosen, before, after))
-        self.progress(len(self.records) / len(self.sparse.weights), str(self.records[-1]))
-
-    def _solve(self, name: str, product: Product, problem: Quadratic, dense: Tensor) -> Tensor:
-        """The values that `method` finds; all are kept where the weight has no mask."""
-        spec = self.sparse.specs.get(name)
-        if spec is None or spec.derived:
-            return problem.optimum
-        whole, view = self.sparse.weights[name], product.weight
-        place = view.shape, view.stride(), view.storage_offset() - whole.storage_offset()
-
-        def choose(scores: Tensor) -> Tensor:  # a product may read a part of a weight: groups are those of the whole
-            full = torch.zeros(whole.shape, dtype=scores.dtype, device=whole.device)
-            full.as_strided(*place).copy_(product.tensor(scores))
-            return product.matrix(make_mask(full, spec.pattern.n, spec.grouping).as_strided(*place))
-
-        positions, inputs = product.columns
-        spans = [
-            (position * inputs + start, position * inputs + min(start + spec.grouping.m, inputs))
-            for position in range(positions)
-            for start in range(0, inputs, spec.grouping.m)
-        ]
-        return CORRECTIONS[self.method](problem, dense, Selection(spec.pattern.n, () if spec.grouping.flat else spans, choose))
-
-
-def _match(stop: _Stop, inputs: Sequence[tuple[Tensor, Tensor]]) -> None:
-    """Move a batch norm's statistics as its inputs have moved: means by the difference to dense, variances by the ratio."""
-    assert stop.mean is not None
-    assert stop.variance is not None
-    (mean, variance), (dense_mean, dense_variance) = (_moments([pair[which] for pair in inputs]) for which in range(2))
-    says = dense_variance > LEAST_VARIANCE * stop.variance
-    ratio = torch.where(says, variance / dense_variance, 1.0).clamp(1 / MOST_CHANGE, MOST_CHANGE)
-    stop.mean.add_((mean - dense_mean).to(stop.mean.dtype))
-    stop.variance.mul_(ratio.to(stop.variance.dtype))
-
-
-def _moments(inputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Mean and variance of every channel, float64."""
-    flat = [x.transpose(0, 1).flatten(1) for x in inputs]  # channels, samples
-    count = sum(x.shape[1] for x in flat)
-    mean = torch.stack([x.sum(1, dtype=torch.float64) for x in flat]).sum(0) / count
-    squares = torch.stack([(x - mean.unsqueeze(1)).square().sum(1) for x in flat]).sum(0)
-    return mean, squares / count

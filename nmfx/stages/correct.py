@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nmfx.export.checkpoint import save_checkpoint
-from nmfx.passes.correction import Corrected, correct
+from nmfx.passes.correction import correct
+from nmfx.passes.layerwise import Corrected
 from nmfx.passes.transform import transform
 from nmfx.processes import rank
 from nmfx.progress import Progress, silent
