@@ -2,8 +2,8 @@
 
 It holds work.yaml (model, input, where the weights came from), weights.safetensors (the dense weights; none for random ones,
 which their seed gives again), start.yaml if they came from a compressed checkpoint (the scheme they are under: no search
-goes above its densities), scheme.yaml + scheme.txt once there is a scheme, and a folder for each later stage. Names, reading and
-finding of such a directory stay together, which takes a few lines more than 300.
+goes above its densities), scheme.yaml + scheme.txt once there is a scheme, and a folder for each later stage. Its names, and
+how it is read and found, stay together, which takes a few lines more than 300.
 """
 
 from __future__ import annotations
