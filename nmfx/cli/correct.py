@@ -24,9 +24,8 @@ def run(args: Namespace) -> None:
             done = correct_weights(
                 work, settings, data, path, scheme=args.scheme, device=device, force=args.force, progress=progress
             )
-        changed = sum(one.chosen.startswith("corrected") for one in done.weights)
         seen = f"{done.pictures} training pictures of {done.data}, without labels"
-        out.print(f"corrected {changed} of {len(done.weights)} weights to give the dense network's outputs on {seen}")
+        out.print(f"corrected {done.changed} of {len(done.weights)} weights to give the dense network's outputs on {seen}")
         for one in done.weights:
             if not one.chosen.startswith("corrected"):
                 out.print(f"  {one}", soft_wrap=True)

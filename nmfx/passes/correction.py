@@ -17,7 +17,6 @@ from nmfx.passes.layerwise import Corrected, LayerwiseCorrection, Network
 from nmfx.passes.lockstep import moved, running
 from nmfx.progress import Progress, silent
 from nmfx.sparsity.correction import CORRECTIONS
-from nmfx.sparsity.mask import make_mask
 
 
 @torch.no_grad()
@@ -69,9 +68,9 @@ def correct(
         raise NmfxError(f"correct: dense has another {odd}; give the dense version of this network")
     device = next(sparse.model.parameters()).device
     inputs = _inputs(batches, device)
-    for name, spec in specs.items():
-        if not spec.derived:
-            sparse.weights[name].mul_(make_mask(sparse.weights[name], spec.pattern.n, spec.grouping))
+    for site in masked_sites(model):
+        if not site.spec.derived:
+            sparse.weights[site.spec.name].mul_(site.mask)  # the model's own: by its score, or fixed
     job = LayerwiseCorrection(sparse, method, seed, len(inputs), progress)
     try:
         with (

@@ -14,7 +14,7 @@ from nmfx.errors import NmfxError
 from nmfx.masking.copies import deep_copy
 from nmfx.masking.owner import masks_derived, unmask
 from nmfx.masking.weight import MaskSpec
-from nmfx.models.storages import storage_of
+from nmfx.models.storages import LOOKUPS, storage_of
 from nmfx.passes.lockstep import Call, Run
 from nmfx.passes.samples import Product, product_of
 from nmfx.progress import Progress
@@ -27,7 +27,6 @@ NORMS = {  # operations that normalise by running statistics, and where the runn
     "aten::cudnn_batch_norm": 3,
     "aten::miopen_batch_norm": 3,
 }
-LOOKUPS = ("aten::embedding", "aten::index", "aten::index_select", "aten::gather")
 LEAST_VARIANCE, MOST_CHANGE = 1e-6, 16.0  # of a batch norm: of its own, below which pictures say nothing; times, at most
 DAMPINGS = (0.01, 0.1, 1.0)  # tried in this order until the held-back pictures agree with the others
 AGREE = 1.25  # how much larger the error on held-back pictures may be
@@ -108,7 +107,7 @@ class Network:
             if isinstance(mean, Tensor) and storage_of(mean) in self._norms and args[place + 2] is not True:
                 return Stop((self._norms[storage_of(mean)],), None, mean, variance, args[0])
             return None
-        if name in LOOKUPS and isinstance(args[0], Tensor) and storage_of(args[0]) in self._names:
+        if name.removeprefix("aten::") in LOOKUPS and isinstance(args[0], Tensor) and storage_of(args[0]) in self._names:
             self.looked_up.add(self._names[storage_of(args[0])])
         product = product_of(name, args, lambda t: storage_of(t) in self._names)
         if product is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sized
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,10 +12,8 @@ from nmfx.passes.transform import transform
 from nmfx.processes import rank
 from nmfx.progress import Progress, silent
 from nmfx.settings.stages import CorrectSettings, DataSettings
-from nmfx.stages.data import open_pictures, sample
+from nmfx.stages.data import sample_for
 from nmfx.stages.work import WorkDirectory
-
-PICTURES = 512  # looked at, unless told otherwise
 
 
 @dataclass(frozen=True)
@@ -27,6 +24,11 @@ class CorrectRecord:
     pictures: int
     data: str
     path: Path
+
+    @property
+    def changed(self) -> int:
+        """How many weights have new values."""
+        return sum(one.chosen.startswith("corrected") for one in self.weights)
 
 
 def correct_weights(
@@ -57,15 +59,11 @@ def correct_weights(
     sites = work.sites(dense)
     chosen = work.scheme(sites, scheme)
     model = transform(dense, chosen, sites=sites)
-    data = open_pictures(pictures)
-    count = settings.pictures or min(PICTURES, len(data.train) if isinstance(data.train, Sized) else PICTURES)
-    size = min(settings.batch_size, max(1, count // 8))  # the last of eight batches or more is held back
-    how = {"count": count, "batch_size": size, "seed": settings.seed, "workers": pictures.workers}
-    batches = sample(data, model, work.input_size, **how)
+    name, count, batches = sample_for(settings, pictures, model, work.input_size, least=8)  # the last is held back
     weights = correct(
         model.to(device), batches, dense=dense.to(device), method=settings.method, seed=settings.seed, progress=progress
     )
     said = {**chosen.info, "weights": f"corrected ({settings.method}), {work.weights}"}
     if rank() == 0:
         save_checkpoint(model.cpu(), path, info=said, force=force)
-    return CorrectRecord(weights, count, data.name, path)
+    return CorrectRecord(weights, count, name, path)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sized
+
 from torch import Tensor, nn
 
 from nmfx.data.config import PictureConfig, check_classes, picture_config
 from nmfx.data.sample import calibration
 from nmfx.data.source import Data, open_data
 from nmfx.errors import NmfxError
-from nmfx.settings.stages import FOLDER, DataSettings
+from nmfx.settings.stages import FOLDER, CorrectSettings, DataSettings, RecalibrateSettings
 
 
 def open_pictures(settings: DataSettings | None) -> Data:
@@ -35,6 +37,35 @@ def fit_pictures(data: Data, model: nn.Module, input_size: tuple[int, ...] | Non
     check_classes(data, model)
     size = input_size if input_size is not None and len(input_size) == 3 else None
     return picture_config(model, data, input_size=size)
+
+
+PICTURES = 512  # looked at without training, unless told otherwise: more change little
+
+
+def sample_for(
+    settings: CorrectSettings | RecalibrateSettings,
+    pictures: DataSettings,
+    model: nn.Module,
+    input_size: tuple[int, ...] | None,
+    *,
+    least: int,
+) -> tuple[str, int, list[tuple[Tensor, Tensor]]]:
+    """The training pictures that a stage without training looks at.
+
+    Args:
+        settings: how many, in batches of which size, and which.
+        pictures: where they are.
+        model, input_size: what they are brought to.
+        least: how many batches there have to be, however few the pictures.
+
+    Returns:
+        What the data are called, how many pictures were taken, and the batches.
+    """
+    data = open_pictures(pictures)
+    count = settings.pictures or min(PICTURES, len(data.train) if isinstance(data.train, Sized) else PICTURES)
+    size = min(settings.batch_size, max(1, count // least))
+    how = {"count": count, "batch_size": size, "seed": settings.seed, "workers": pictures.workers}
+    return data.name, count, sample(data, model, input_size, **how)
 
 
 def sample(data: Data, model: nn.Module, input_size: tuple[int, ...] | None, **how: int) -> list[tuple[Tensor, Tensor]]:

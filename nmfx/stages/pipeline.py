@@ -99,8 +99,7 @@ def _correct(job: Job, folder: Path, device: str, progress: Progress) -> Done:
     assert job.data is not None
     kept = Written(folder).clear(CORRECTED)
     record = correct_weights(open_work(folder), job.correct, job.data, folder / CORRECTED, device=device, progress=progress)
-    changed = sum(one.chosen.startswith("corrected") for one in record.weights)
-    said = f"{changed} of {len(record.weights)} weights corrected on {record.pictures} training pictures, without labels"
+    said = f"{record.changed} of {len(record.weights)} weights corrected on {record.pictures} training pictures, without labels"
     return Done((CORRECTED,), (*kept, said))
 
 

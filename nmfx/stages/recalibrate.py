@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sized
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,10 +12,8 @@ from nmfx.passes.transform import transform
 from nmfx.processes import rank
 from nmfx.progress import Progress, silent
 from nmfx.settings.stages import DataSettings, RecalibrateSettings
-from nmfx.stages.data import open_pictures, sample
+from nmfx.stages.data import sample_for
 from nmfx.stages.work import WorkDirectory
-
-PICTURES = 512  # looked at, unless told otherwise: more change little
 
 
 @dataclass(frozen=True)
@@ -51,13 +48,9 @@ def recalibrate(
     model = transform(dense, chosen, sites=sites)
     if not (norms := batch_norms(model)):
         raise NmfxError(f"{work.model} has no batch norms to recalibrate; nmfx finetune restores its accuracy")
-    data = open_pictures(pictures)
-    count = settings.pictures or min(PICTURES, len(data.train) if isinstance(data.train, Sized) else PICTURES)
-    size = min(settings.batch_size, max(1, count // 2))
-    progress(0.0, f"matching {len(norms)} batch norms on {count} pictures of {data.name}")
-    how = {"count": count, "batch_size": size, "seed": settings.seed, "workers": pictures.workers}
-    batches = sample(data, model, work.input_size, **how)
+    name, count, batches = sample_for(settings, pictures, model, work.input_size, least=2)
+    progress(0.0, f"matching {len(norms)} batch norms on {count} pictures of {name}")
     recalibrate_bn(model.to(device), batches, dense=dense.to(device))
     if rank() == 0:
         save_checkpoint(model.cpu(), path, info={**chosen.info, "weights": f"recalibrated, {work.weights}"}, force=force)
-    return RecalibrateRecord(len(norms), count, data.name, path)
+    return RecalibrateRecord(len(norms), count, name, path)

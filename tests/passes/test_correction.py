@@ -233,3 +233,13 @@ def test_named_arguments_and_buffers_of_the_model() -> None:
     assert record.chosen.startswith("corrected")
     assert record.after < record.before
     assert float(masked.calls) == 0
+
+
+def test_what_stays_plain_keeps_the_mask_of_its_score() -> None:
+    model, _, batches, sites = converted("standardised weights")
+    data = [(x, torch.zeros(len(x), dtype=torch.int64)) for x in batches]
+    masked = nmfx.transform(model, {"6.weight": "2:8"}, sites=sites, score="input-norm", data=data)
+    with torch.no_grad():
+        before = masked(batches[0])
+        correct(masked, [batches[0][:1]])  # too few to correct anything
+        assert torch.equal(masked(batches[0]), before)
