@@ -27,6 +27,7 @@ def correct(
     dense: nn.Module | None = None,
     method: str = "admm",
     seed: int = 0,
+    memory: float = 4e9,
     progress: Progress = silent,
 ) -> list[Corrected]:
     """Give the kept weights of a converted model values that bring every layer's outputs back to the dense network's, in place.
@@ -45,6 +46,8 @@ def correct(
             correction; give it where they are not.
         method: one of `nmfx.sparsity.correction.CORRECTIONS`.
         seed: of the positions that are drawn from large feature maps.
+        memory: bytes of activations to hold at once. Batches that do not fit at first take part from the layer on at which they
+            do, at least 8 from the start.
         progress: told of each weight that is done.
 
     Returns:
@@ -71,20 +74,23 @@ def correct(
     for site in masked_sites(model):
         if not site.spec.derived:
             sparse.weights[site.spec.name].mul_(site.mask)  # the model's own: by its score, or fixed
-    job = LayerwiseCorrection(sparse, method, seed, len(inputs), progress)
+    job = LayerwiseCorrection(sparse, target, method, seed, len(inputs), memory, progress)
     try:
         with (
             torch.autocast(device.type, enabled=False),
-            running(sparse.model, inputs, sparse.wanted) as runs,
-            running(target.model, inputs, target.wanted) as others,
+            running(sparse.model, inputs, sparse.wanted, sparse.keep) as runs,
+            running(target.model, inputs, target.wanted, target.keep) as others,
         ):
+            for network in (sparse, target):
+                network.look_ahead(inputs[0])
             job.run(runs, others)
     except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
         what = str(error).splitlines()[0] if str(error) else repr(error)
         raise NmfxError(f"correct: {type(model).__name__} cannot be run on these batches: {what}") from error
+    values = sparse.weights | sparse.biases
     for name, parameter in model.named_parameters():
-        if name in sparse.weights and not torch.equal(parameter, sparse.weights[name]):
-            parameter.copy_(sparse.weights[name])
+        if name in values and not torch.equal(parameter, values[name]):
+            parameter.copy_(values[name])
     found = dict(sparse.model.named_buffers())
     for name, value in model.named_buffers():
         if name.rpartition(".")[2] in ("running_mean", "running_var"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,10 +16,12 @@ from nmfx.masking.copies import deep_copy
 from nmfx.masking.owner import masks_derived, unmask
 from nmfx.masking.weight import MaskSpec
 from nmfx.models.storages import LOOKUPS, storage_of
-from nmfx.passes.lockstep import Call, Run
+from nmfx.passes.lockstep import Call, Run, sharing_copy
+from nmfx.passes.lookahead import Follower, look_ahead
 from nmfx.passes.samples import Product, product_of
+from nmfx.passes.statistics import variance_ratio
 from nmfx.progress import Progress
-from nmfx.sparsity.correction import CORRECTIONS, Moments, Quadratic, Selection, fit_kept
+from nmfx.sparsity.correction import CORRECTIONS, Moments, Quadratic, Scaled, Selection, fit_kept
 from nmfx.sparsity.mask import make_mask
 
 NORMS = {  # operations that normalise by running statistics, and where the running mean is among their arguments
@@ -27,11 +30,12 @@ NORMS = {  # operations that normalise by running statistics, and where the runn
     "aten::cudnn_batch_norm": 3,
     "aten::miopen_batch_norm": 3,
 }
-LEAST_VARIANCE, MOST_CHANGE = 1e-6, 16.0  # of a batch norm: of its own, below which pictures say nothing; times, at most
 DAMPINGS = (0.01, 0.1, 1.0)  # tried in this order until the held-back pictures agree with the others
 AGREE = 1.25  # how much larger the error on held-back pictures may be
 ROWS, LEAST_ROWS = 16, 32768  # gathered for each column of a site, and for a site
+LEAST_BATCHES = 8  # that take part from the start; one of them is held back
 EXACT = 1e-6  # an error that is rounding
+LEAST_SCALE = 1e-3  # of a batch norm, of its largest one: below it a channel cannot make up for a shortcut
 MOST_COLUMNS = 8192  # second moments of more would take over 256 MiB
 
 
@@ -92,6 +96,10 @@ class Network:
                 parameter.data = parameter.data.contiguous()
                 self.weights[name] = parameter.data
         self._names = {storage_of(weight): name for name, weight in self.weights.items()}
+        self.biases = {name: p.data for name, p in self.model.named_parameters() if p.dim() == 1 and p.is_floating_point()}
+        self._bias_storages = {storage_of(bias) for bias in self.biases.values()}
+        self.followers: dict[Any, Follower] = {}
+        self.keep, self.live = set[int](), list[int]()
         self.looked_up = set[str]()
         self._norms = {storage_of(buffer): name for name, buffer in self.model.named_buffers()}
 
@@ -99,6 +107,19 @@ class Network:
     def shapes(self) -> dict[str, torch.Size]:
         """Shapes of all weights."""
         return {name: weight.shape for name, weight in self.weights.items()}
+
+    def look_ahead(self, x: Any) -> None:
+        """See in one forward pass what follows each product, which results runs have to keep for it, and how much they hold."""
+        seen = look_ahead(sharing_copy(self.model), x, self.wanted, NORMS)
+        self.followers, self.live = seen.followers, seen.live
+        self.keep |= {one.shortcut for one in self.followers.values() if one.shortcut is not None}
+
+    def own_bias(self, product: Product) -> Tensor | None:
+        """The parameter that a product adds, one number an output channel; None where it adds none of its own."""
+        bias = product.bias
+        if bias is None or bias.dim() != 1 or len(bias) != product.groups * product.rows:
+            return None
+        return bias if storage_of(bias) in self._bias_storages else None
 
     def wanted(self, name: str, args: Any) -> Stop | None:
         """What `Run` asks of every operation."""
@@ -122,57 +143,113 @@ class LayerwiseCorrection:
     """One job under way."""
 
     sparse: Network
+    dense: Network
     method: str
     seed: int
     batches: int
+    memory: float
     progress: Progress
     records: list[Corrected] = field(default_factory=list)
     seen: set[tuple[Any, ...]] = field(default_factory=set)
+    shifts: dict[Any, list[Any]] = field(default_factory=dict)  # of what batch norms should read: sums by channel, and how many
 
     def run(self, runs: Sequence[Run], others: Sequence[Run]) -> None:
         """Go from stop to stop until the forward passes end."""
-        while True:
-            calls: list[tuple[Call, Call]] = []
-            keys: set[Any] = set()
-            moments: list[Moments] = []
-            for index, (run, other) in enumerate(zip(runs, others, strict=True)):
-                call, target = run.advance(), other.advance()
-                keys |= {None if one is None else one.tag.key for one in (call, target)}
-                if len(keys) > 1:
-                    raise NmfxError("correct: the forward passes of the batches, or of dense, take different ways")
-                if call is None or target is None:
-                    continue
-                calls.append((call, target))
-                target.compute()
-                if call.tag.product is not None and call.tag.key not in self.seen:
-                    self._gather(moments, call, target, index)
-            if not calls:
+        joined = 0
+        for index, most in enumerate(itertools.chain(self._fitting(), itertools.repeat(self.batches))):
+            for late in range(joined, most):  # runs through what is corrected already
+                for _ in range(index):
+                    for run in (runs[late], others[late]):
+                        run.advance()
+            joined = max(joined, most)
+            if not self._stop(runs[:joined], others[:joined]):
                 return
-            stop, target = calls[0][0].tag, calls[0][1].tag
-            if stop.key not in self.seen:
-                self.seen.add(stop.key)
-                if stop.product is None:
-                    _match(stop, [(call.tag.x, other.tag.x) for call, other in calls])
-                else:
-                    self._correct(stop, target.product, moments)
 
-    def _gather(self, moments: list[Moments], call: Call, target: Call, index: int) -> None:
+    def _fitting(self) -> list[int]:
+        """How many batches can wait at each stop, without more bytes of activations than `memory` there or later.
+
+        Feature maps get smaller as a network goes on, and early ones have many positions to fit on: batches that do not fit yet
+        start later, and run through the first layers in one go.
+        """
+        held = [one + other for one, other in zip(self.sparse.live, self.dense.live)]
+        worst = list(itertools.accumulate(reversed(held), max))[::-1]
+        least = min(self.batches, LEAST_BATCHES)
+        return [min(self.batches, max(least, int(self.memory / max(1, size)))) for size in worst]
+
+    def _stop(self, runs: Sequence[Run], others: Sequence[Run]) -> bool:
+        """Go on to the next stop, and correct what is there; False at the end."""
+        calls: list[tuple[Call, Call]] = []
+        keys: set[Any] = set()
+        moments: list[Moments] = []
+        for index, (run, other) in enumerate(zip(runs, others, strict=True)):
+            call, target = run.advance(), other.advance()
+            keys |= {None if one is None else one.tag.key for one in (call, target)}
+            if len(keys) > 1:
+                raise NmfxError("correct: the forward passes of the batches, or of dense, take different ways")
+            if call is None or target is None:
+                continue
+            calls.append((call, target))
+            target.compute()
+            if call.tag.product is not None and call.tag.key not in self.seen:
+                self._gather(moments, call, target, self._shift(call, target, run, other), (index, len(runs)))
+        if not calls:
+            return False
+        stop, target = calls[0][0].tag, calls[0][1].tag
+        if stop.key not in self.seen:
+            self.seen.add(stop.key)
+            if stop.product is None:
+                shift, count = self.shifts.pop(stop.key, (0.0, 1))
+                _match(stop, [(call.tag.x, other.tag.x) for call, other in calls], shift / count)
+            else:
+                self._correct(stop, target.product, moments)
+        return True
+
+    def _shift(self, call: Call, target: Call, run: Run, other: Run) -> Tensor | None:
+        """What a product has to give besides the dense one's output, for the sum with its shortcut to be the dense one's."""
+        key = call.tag.key
+        pair = [(net.followers.get(key), one) for net, one in ((self.sparse, run), (self.dense, other))]
+        kept = [None if f is None or f.shortcut is None else one.kept.pop(f.shortcut, None) for f, one in pair]
+        follower = pair[0][0]
+        if follower is None or kept[0] is None or kept[1] is None:
+            return None
+        lost: Tensor = (kept[1] - kept[0]).float()
+        if follower.norm is None:
+            return lost.reshape(target.out.shape)
+        weight, variance, eps = follower.scale
+        scale = (variance.float() + eps).rsqrt() * (1.0 if weight is None else weight.float())
+        inverse = torch.where(scale.abs() > LEAST_SCALE * scale.abs().max(), 1 / scale, 0.0)
+        lost = lost * inverse.view(-1, *[1] * (lost.dim() - 2))
+        total = self.shifts.setdefault(follower.norm, [0.0, 0])
+        total[0] = total[0] + lost.transpose(0, 1).flatten(1).sum(1, dtype=torch.float64)
+        total[1] += lost.numel() // lost.shape[1]
+        return lost
+
+    def _moves(self, stop: Stop) -> bool:
+        """Whether a product's outputs may move by a constant for each channel: a batch norm or a bias takes it up."""
+        follower = self.sparse.followers.get(stop.key)
+        if follower is not None and follower.norm is not None:
+            return True
+        return stop.product is not None and self.sparse.own_bias(stop.product) is not None
+
+    def _gather(self, moments: list[Moments], call: Call, target: Call, shift: Tensor | None, which: tuple[int, int]) -> None:
         """Add what one batch says to `moments`: of the pictures to fit on, and of those held back."""
         product: Product = call.tag.product
         columns = math.prod(product.columns)
         if columns > MOST_COLUMNS:
             return
-        if not moments:
-            device = product.weight.device
-            moments += [Moments.zeros(product.groups, product.rows, columns, device=device) for _ in range(2)]
         pictures = 1 if product.conv is None else len(product.x)
-        wanted = math.ceil(max(ROWS * columns, LEAST_ROWS) / self.batches / max(1, pictures))
+        index, batches = which
+        wanted = math.ceil(max(ROWS * columns, LEAST_ROWS) / batches / max(1, pictures))
         drawn = None
         if wanted < product.positions:
             generator = torch.Generator().manual_seed(hash((self.seed, len(self.seen), index)) % 2**63)
             drawn = torch.randperm(product.positions, generator=generator)[:wanted].sort().values.to(product.x.device)
-        held_back = self.batches > 1 and index >= self.batches - max(1, self.batches // 8)
-        moments[held_back].add(product.samples(None, drawn)[0], target.tag.product.samples(target.out, drawn)[1])
+        held_back = index % 8 == 7 if batches >= 8 else index and index == batches - 1
+        out = target.out if shift is None else target.out + shift.to(target.out.dtype)
+        x, y = product.samples(None, drawn)[0], target.tag.product.samples(out, drawn)[1]
+        if not moments:
+            moments += [Moments.at(x, y, centre=self._moves(call.tag)) for _ in range(2)]
+        moments[bool(held_back)].add(x, y)
 
     def _correct(self, stop: Stop, dense: Product, moments: list[Moments]) -> None:
         """Choose the values of one weight, and write them to where the waiting runs will read them."""
@@ -182,7 +259,8 @@ class LayerwiseCorrection:
             why = f"more than {MOST_COLUMNS} columns" if not moments else "no pictures reach it"
             self.records.append(Corrected(name, f"plain: {why}"))
             return
-        fitted, held = moments
+        both = moments[0] + moments[1]
+        fitted, held, whole = (one.centred() if self._moves(stop) else one for one in (*moments, both))
         if not held.samples:
             self.records.append(Corrected(name, "plain: no pictures can be held back; give more"))
             return
@@ -195,9 +273,9 @@ class LayerwiseCorrection:
         weight, wanted = product.matrix(product.weight).float(), dense.matrix(dense.weight).float()
         before = after = held.error(weight)
         best, used = weight, math.nan
-        exact = before < EXACT
+        exact, scaled = before < EXACT, Scaled(fitted)
         for damping in () if exact else DAMPINGS:
-            found = self._solve(name, product, Quadratic.of(fitted, wanted, damping), wanted).float()
+            found = self._solve(name, product, Quadratic.of(scaled, wanted, damping), wanted).float()
             error = held.error(found)
             if error < after:
                 best, used, after = found, damping, error
@@ -207,8 +285,13 @@ class LayerwiseCorrection:
         if math.isnan(used):
             chosen = "plain: its outputs are right" if exact else "plain: nothing is better on the held-back pictures"
         if not math.isnan(used):  # the held-back pictures have judged; now they may teach as well
-            best = fit_kept(Quadratic.of(fitted + held, wanted, used), best != 0, best)
+            best = fit_kept(Quadratic.of(Scaled(whole), wanted, used), best != 0, best)
         product.weight.copy_(product.tensor(best))
+        bias, follower = self.sparse.own_bias(product), self.sparse.followers.get(stop.key)
+        if bias is not None and not exact and (follower is None or follower.norm is None):
+            x, y = both.means
+            assert dense.bias is not None  # as the sparse network's
+            bias.copy_(dense.bias + (y - x @ product.matrix(product.weight).float().mT).flatten())
         self.records.append(Corrected(name, chosen, before, after))
         self.progress(len(self.records) / len(self.sparse.weights), str(self.records[-1]))
 
@@ -234,14 +317,17 @@ class LayerwiseCorrection:
         return CORRECTIONS[self.method](problem, dense, Selection(spec.pattern.n, () if spec.grouping.flat else spans, choose))
 
 
-def _match(stop: Stop, inputs: Sequence[tuple[Tensor, Tensor]]) -> None:
-    """Move a batch norm's statistics as its inputs have moved: means by the difference to dense, variances by the ratio."""
+def _match(stop: Stop, inputs: Sequence[tuple[Tensor, Tensor]], shift: Tensor | float = 0.0) -> None:
+    """Move a batch norm's statistics as its inputs have moved: means by the difference to dense, variances by the ratio.
+
+    Args:
+        shift: by how much the inputs should differ from the dense network's, a number a channel.
+    """
     assert stop.mean is not None
     assert stop.variance is not None
     (mean, variance), (dense_mean, dense_variance) = (_moments([pair[which] for pair in inputs]) for which in range(2))
-    says = dense_variance > LEAST_VARIANCE * stop.variance
-    ratio = torch.where(says, variance / dense_variance, 1.0).clamp(1 / MOST_CHANGE, MOST_CHANGE)
-    stop.mean.add_((mean - dense_mean).to(stop.mean.dtype))
+    ratio = variance_ratio(variance, dense_variance, stop.variance)
+    stop.mean.add_((mean - dense_mean - shift).to(stop.mean.dtype))
     stop.variance.mul_(ratio.to(stop.variance.dtype))
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,6 +24,12 @@ from nmfx.models.following import plain_kernels
 
 class _Cancelled(BaseException):
     """Ends a thread whose run is given up."""
+
+
+def sharing_copy(model: nn.Module) -> nn.Module:
+    """A copy with the same parameters and buffers; what modules keep between their operations is its own."""
+    memo: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, memo)
 
 
 class Call:
@@ -53,11 +59,15 @@ class _Stops(TorchDispatchMode):
         self.run = run
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        call = Call(func, args, kwargs or {}, None)
+        call, index = Call(func, args, kwargs or {}, None), self.run.operations
+        self.run.operations += 1
         call.tag = self.run.wanted(func._schema.name, args)
         if call.tag is not None:
             self.run.stop_at(call)
-        return call.compute()
+        out = call.compute()
+        if index in self.run.keep:
+            self.run.kept[index] = out if isinstance(out, Tensor) else out[0]
+        return out
 
 
 class Run:
@@ -68,11 +78,12 @@ class Run:
             operations is the run's own.
         x: the input: a tensor, positional arguments as a tuple or a list, or a dict of arguments by name.
         wanted: ``(name, args)`` of an aten operation -> a tag, or None to go on.
+        keep: the operations, counted from 0, whose first results go into ``kept`` until somebody takes them away.
     """
 
-    def __init__(self, model: nn.Module, x: Any, wanted: Callable[[str, Any], Any]) -> None:
-        memo: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
-        self.model, self.x, self.wanted = copy.deepcopy(model, memo), x, wanted
+    def __init__(self, model: nn.Module, x: Any, wanted: Callable[[str, Any], Any], keep: Collection[int] = ()) -> None:
+        self.model, self.x, self.wanted, self.keep = sharing_copy(model), x, wanted, keep
+        self.operations, self.kept = 0, dict[int, Any]()
         self.stopped_at: Call | None = None
         self.error: BaseException | None = None
         self._mine, self._theirs = threading.Semaphore(0), threading.Semaphore(0)
@@ -130,9 +141,11 @@ class Run:
 
 
 @contextmanager
-def running(model: nn.Module, inputs: Sequence[Any], wanted: Callable[[str, Any], Any]) -> Iterator[list[Run]]:
+def running(
+    model: nn.Module, inputs: Sequence[Any], wanted: Callable[[str, Any], Any], keep: Collection[int] = ()
+) -> Iterator[list[Run]]:
     """Runs of `model`, one for each input, that end with the ``with`` block."""
-    runs = [Run(model, x, wanted) for x in inputs]
+    runs = [Run(model, x, wanted, keep) for x in inputs]
     with plain_kernels(convolutions=any(isinstance(module, nn.RNNBase) for module in model.modules())):
         try:
             yield runs

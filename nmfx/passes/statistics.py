@@ -14,6 +14,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from nmfx.errors import NmfxError
 from nmfx.masking.modes import keep_modes
 
+LEAST_VARIANCE, MOST_CHANGE = 1e-6, 16.0
+
 
 @torch.no_grad()
 def recalibrate_bn(model: nn.Module, batches: Iterable[Any], *, dense: nn.Module | None = None) -> int:
@@ -25,9 +27,9 @@ def recalibrate_bn(model: nn.Module, batches: Iterable[Any], *, dense: nn.Module
     Args:
         batches: inputs, or ``(input, label, ...)`` tuples, as a loader gives them; every batch counts alike.
         dense: the network before its weights changed. Its statistics on the same batches say what the pictures themselves do:
-            means move by the difference between the two networks, variances by the ratio, and a network that has not changed
-            keeps its statistics to the last bit. Without it they are replaced by the average over the batches, which costs
-            accuracy where a few pictures are not like all of training's.
+            means move by the difference between the two networks, variances by the ratio (`variance_ratio`), and a network
+            that has not changed keeps its statistics to the last bit. Without it they are replaced by the average over the
+            batches, which costs accuracy where a few pictures are not like all of training's.
 
     Returns:
         The number of batches seen. Models without batch normalisation see none.
@@ -61,12 +63,22 @@ def recalibrate_bn(model: nn.Module, batches: Iterable[Any], *, dense: nn.Module
         if key.endswith("running_mean"):
             buffer.copy_(old + (now - other))
         elif key.endswith("running_var"):
-            buffer.copy_(old * torch.where(other > 0, now / other, 1.0))
+            buffer.copy_(old * variance_ratio(now, other, old))
         else:
             buffer.copy_(old)
     for key, buffer in _buffers(others):
         buffer.copy_(before_dense[key])
     return count
+
+
+def variance_ratio(now: Tensor, dense: Tensor, own: Tensor) -> Tensor:
+    """By how much a batch norm's input varies more than the dense network's, by channel, at most 16 times more or less.
+
+    Args:
+        now, dense: variances of both networks' inputs, on the same pictures.
+        own: the norm's variance before; where the dense network's is a millionth of it, these pictures say nothing: 1.
+    """
+    return torch.where(dense > LEAST_VARIANCE * own, now / dense, 1.0).clamp(1 / MOST_CHANGE, MOST_CHANGE)
 
 
 def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:

@@ -3,22 +3,25 @@
 A site is ``groups`` matrices of ``rows`` outputs and ``columns`` inputs (those of a convolution are its kernel positions, input
 channels within them consecutive, so that N:M groups are too). With inputs X and the dense network's outputs Y,
 
-    loss(W) = (|X W' - Y|^2 + damping * mean diag(X'X) * |W - W_dense|^2) / samples,
+    loss(W) = (|X W' - Y|^2 + damping * |(W - W_dense) D|^2) / samples,  D^2 = diag(X'X),
 
-whose weights without a mask are ``W_0 = (Y'X + d W_dense) (X'X + d)^-1``, and ``loss(W) - loss(W_0) = (W - W_0) H (W - W_0)'``.
+whose weights without a mask are ``W_0 = (Y'X + d W_dense D^2) (X'X + d D^2)^-1``, and
+``loss(W) - loss(W_0) = (W - W_0) H (W - W_0)'``.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from nmfx.sparsity.mask import top_mask
+
+LEAST_SQUARE = 1e-3  # of a column, as a share of the mean one's: it is damped as if it had that
 
 
 @dataclass(frozen=True)
@@ -38,40 +41,70 @@ class Selection:
 
 @dataclass
 class Moments:
-    """Sums over samples of what one site reads and of what it should give.
+    """Sums over samples of what one site reads and of what it should give, both less a constant that is near their mean.
 
     Attributes:
+        origin: those constants, ``(groups, 1, columns)`` and ``(groups, 1, rows)``.
         inputs: ``X'X``, ``(groups, columns, columns)``.
         targets: ``Y'X``, ``(groups, rows, columns)``.
+        input_sum, target_sum: sums of X and Y, shaped as `origin`.
         energy: sum of the squares of Y.
         samples: how many.
     """
 
+    origin: tuple[Tensor, Tensor]
     inputs: Tensor
     targets: Tensor
+    input_sum: Tensor
+    target_sum: Tensor
     energy: float = 0.0
     samples: int = 0
 
     @staticmethod
-    def zeros(groups: int, rows: int, columns: int, *, device: torch.device | None = None) -> Moments:
-        """Of no samples yet."""
-        how: dict[str, Any] = {"dtype": torch.float32, "device": device}
-        return Moments(torch.zeros(groups, columns, columns, **how), torch.zeros(groups, rows, columns, **how))
+    def at(x: Tensor, y: Tensor, *, centre: bool) -> Moments:
+        """Of no samples yet; shaped for `x` and `y`, around their means if they are to be `centred`."""
+        origin = x.mean(1, keepdim=True), y.mean(1, keepdim=True)
+        if not centre:
+            origin = torch.zeros_like(origin[0]), torch.zeros_like(origin[1])
+        groups, _, columns = x.shape
+        inputs, targets = x.new_zeros(groups, columns, columns), x.new_zeros(groups, y.shape[2], columns)
+        return Moments(origin, inputs, targets, torch.zeros_like(origin[0]), torch.zeros_like(origin[1]))
 
     def add(self, x: Tensor, y: Tensor) -> None:
         """Add samples: `x` ``(groups, samples, columns)``, `y` ``(groups, samples, rows)``, float32."""
+        x, y = x - self.origin[0], y - self.origin[1]
         self.inputs.baddbmm_(x.mT, x)
         self.targets.baddbmm_(y.mT, x)
+        self.input_sum += x.sum(1, keepdim=True)
+        self.target_sum += y.sum(1, keepdim=True)
         self.energy += float(y.square().sum(dtype=torch.float64))
         self.samples += x.shape[1]
 
     def __add__(self, other: Moments) -> Moments:
+        """Of both; they have the same origin."""
         return Moments(
+            self.origin,
             self.inputs + other.inputs,
             self.targets + other.targets,
+            self.input_sum + other.input_sum,
+            self.target_sum + other.target_sum,
             self.energy + other.energy,
             self.samples + other.samples,
         )
+
+    def centred(self) -> Moments:
+        """The same of samples less their means: what is left to fit where outputs may move by a constant."""
+        count = max(1, self.samples)
+        x, y = self.input_sum, self.target_sum
+        energy = self.energy - float(y.square().sum(dtype=torch.float64)) / count
+        inputs, targets = self.inputs - x.mT @ x / count, self.targets - y.mT @ x / count
+        return Moments(self.means, inputs, targets, torch.zeros_like(x), torch.zeros_like(y), max(0.0, energy), self.samples)
+
+    @property
+    def means(self) -> tuple[Tensor, Tensor]:
+        """Of X and Y, ``(groups, 1, columns)`` and ``(groups, 1, rows)``."""
+        count = max(1, self.samples)
+        return self.origin[0] + self.input_sum / count, self.origin[1] + self.target_sum / count
 
     def error(self, weight: Tensor) -> float:
         """``|X W' - Y|^2 / |Y|^2`` of weights ``(groups, rows, columns)``."""
@@ -81,23 +114,53 @@ class Moments:
         return max(0.0, error) if math.isfinite(error) else math.inf
 
 
-@dataclass(frozen=True)
-class Quadratic:
-    """The damped loss of one site, per sample: ``(W - optimum) curvature (W - optimum)'`` above that of `optimum`."""
+class Scaled:
+    """Second moments of the inputs, each column by its root mean square; their eigenvalues serve every damping.
 
-    curvature: Tensor  # (groups, columns, columns)
-    linear: Tensor  # (groups, rows, columns): optimum @ curvature
+    Attributes:
+        scale: those roots, ``(groups, 1, columns)``; float64 where decompositions are cheap.
+        curvature: ``X'X / samples`` of scaled inputs, ``(groups, columns, columns)``.
+    """
 
-    @staticmethod
-    def of(moments: Moments, dense: Tensor, damping: float) -> Quadratic:
-        """Damped towards the dense weights `dense` by a share of the mean square of the inputs; float64 where that is cheap."""
+    def __init__(self, moments: Moments) -> None:
         dtype = torch.float64 if moments.inputs.shape[-1] <= 1024 else torch.float32
         curvature = moments.inputs.to(dtype) / max(1, moments.samples)
-        diagonal = curvature.diagonal(dim1=-2, dim2=-1)
-        added = damping * diagonal.mean(dim=-1, keepdim=True).clamp_min(1e-12)  # groups, 1
-        linear = moments.targets.to(dtype) / max(1, moments.samples) + added.unsqueeze(-1) * dense.to(dtype)
-        curvature.diagonal(dim1=-2, dim2=-1).add_(added)
-        return Quadratic(curvature, linear)
+        squares = curvature.diagonal(dim1=-2, dim2=-1)
+        floor = LEAST_SQUARE * squares.mean(-1, keepdim=True).clamp_min(1e-12)
+        self.scale = squares.clamp_min(0).add(floor).sqrt().unsqueeze(-2)
+        self.curvature = curvature / (self.scale * self.scale.mT)
+        self.moments = moments
+
+    @functools.cached_property
+    def eigen(self) -> tuple[Tensor, Tensor]:
+        """Eigenvalues ``(groups, columns)`` and vectors in columns."""
+        values, vectors = torch.linalg.eigh(self.curvature)
+        return values.clamp_min(0), vectors
+
+
+@dataclass(frozen=True)
+class Quadratic:
+    """The damped loss of one site, per sample: ``(W - optimum) curvature (W - optimum)'`` above that of `optimum`.
+
+    Attributes:
+        curvature: ``(groups, columns, columns)``.
+        linear: ``optimum @ curvature``, ``(groups, rows, columns)``.
+        scaled, damping: what they were made of.
+    """
+
+    curvature: Tensor
+    linear: Tensor
+    scaled: Scaled
+    damping: float
+
+    @staticmethod
+    def of(scaled: Scaled, dense: Tensor, damping: float) -> Quadratic:
+        """Damped towards the weights `dense` ``(groups, rows, columns)``: `damping` is added to each scaled column's square."""
+        moments, squares = scaled.moments, scaled.scale.square()
+        curvature = scaled.curvature * (scaled.scale * scaled.scale.mT)
+        curvature.diagonal(dim1=-2, dim2=-1).add_(damping * squares.squeeze(-2))
+        linear = moments.targets.to(curvature.dtype) / max(1, moments.samples) + damping * squares * dense.to(curvature.dtype)
+        return Quadratic(curvature, linear, scaled, damping)
 
     @property
     def optimum(self) -> Tensor:
@@ -141,12 +204,9 @@ def by_admm(problem: Quadratic, dense: Tensor, selection: Selection, *, steps: i
     al., NeurIPS 2024, algorithm 1). Columns are scaled by the root of their mean square, so that the projection keeps what
     matters to the output.
     """
-    scale = problem.curvature.diagonal(dim1=-2, dim2=-1).sqrt().unsqueeze(-2)  # groups, 1, columns
-    curvature = problem.curvature / (scale * scale.mT)
-    linear = problem.linear / scale
-    values, vectors = torch.linalg.eigh(curvature)
-    rotated = linear @ vectors  # groups, rows, columns
-    values = values.clamp_min(0).unsqueeze(-2)
+    scale, (values, vectors) = problem.scaled.scale, problem.scaled.eigen
+    rotated = (problem.linear / scale) @ vectors  # groups, rows, columns
+    values = (values + problem.damping).unsqueeze(-2)
     optimum = (rotated / values.clamp_min(1e-12)) @ vectors.mT
     kept = optimum * selection.choose(optimum.abs())
     mask, dual, rho = kept != 0, torch.zeros_like(kept), 0.1

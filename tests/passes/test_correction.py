@@ -243,3 +243,52 @@ def test_what_stays_plain_keeps_the_mask_of_its_score() -> None:
         before = masked(batches[0])
         correct(masked, [batches[0][:1]])  # too few to correct anything
         assert torch.equal(masked(batches[0]), before)
+
+
+def test_batches_that_do_not_fit_in_memory_join_later() -> None:
+    model, masked, batches, sites = converted("residuals")
+    before, many = distance(masked, model, batches), pictures((3, 32, 32), 128)
+    few = nmfx.transform(model, nmfx.scheme_of(masked), sites=sites)
+    correct(few, many, memory=1.0)
+    correct(masked, many)
+    assert distance(few, model, batches) < before * 0.7
+    assert any(not torch.equal(a, b) for a, b in zip(few.state_dict().values(), masked.state_dict().values(), strict=True))
+
+
+class Shortcut(nn.Module):
+    """A shortcut that masking spoils, and a product after it, with a bias or a batch norm, that can make up for it."""
+
+    def __init__(self, norm: bool) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(8, 16, 1), nn.Conv2d(16, 16, 1, bias=not norm)
+        self.norm = nn.BatchNorm2d(16) if norm else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        return x + self.norm(self.second(x))
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_a_product_makes_up_for_what_its_shortcut_lost(norm: bool) -> None:
+    torch.manual_seed(0)
+    model = Shortcut(norm).eval()
+    batches = pictures((8, 8, 8))
+    nmfx.recalibrate_bn(model, batches)
+    masked = nmfx.transform(model, {"first.weight": "1:8"}, sites=nmfx.find_sites(model, batches[0]))
+    correct(masked, batches)
+    # first gives 16 multiples of 8 inputs, so no more can be had of x than it says; second sees it all, and is dense
+    with torch.no_grad():
+        x = torch.cat([masked.first(batch) for batch in batches]).movedim(1, -1).reshape(-1, 16)
+        y = torch.cat([model(batch) for batch in batches]).movedim(1, -1).reshape(-1, 16)
+        found = torch.cat([masked(batch) for batch in batches]).movedim(1, -1).reshape(-1, 16)
+    one = torch.cat([x, torch.ones(len(x), 1)], 1).double()
+    best = one @ torch.linalg.lstsq(one, y.double()).solution
+    assert float((found - y).square().mean()) < 1.1 * float((best - y).square().mean()) + 1e-3 * float(y.var())
+
+
+def test_biases_take_up_means() -> None:
+    model, masked, batches, _ = converted("kinds")
+    correct(masked, batches)
+    with torch.no_grad():
+        answers, wanted = (torch.cat([net(x) for x in batches]).mean(0) for net in (masked, model))
+    torch.testing.assert_close(answers, wanted, rtol=0, atol=1e-3 * float(wanted.abs().max()))

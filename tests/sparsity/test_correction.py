@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nmfx.sparsity.correction import CORRECTIONS, Moments, Quadratic, Selection, fit_kept
+from nmfx.sparsity.correction import CORRECTIONS, Moments, Quadratic, Scaled, Selection, fit_kept
 from nmfx.sparsity.mask import top_mask
 
 
@@ -16,7 +16,7 @@ def problem(groups: int = 2, rows: int = 5, columns: int = 24, samples: int = 40
     x = torch.randn(groups, samples, columns, generator=make) @ torch.randn(columns, columns, generator=make)
     weight = torch.randn(groups, rows, columns, generator=make)
     y = x @ weight.mT
-    moments = Moments.zeros(groups, rows, columns)
+    moments = Moments.at(x, y, centre=False)
     for part in range(0, samples, 100):
         moments.add(x[:, part : part + 100], y[:, part : part + 100])
     return x, weight, y, moments
@@ -37,10 +37,28 @@ def test_moments_say_the_error_of_any_weights() -> None:
     assert moments.error(weight) < 1e-6
 
 
+@pytest.mark.parametrize("centre", [False, True])
+def test_centred_moments_are_those_of_samples_less_their_means(centre: bool) -> None:
+    x, weight, y, _ = problem()
+    x, y = x + 100 * torch.rand(2, 1, 24), y - 7
+    moments = Moments.at(x[:, :100], y[:, :100], centre=centre)
+    for part in range(0, 400, 100):
+        moments.add(x[:, part : part + 100], y[:, part : part + 100])
+    free_x, free_y = x - x.mean(1, keepdim=True), y - y.mean(1, keepdim=True)
+    found = moments.centred()
+    near = {"rtol": 1e-3, "atol": 1.0 if not centre else 1e-2}  # sums of squares of 100 hide what varies
+    torch.testing.assert_close(found.inputs, free_x.mT @ free_x, **near)
+    torch.testing.assert_close(found.targets, free_y.mT @ free_x, **near)
+    torch.testing.assert_close(moments.means[0], x.mean(1, keepdim=True), rtol=1e-4, atol=1e-4)
+    if centre:
+        wanted = float((free_x @ weight.mT * 1.1 - free_y).square().sum() / free_y.square().sum())
+        assert found.error(weight * 1.1) == pytest.approx(wanted, rel=1e-3)
+
+
 def test_without_a_mask_the_dense_weights_come_back() -> None:
     _, weight, _, moments = problem()
     for damping in (1e-4, 0.01, 1.0):
-        found = Quadratic.of(moments, weight, damping).optimum.float()
+        found = Quadratic.of(Scaled(moments), weight, damping).optimum.float()
         assert moments.error(found) < 1e-6
         torch.testing.assert_close(found, weight, rtol=1e-2, atol=1e-2)  # inputs that hardly vary say little of their weights
 
@@ -48,7 +66,7 @@ def test_without_a_mask_the_dense_weights_come_back() -> None:
 def test_kept_weights_are_those_of_least_squares() -> None:
     x, weight, y, moments = problem(groups=1)
     mask = torch.rand(weight.shape) < 0.5
-    found = fit_kept(Quadratic.of(moments, weight, 1e-9), mask, weight, steps=300)
+    found = fit_kept(Quadratic.of(Scaled(moments), weight, 1e-9), mask, weight, steps=300)
     assert bool((found[~mask] == 0).all())
     for row in range(weight.shape[1]):
         kept = mask[0, row]
@@ -61,7 +79,7 @@ def test_kept_weights_are_those_of_least_squares() -> None:
 def test_every_group_keeps_at_most_n_and_the_error_falls(method: str, n: int, m: int) -> None:
     _, weight, _, moments = problem()
     chosen = selection(n, m, weight.shape[-1])
-    found = CORRECTIONS[method](Quadratic.of(moments, weight, 0.01), weight, chosen).float()
+    found = CORRECTIONS[method](Quadratic.of(Scaled(moments), weight, 0.01), weight, chosen).float()
     for start, end in chosen.spans:
         assert int((found[..., start:end] != 0).sum(-1).max()) <= n
     plain = weight * chosen.choose(weight.abs())
@@ -73,9 +91,9 @@ def test_weights_that_are_sparse_already_stay(method: str) -> None:
     x, weight, _, _ = problem()
     chosen = selection(2, 8, weight.shape[-1])
     weight = weight * chosen.choose(weight.abs())
-    moments = Moments.zeros(*weight.shape[:2], weight.shape[2])
+    moments = Moments.at(x, x @ weight.mT, centre=False)
     moments.add(x, x @ weight.mT)
-    found = CORRECTIONS[method](Quadratic.of(moments, weight, 0.01), weight, chosen).float()
+    found = CORRECTIONS[method](Quadratic.of(Scaled(moments), weight, 0.01), weight, chosen).float()
     torch.testing.assert_close(found, weight, rtol=1e-3, atol=1e-3)
 
 
@@ -84,7 +102,7 @@ def test_inputs_that_never_vary_break_nothing(method: str) -> None:
     weight = torch.randn(1, 3, 8)
     x = torch.zeros(1, 50, 8)
     x[..., 0] = 1
-    moments = Moments.zeros(1, 3, 8)
+    moments = Moments.at(x, x @ weight.mT, centre=False)
     moments.add(x, x @ weight.mT)
-    found = CORRECTIONS[method](Quadratic.of(moments, weight, 0.01), weight, selection(2, 4, 8))
+    found = CORRECTIONS[method](Quadratic.of(Scaled(moments), weight, 0.01), weight, selection(2, 4, 8))
     assert bool(found.isfinite().all())
