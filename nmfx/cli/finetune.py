@@ -78,6 +78,8 @@ def _show(record: FinetuneRecord) -> None:
     which = f"best, epoch {result.best.epoch + 1} of {len(result.epochs)}"
     for label, one, name in ((which, record.best, TUNED["best"]), ("last", result.evaluation, TUNED["last"])):
         scores = f"top-1 {one.top1:.2%}, top-5 {one.top5:.2%}, loss {one.loss:.4f} on {one.samples:,} validation pictures"
+        if result.distilled:
+            scores = f"agreement with dense {one.top1:.2%}, loss {one.loss:.4f} on {one.samples:,} held-back pictures"
         out.print(f"{label}: {scores} ({name})", soft_wrap=True)
     if len(scheme_of(record.model)):
         out.print(f"verified: {verify(record.model)}", soft_wrap=True)

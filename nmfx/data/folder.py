@@ -46,6 +46,25 @@ def open_folder(folder: Path, train_split: str, val_split: str, held_back: float
     return parts, source.classes, "; ".join(notes)
 
 
+def has_classes(folder: Path, *splits: str) -> bool:
+    """Whether there are parts with class folders, or at least two class folders and no pictures beside them."""
+    if not folder.is_dir() or any(_find(folder, (*splits, *names)) for names in (TRAIN, VALIDATION)):
+        return True
+    stray = any(is_picture(entry.name) and not entry.is_dir() for entry in folder.iterdir())
+    return len(subfolders(folder)) > 1 and not stray
+
+
+def open_unlabelled(folder: Path) -> FilePictures:
+    """All pictures in a folder and below.
+
+    Raises:
+        DataError: there are none.
+    """
+    found, _ = find_pictures([], [folder])
+    files = tuple((file, 0) for file in sorted(found[folder], key=natural_order))
+    return FilePictures(FolderSource(folder, ("pictures",), files))
+
+
 def _pictures(source: FolderSource) -> FilePictures:
     return FilePictures(source, labels=source.labels())
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,6 +29,11 @@ class FilePictures:
 
     def __len__(self) -> int:
         return len(self.source) if self.indices is None else len(self.indices)
+
+    def part(self, chosen: Tensor) -> FilePictures:
+        """Those at the indices `chosen`."""
+        indices = [int(index) if self.indices is None else self.indices[int(index)] for index in chosen]
+        return FilePictures(self.source, indices, None if self.labels is None else self.labels[chosen])
 
     def read(self, index: int, mode: str) -> tuple[Image.Image, int]:
         """One picture in PIL's `mode` (``RGB`` or ``L``), as `decode` reads it, and its label.
@@ -78,6 +83,10 @@ class ArrayPictures:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def part(self, chosen: Tensor) -> ArrayPictures:
+        """Those at the indices `chosen`."""
+        return replace(self, pictures=self.pictures[chosen], labels=self.labels[chosen])
 
     def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Mean and (unbiased) deviation of each channel's pixels."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -14,6 +15,8 @@ from nmfx.data.pictures import ArrayPictures, FilePictures
 from nmfx.data.seeding import generator_of
 from nmfx.data.source import Data
 from nmfx.errors import DataError
+
+MOST_HELD_BACK = 1000
 
 
 def calibration(
@@ -45,6 +48,31 @@ def calibration(
         raise DataError(f"{data.name}: {count} pictures for calibration, but only {len(data.train)} for training")
     chosen = order_by_turns(data.train, seed)[:count].tolist()
     return list(eval_loader(data.train, config, batch_size=batch_size, workers=workers, indices=chosen))
+
+
+def few_pictures(data: Data, count: int | None, *, seed: int = 0, hold_back: bool = False) -> Data:
+    """`data` with some of its training pictures: those that `calibration` takes with the same seed.
+
+    Args:
+        count: how many; all if None.
+        hold_back: take every eighth of them (at most 1,000) for validation, instead of the validation pictures.
+
+    Raises:
+        DataError: a stream, or too few pictures.
+    """
+    if count is None and not hold_back:
+        return data
+    if isinstance(data.train, IterableDataset):
+        raise DataError(f"{data.name}: a stream cannot be cut; choose some of its pictures beforehand")
+    count = len(data.train) if count is None else count
+    if count > len(data.train) or count < 8:
+        raise DataError(f"{data.name}: {count} pictures to train on: expected 8 or more, and there are {len(data.train)}")
+    chosen = order_by_turns(data.train, seed)[:count]
+    if not hold_back:
+        return replace(data, train=data.train.part(chosen))
+    held = torch.arange(count) % 8 == 7
+    held &= held.cumsum(0) <= MOST_HELD_BACK
+    return replace(data, train=data.train.part(chosen[~held]), validation=data.train.part(chosen[held]))
 
 
 def order_by_turns(pictures: ArrayPictures | FilePictures, seed: int) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from nmfx.data.arrays import in_memory, open_digits, open_fashion_mnist
-from nmfx.data.folder import open_folder
+from nmfx.data.folder import has_classes, open_folder, open_unlabelled
 from nmfx.data.pictures import ArrayPictures, FilePictures
 from nmfx.errors import DataError
 from nmfx.text import nearest
@@ -60,6 +60,7 @@ def open_data(
     val_split: str = "validation",
     held_back: float = 0.1,
     download: bool = False,
+    labels: bool = True,
 ) -> Data:
     """Find labelled pictures.
 
@@ -71,6 +72,7 @@ def open_data(
         train_split, val_split: the names of the parts, or of a folder's subfolders.
         held_back: the share of every class that becomes validation pictures when a folder has no parts; always the same ones.
         download: let timm and torchvision fetch a named data set.
+        labels: without, a folder need have no class folders: all pictures in it and below are training pictures.
 
     Returns:
         Both parts, with what is known of their classes and pixels.
@@ -79,6 +81,10 @@ def open_data(
         DataError: nothing of that name (with the nearest one), or what is there cannot be used.
     """
     try:
+        folder = Path(name)
+        if not labels and name not in BUILTIN and folder.is_dir() and not has_classes(folder, train_split, val_split):
+            pictures = open_unlabelled(folder)
+            return Data(name, 1, (), pictures, pictures.part(torch.arange(0)), note="without labels")
         return _open(name, Path(root) if root else None, (train_split, val_split), held_back, download)
     except OSError as error:  # a name too long for the disk, a folder that may not be read
         raise DataError(f"{error.filename or name}: cannot be opened: {error.strerror or error}") from error

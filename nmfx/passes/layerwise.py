@@ -333,8 +333,9 @@ def _match(stop: Stop, inputs: Sequence[tuple[Tensor, Tensor]], shift: Tensor | 
 
 def _moments(inputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Mean and variance of every channel, float64."""
-    flat = [x.transpose(0, 1).flatten(1) for x in inputs]  # channels, samples
-    count = sum(x.shape[1] for x in flat)
-    mean = torch.stack([x.sum(1, dtype=torch.float64) for x in flat]).sum(0) / count
-    squares = torch.stack([(x - mean.unsqueeze(1)).square().sum(1) for x in flat]).sum(0)
+    count = sum(x.numel() // x.shape[1] for x in inputs)
+    others = [dim for dim in range(inputs[0].dim()) if dim != 1]
+    mean = torch.stack([x.sum(others, dtype=torch.float64) for x in inputs]).sum(0) / count
+    centre = mean.view(-1, *[1] * (inputs[0].dim() - 2)).to(inputs[0].dtype)
+    squares = torch.stack([(x - centre).square_().sum(others, dtype=torch.float64) for x in inputs]).sum(0)
     return mean, squares / count

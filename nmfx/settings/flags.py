@@ -9,7 +9,7 @@ from dataclasses import MISSING, Field
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from nmfx.errors import NmfxError
-from nmfx.settings.option import Option, about, is_mapping, is_settings, kinds_of, parse, typed_fields
+from nmfx.settings.option import Option, about, is_mapping, is_settings, kinds_of, parse, start_from, typed_fields
 
 T = TypeVar("T")
 Path = tuple[str, ...]  # the keys on the way to an option
@@ -74,12 +74,14 @@ def name_of(item: Field[Any]) -> str:
     return f"--{(about(item).flag or item.name).replace('_', '-')}"
 
 
-def _build(cls: type[T], values: Mapping[Path, Any], path: Path, given: Mapping[str, Any]) -> T:
-    found = dict(given)
+def _build(cls: type[T], values: Mapping[Path, Any], path: Path, given: Mapping[str, Any], base: Any = None) -> T:
+    if base is None and (choose := getattr(cls, "base", None)) is not None:
+        base = choose({path[-1]: value for path, value in values.items()})
+    found = start_from(base) | dict(given)
     for item, kind, said in typed_fields(cls):
         here = path if said.inline else (*path, item.name)
-        if is_settings(kind) and item.name not in found:
-            found[item.name] = _build(kind, values, here, {})
+        if is_settings(kind) and item.name not in given:
+            found[item.name] = _build(kind, values, here, {}, found.get(item.name))
         elif (*path, item.name) in values:
             found[item.name] = values[(*path, item.name)]
     return cls(**found)

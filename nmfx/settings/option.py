@@ -158,11 +158,12 @@ def check_options(settings: Any, what: str, error: type[NmfxError] = NmfxError) 
             raise error(f"{where}: expected {_limited(WORDS[int if whole else float], said, whole)}")
 
 
-def section(tree: Any, cls: type[T], where: str) -> T:
+def section(tree: Any, cls: type[T], where: str, base: Any = None) -> T:
     """Keys with texts, lists and mappings, as YAML gives them, as a value of the settings class `cls`.
 
     Args:
         where: the file, and the keys on the way to it.
+        base: has the values of what is not said, if that is not the default; a class may choose one by its ``base``.
 
     Raises:
         NmfxError: an unknown key with the nearest known one, a key that is missing, a text of another type, a number out of its
@@ -175,19 +176,28 @@ def section(tree: Any, cls: type[T], where: str) -> T:
     text.check_keys(tree, list(known), where, NmfxError)
     if (check := getattr(cls, "check_keys", None)) is not None:
         check(tree, where)
-    values, separator = dict[str, Any](), ": " if getattr(cls, "is_whole", False) else "."
+    if base is None and (choose := getattr(cls, "base", None)) is not None:
+        base = choose(tree)
+    values, separator = start_from(base), ": " if getattr(cls, "is_whole", False) else "."
     for item, kind, said in typed_fields(cls):
         if said.inline:
             own = {key: value for key, value in tree.items() if key in options_of(kind, said.without)}
-            values[item.name] = section(own, kind, where)
+            values[item.name] = section(own, kind, where, values.get(item.name))
+        elif item.name in tree and is_settings(kind):
+            values[item.name] = section(tree[item.name], kind, f"{where}{separator}{item.name}", values.get(item.name))
         elif item.name in tree:
             values[item.name] = parse(tree[item.name], kind, f"{where}{separator}{item.name}", said)
-        elif item.default is MISSING and item.default_factory is MISSING:
+        elif base is None and item.default is MISSING and item.default_factory is MISSING:
             raise NmfxError(f"{where}: key {item.name!r} is missing")
     try:
         return cls(**values)
     except NmfxError as error:
         raise NmfxError(f"{where}: {parsing.printable(str(error))}") from error
+
+
+def start_from(base: Any) -> dict[str, Any]:
+    """The values of a settings object by field; none of None."""
+    return {} if base is None else {item.name: getattr(base, item.name) for item in fields(base)}
 
 
 def parse(value: Any, kind: Any, where: str, said: Option = Option()) -> Any:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from nmfx.errors import NmfxError
 from nmfx.settings.option import check_options, inline, option
-from nmfx.settings.training import Settings
+from nmfx.settings.training import Augment, Settings
 from nmfx.sparsity.rules import RULES
 from nmfx.sparsity.score import SCORES
 
@@ -117,10 +117,39 @@ class FinetuneSettings:
         "magnitude", "what masks rank the weights of a group by, measured on the dense weights before training"
     )
     decay: float = option(RULES["sr-ste"].decay, "sr-ste: lambda, the pull on dropped weights", least=0, most=1e6)
+    pictures: int | None = option(None, "train on so many of the training pictures; all", least=8)
+    minutes: float | None = option(
+        None, "as many epochs as fit in so many minutes, timed at the start, instead of --epochs", least=0, above=True, most=1e5
+    )
     settings: Settings = inline(Settings(), "workers")  # the data settings have them
 
     def __post_init__(self) -> None:
         check_options(self, "fine-tuning settings")
+
+    @staticmethod
+    def base(said: Mapping[str, Any]) -> FinetuneSettings | None:
+        """What options have that are not among those `said`, where that is not the default."""
+        if str(said.get("distill_only", "")).lower() != "true":
+            return None
+        return replace(DISTILLATION, minutes=None) if "epochs" in said else DISTILLATION
+
+
+# Measured on ResNet-20 and EfficientNet-Lite0, docs/correction.md. Mixed pictures are new questions to the dense network.
+DISTILLATION = FinetuneSettings(
+    training="fixed",
+    pictures=512,
+    minutes=10.0,
+    settings=Settings(
+        batch_size=64,
+        lr=0.001,
+        opt="adamw",
+        weight_decay=0.01,
+        temperature=2.0,
+        distill_only=True,
+        freeze_bn=True,
+        augment=Augment(mixup=1.0, cutmix=1.0),
+    ),
+)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sized
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -13,8 +14,8 @@ from nmfx.errors import NmfxError
 from nmfx.settings.stages import FOLDER, CorrectSettings, DataSettings, RecalibrateSettings
 
 
-def open_pictures(settings: DataSettings | None) -> Data:
-    """The pictures that settings name.
+def open_pictures(settings: DataSettings | None, *, labels: bool = True) -> Data:
+    """The pictures that settings name; for what needs no `labels`, also a folder without class folders.
 
     Raises:
         NmfxError: there are none, or they are an image folder and nobody has said which.
@@ -25,16 +26,17 @@ def open_pictures(settings: DataSettings | None) -> Data:
         raise NmfxError("the recipe wants an image folder: say which, with --data-root DIR (DIR/train and DIR/val)")
     name, root = (settings.root, None) if settings.name == FOLDER else (settings.name, settings.root or None)
     splits = {"train_split": settings.train_split, "val_split": settings.val_split}
-    return open_data(name, root=root, held_back=settings.held_back, download=settings.download, **splits)  # type: ignore
+    return open_data(name, root=root, held_back=settings.held_back, download=settings.download, labels=labels, **splits)  # type: ignore
 
 
-def fit_pictures(data: Data, model: nn.Module, input_size: tuple[int, ...] | None) -> PictureConfig:
+def fit_pictures(data: Data, model: nn.Module, input_size: tuple[int, ...] | None, *, labels: bool = True) -> PictureConfig:
     """How pictures are brought to a model, of `input_size` or as it says.
 
     Raises:
-        NmfxError: the model answers for another number of classes.
+        NmfxError: the model answers for another number of classes, and `labels` count.
     """
-    check_classes(data, model)
+    if labels:
+        check_classes(data, model)
     size = input_size if input_size is not None and len(input_size) == 3 else None
     return picture_config(model, data, input_size=size)
 
@@ -61,13 +63,18 @@ def sample_for(
     Returns:
         What the data are called, how many pictures were taken, and the batches.
     """
-    data = open_pictures(pictures)
+    data = open_pictures(pictures, labels=False)
     count = settings.pictures or min(PICTURES, len(data.train) if isinstance(data.train, Sized) else PICTURES)
     size = min(settings.batch_size, max(1, count // least))
     how = {"count": count, "batch_size": size, "seed": settings.seed, "workers": pictures.workers}
-    return data.name, count, sample(data, model, input_size, **how)
+    return data.name, count, sample(data, model, input_size, labels=False, **how)
 
 
-def sample(data: Data, model: nn.Module, input_size: tuple[int, ...] | None, **how: int) -> list[tuple[Tensor, Tensor]]:
-    """Training pictures for a model, with their labels, in batches; `how` are the options of `nmfx.data.sample.calibration`."""
-    return calibration(data, fit_pictures(data, model, input_size), **how)
+def sample(
+    data: Data, model: nn.Module, input_size: tuple[int, ...] | None, *, labels: bool = True, **how: Any
+) -> list[tuple[Tensor, Tensor]]:
+    """Training pictures for a model in batches, with their labels (which count, or need not fit the model).
+
+    `how` are the options of `nmfx.data.sample.calibration`.
+    """
+    return calibration(data, fit_pictures(data, model, input_size, labels=labels), **how)

@@ -39,12 +39,12 @@ def save_epochs(model: nn.Module, result: Finetuned, folder: Path, info: Mapping
         save_checkpoint(model, folder / TUNED["best"], info=_with_epoch(info, best.epoch + 1, epochs, "the best"))
 
 
-def describe_epoch(epoch: Epoch, epochs: int) -> str:
-    """A line of the log, for people."""
-    return (
-        f"epoch {epoch.epoch + 1}/{epochs}: loss {epoch.train_loss:.4f}, top-1 {epoch.top1:.2%}, top-5 {epoch.top5:.2%}, "
-        f"{epoch.images_per_second:,.0f} images/s"
-    )
+def describe_epoch(epoch: Epoch, epochs: int, *, distilled: bool = False) -> str:
+    """A line of the log, for people; of a run that is `distilled` without labels."""
+    scores = f"top-1 {epoch.top1:.2%}, top-5 {epoch.top5:.2%}"
+    if distilled:
+        scores = f"agreement with dense {epoch.top1:.2%}, loss to its answers {epoch.loss:.4f}"
+    return f"epoch {epoch.epoch + 1}/{epochs}: loss {epoch.train_loss:.4f}, {scores}, {epoch.images_per_second:,.0f} images/s"
 
 
 def _with_epoch(info: Mapping[str, str], epoch: int, epochs: int, which: str) -> dict[str, str]:

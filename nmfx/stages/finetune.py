@@ -8,10 +8,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
-from nmfx.data.loader import validation_loader
+from nmfx.data.loader import Batch, validation_loader
+from nmfx.data.sample import few_pictures
 from nmfx.data.source import Data
 from nmfx.errors import NmfxError
 from nmfx.export.checkpoint import load_checkpoint
@@ -34,8 +36,9 @@ from nmfx.training.masks import set_training
 from nmfx.training.record import Epoch, Finetuned
 from nmfx.training.record import Progress as Now
 from nmfx.training.state import fingerprint
-from nmfx.training.trainer import BEST, LAST, LOG
+from nmfx.training.trainer import BEST, LAST, LOG, AnsweredBy, epochs_within, planned_epochs
 
+LINES = 20  # that last, of epochs of a distillation, which has hundreds
 FILES = (*TUNED.values(), LAST, BEST, LOG)  # what the stage writes into its folder
 
 
@@ -112,13 +115,24 @@ def finetune(
         NmfxError: nothing to start from, a folder that cannot be written, pictures that do not fit, a run of other settings.
     """
     training = replace(settings.settings, workers=pictures.workers)
+    if training.distill_only:
+        origin = _corrected(origin)
     if rank() == 0:
         check_writable(folder, FILES)  # before hours are spent
-    data = open_pictures(pictures)
+    labels = not training.distill_only
+    data = few_pictures(open_pictures(pictures, labels=labels), settings.pictures, seed=training.seed, hold_back=not labels)
     model, info = _model(origin, settings, data)
-    teacher = _teacher(origin) if training.distill else None
+    teacher = _teacher(origin) if training.distill or training.distill_only else None
     about = {"weights before": fingerprint(model)}
-    config = fit_pictures(data, model, origin.size)
+    config = fit_pictures(data, model, origin.size, labels=labels)
+
+    if settings.minutes is not None:
+        planned = planned_epochs(folder)
+        if planned is None:
+            progress(0.0, "timing some updates")
+            seconds = 60 * settings.minutes
+            planned = epochs_within(seconds, model.to(device), data, training, config, teacher)
+        training = replace(training, epochs=planned)
 
     def during(now: Now) -> None:
         top1 = "" if now.top1 is None else f", top-1 {now.top1:.2%}"
@@ -126,7 +140,9 @@ def finetune(
         progress(now.share, line)
 
     def after(done: Epoch) -> None:
-        progress((done.epoch + 1) / training.epochs, describe_epoch(done, training.epochs), lasting=True)
+        lasting = labels or (done.epoch + 1) * LINES // training.epochs > done.epoch * LINES // training.epochs
+        line = describe_epoch(done, training.epochs, distilled=training.distill_only)
+        progress((done.epoch + 1) / training.epochs, line, lasting=lasting)
 
     result = train(
         model.to(device), data, settings=training, folder=folder, config=config, teacher=teacher, about=about,
@@ -136,7 +152,10 @@ def finetune(
     save_epochs(model, result, folder, info)
     if world() > 1:
         dist.barrier()  # it has been written
-    batches = validation_loader(data, config, batch_size=training.pictures_a_pass(world()), workers=training.workers)
+    size = training.pictures_a_pass(world())
+    batches: Iterable[Batch] = validation_loader(data, config, batch_size=size, workers=training.workers)
+    if teacher is not None and training.distill_only:
+        batches = AnsweredBy(teacher, batches, torch.device(device))
     return FinetuneRecord(model, result, _check(folder / TUNED["best"], model, batches, device), folder, notes)
 
 
@@ -170,13 +189,22 @@ def _model(origin: Origin, settings: FinetuneSettings, data: Data) -> tuple[nn.M
     return model, {key: value for key, value in scheme.info.items() if key in INFO} | said | info
 
 
+def _corrected(origin: Origin) -> Origin:
+    """The same, from the work directory's corrected weights if there are any under its scheme."""
+    work = origin.work
+    if work is None or origin.checkpoint is not None or origin.scheme or not work.scheme_path.is_file():
+        return origin
+    found = work.finished(work.scheme(work.sites(work.build_meta())), stages=("correct",))[0]
+    return origin if found is None else replace(origin, checkpoint=found.path)
+
+
 def _teacher(origin: Origin) -> nn.Module:
     if origin.work is None or origin.work.random:
         raise NmfxError("distill learns from the dense weights of a work directory, and here are none: give the model some")
     return origin.work.load()
 
 
-def _check(path: Path, model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], device: str) -> Evaluation:
+def _check(path: Path, model: nn.Module, batches: Iterable[Batch], device: str) -> Evaluation:
     """What is on disk scores as what was trained, digit for digit: that score.
 
     Both are evaluated here, though training has evaluated every epoch: it is the only proof that the file alone, rebuilt in a

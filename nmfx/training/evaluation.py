@@ -33,6 +33,8 @@ class Evaluation:
 def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], *, reference: nn.Module | None = None) -> Evaluation:
     """Accuracy of `model` in eval mode over ``(input, label)`` batches; the modules' modes are restored.
 
+    Labels are classes ``(batch,)``, or their shares ``(batch, classes)``, of which the largest one counts as right.
+
     Args:
         reference: a model whose first answers are compared with, usually the dense one.
 
@@ -50,8 +52,9 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], *, refe
         for x, label in batches:
             x, label = x.to(device), label.to(device)
             logits, count = logits_of(model(x)), len(x)
+            right = label if label.dim() == 1 else label.argmax(1)
             first, fifth = (
-                round(share.item() * count / 100) for share in accuracy(logits, label, (1, min(5, logits.shape[1])))
+                round(share.item() * count / 100) for share in accuracy(logits, right, (1, min(5, logits.shape[1])))
             )
             loss = nn.functional.cross_entropy(logits, label).item() * count
             same = 0 if reference is None else int((logits.argmax(1) == logits_of(reference(x)).argmax(1)).sum())

@@ -64,8 +64,9 @@ def finetune(
         CheckpointError: the folder is of a run with other settings.
         DataError: pictures that cannot be read, or of other classes than the model's.
     """
-    teacher = teacher if settings.distill else None
-    if settings.distill and teacher is None:
+    learns = settings.distill > 0 or settings.distill_only
+    teacher = teacher if learns else None
+    if learns and teacher is None:
         raise NmfxError("distillation needs the dense model: give finetune(..., teacher=...)")
     identity = settings.identity() | describe(model) | {"data": str(data), "processes": world()} | dict(about or {})
     with contextlib.ExitStack() as stack:

@@ -47,4 +47,4 @@ def distilled(loss: Tensor, outputs: Any, teacher: Tensor, settings: Settings) -
         raise NmfxError(f"distillation: the teacher gives {tuple(teacher.shape)}, the model {tuple(logits.shape)}")
     target, own = (F.log_softmax(x / soft, dim=1) for x in (teacher, logits))
     divergence = F.kl_div(own, target, reduction="batchmean", log_target=True) * soft**2
-    return torch.lerp(loss, divergence, settings.distill)
+    return divergence if settings.distill_only else torch.lerp(loss, divergence, settings.distill)

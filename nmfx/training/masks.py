@@ -14,8 +14,10 @@ def set_training(model: nn.Module, training: str, decay: float | None = None) ->
     Raises:
         NmfxError: no such training rule, or a decay out of range.
     """
-    rule = resolve_rule(training, decay)
-    respec(masked_sites(model), keep_masks=True, decay=rule.decay, frozen=rule.frozen)
+    rule, sites = resolve_rule(training, decay), list(masked_sites(model))
+    for site in sites:
+        _ = site.mask  # of the weights as they are now
+    respec(sites, keep_masks=True, decay=rule.decay, frozen=rule.frozen)
 
 
 def describe(model: nn.Module) -> dict[str, str]:

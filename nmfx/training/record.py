@@ -46,6 +46,10 @@ class Epoch:
     lr: float
     images_per_second: float
 
+    def score(self, distilled: bool) -> float:
+        """What the best epoch has most of: top-1, or, next to the dense model's answers, less loss."""
+        return -self.loss if distilled else self.top1
+
 
 @dataclass(frozen=True)
 class Finetuned:
@@ -53,11 +57,12 @@ class Finetuned:
 
     evaluation: Evaluation
     epochs: tuple[Epoch, ...]
+    distilled: bool = False
 
     @property
     def best(self) -> Epoch:
-        """The first epoch of the highest top-1."""
-        return max(self.epochs, key=lambda epoch: epoch.top1)
+        """The first epoch of the highest top-1, or of the least loss where the dense model's answers were learnt alone."""
+        return max(self.epochs, key=lambda epoch: epoch.score(self.distilled))
 
 
 @dataclass

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from nmfx.files.states import prefixed, under
 from nmfx.masking.copies import deep_copy
 from nmfx.masking.parallel import find_units, gathered, shard, wrap
 from nmfx.masking.sites import masked_sites, recheck_weights
+from nmfx.passes.statistics import batch_norms
 from nmfx.processes import rank, summed, world
 from nmfx.settings.training import Settings
 from nmfx.training.evaluation import evaluate
@@ -37,6 +39,7 @@ from nmfx.training.optimizer import check_optimizer, make_optimizer, optimizer_s
 from nmfx.training.record import Epoch, Finetuned, Position, Progress, write_log
 from nmfx.training.state import SavedEpoch, SavedRun, check_fits, check_identity, load_into, load_state, save_state
 
+REHEARSED = 3  # updates that are timed, of which the first is slow
 LAST, BEST, LOG = "last.safetensors", "best.safetensors", "log.csv"
 
 
@@ -53,7 +56,8 @@ class Run:
         teacher: nn.Module | None,
         identity: Mapping[str, Any],
     ) -> None:
-        check_classes(data, model)
+        if not settings.distill_only:
+            check_classes(data, model)
         if folder is not None and rank() == 0:
             whole = sum(value.numel() * value.element_size() for value in model.state_dict().values())
             check_writable(folder, (LAST, BEST, LOG), size=whole * (3 if settings.ema else 2))  # and the optimiser's on top
@@ -66,7 +70,9 @@ class Run:
         config, size = config or picture_config(model, data), settings.pictures_a_pass(world())
         same = {"workers": settings.workers, "batch_size": size}
         self.loader = train_loader(data, config, augment=settings.mixed_augment, seed=settings.seed, **same)  # type: ignore
-        self.validation = validation_loader(data, config, **same)  # type: ignore[arg-type]
+        self.validation: Iterable[tuple[Tensor, Tensor]] = validation_loader(data, config, **same)  # type: ignore[arg-type]
+        if settings.distill_only and teacher is not None:
+            self.validation = AnsweredBy(teacher, self.validation, self.device)
         self.steps = len(self.loader) // settings.accumulate
         if not self.steps:
             raise NmfxError(f"{data.name}: too few pictures for one batch of {settings.batch_size}; take smaller batches")
@@ -110,6 +116,9 @@ class Run:
     def train_epoch(self, progress: Callable[[Progress], None] | None) -> None:
         """The rest of an epoch's updates, with a save every few minutes."""
         self.model.train()
+        if self.settings.freeze_bn:
+            for norm in batch_norms(self.model).values():
+                norm.eval()
         self.loader.set_epoch(self.at.epoch, skip=self.at.step * self.settings.accumulate)
         batches, first, start = iter(self.loader), self.at.step, time.perf_counter()
         saved = start
@@ -178,6 +187,8 @@ class Run:
             if self.teacher is not None:
                 with torch.no_grad():
                     answers = logits_of(self.teacher(x))
+        if answers is not None and self.settings.distill_only:  # labels may be none of the model's classes
+            return distilled(answers.new_zeros(()), outputs, answers, self.settings)
         loss = task_loss(outputs, label, self.settings.smoothing)
         return loss if answers is None else distilled(loss, outputs, answers, self.settings)
 
@@ -201,9 +212,10 @@ class Run:
         found = evaluate(evaluated, self.validation)
         loss = self.at.loss / self.steps
         row = Epoch(self.at.epoch, loss, found.top1, found.top5, found.loss, self.lr, self.speed)
-        best = max((epoch.top1 for epoch in self.at.log), default=-1.0)
+        only = self.settings.distill_only
+        best = max((epoch.score(only) for epoch in self.at.log), default=-math.inf)
         self.at = Position(self.at.epoch + 1, log=[*self.at.log, row])
-        if row.top1 > best:
+        if row.score(only) > best:
             self._save_best(evaluated)  # before the other, which says that it is there
         self.save()
         if self.folder is not None and rank() == 0:
@@ -271,7 +283,64 @@ class Run:
         self.optimizer.zero_grad()
         self.original.eval()
         recheck_weights(self.original)
-        return Finetuned(evaluate(self.original, self.validation), tuple(self.at.log))
+        return Finetuned(evaluate(self.original, self.validation), tuple(self.at.log), self.settings.distill_only)
+
+
+class AnsweredBy:
+    """Batches whose labels are what a teacher makes of them: shares of classes, found on the first pass."""
+
+    def __init__(self, teacher: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device) -> None:
+        self.teacher, self.batches, self.device = teacher, batches, device
+        self.answers: list[Tensor] = []
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for index, (x, _) in enumerate(self.batches):
+            if index == len(self.answers):
+                with torch.no_grad():
+                    self.answers.append(logits_of(self.teacher(x.to(self.device))).softmax(1))
+            yield x, self.answers[index]
+
+
+def epochs_within(
+    seconds: float,
+    model: nn.Module,
+    data: Data,
+    settings: Settings,
+    config: PictureConfig | None = None,
+    teacher: nn.Module | None = None,
+) -> int:
+    """How many epochs of `settings` fit in so many seconds, at least 1, by the time of some updates of a copy of `model`.
+
+    Args:
+        model, data, settings, config, teacher: as `finetune` takes them.
+
+    Returns:
+        The same in every process.
+
+    Raises:
+        NmfxError: as `finetune`.
+    """
+    one = replace(settings, epochs=1, warmup_epochs=0.0, compile="", ema=0.0)
+    run = Run(deep_copy(model), data, one, None, config, teacher, {})
+    run.model.train()
+    batches, times = iter(run.loader), list[float]()
+    for _ in range(min(run.steps, REHEARSED)):
+        start = time.perf_counter()
+        run.update(batches)
+        times.append(time.perf_counter() - start)
+    start = time.perf_counter()
+    evaluate(run.evaluated(), run.validation)
+    epoch = min(times) * run.steps + time.perf_counter() - start
+    slowest = float(summed(torch.tensor(epoch, device=run.device))) / world()
+    return max(1, int(seconds / slowest))
+
+
+def planned_epochs(folder: Path) -> int | None:
+    """Of the run in a folder that can go on; None where there is none."""
+    if not (folder / LAST).exists():
+        return None
+    epochs = load_state(folder / LAST, SavedRun)[1].identity.get("epochs")
+    return epochs if isinstance(epochs, int) and epochs > 0 else None
 
 
 def _extended(identity: Mapping[str, Any], epochs: int) -> Mapping[str, Any]:
