@@ -9,9 +9,10 @@ from nmfx.cli import tables
 from nmfx.cli.common import checked, warn_random
 from nmfx.cli.console import heading, output, warn, working
 from nmfx.settings.flags import read_flags
+from nmfx.settings.formats import FORMATS
 from nmfx.settings.option import values_of
 from nmfx.settings.stages import ExportSettings
-from nmfx.stages.export import FORMATS, ExportRecord, export, file_names
+from nmfx.stages.export import ExportRecord, export, file_names
 from nmfx.stages.work import EXPORT, WorkDirectory, check_free, need_work
 from nmfx.stages.written import drop_stamp, leave_stamp
 
@@ -37,8 +38,8 @@ def run(args: Namespace) -> None:
     warn_random(work)
     if not args.out:
         _stamp(work, settings, done, own=args.scheme is None)
-    for kind, (ending, _) in FORMATS.items():
-        stale = folder / f"{work.source.name}{ending}"
+    for kind, one in FORMATS.items():
+        stale = folder / f"{work.source.name}{one.ending}"
         if kind not in done.files and stale.exists():
             warn(f"{stale} was there and is not of this export, so perhaps of another scheme; it is left as it was")
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from nmfx.errors import NmfxError
-from nmfx.settings.option import check_options, inline, option
+from nmfx.settings.formats import FORMATS
+from nmfx.settings.option import check_options, inline, option, switches
 from nmfx.settings.training import Settings
 from nmfx.sparsity.rules import RULES
 from nmfx.sparsity.score import SCORES
@@ -124,15 +125,19 @@ class FinetuneSettings:
 
 
 @dataclass(frozen=True)
+@switches({name: one.help for name, one in FORMATS.items()})
 class ExportSettings:
     """What is written beside the scheme and the compressed checkpoint, of the best or the last epoch of fine-tuning."""
 
     epoch: Literal["best", "last"] = option("best", "of fine-tuning: that of the highest top-1, or the last")
-    baked: bool = option(False, "also a plain state dict with real zeros")
-    onnx: bool = option(False, "also an ONNX file with real zeros (needs nmfx[onnx])")
 
     def __post_init__(self) -> None:
         check_options(self, "export settings")
+
+    @property
+    def formats(self) -> list[str]:
+        """Those of `FORMATS` that are asked for."""
+        return [name for name in FORMATS if getattr(self, name)]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,28 @@
+"""The formats that the export stage writes on demand beside the compressed checkpoint: each an entry, which makes its option."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nmfx.settings.methods import Function
+
+
+@dataclass(frozen=True)
+class Format:
+    """One file of a baked model.
+
+    Attributes:
+        help: of its option.
+        ending: of the file's name.
+        function: ``(model, path, example) -> None``, which writes it; `example` is an input of the model, an `Example`.
+    """
+
+    help: str
+    ending: str
+    function: Function
+
+
+FORMATS: dict[str, Format] = {
+    "baked": Format("also a plain state dict with real zeros", ".baked.safetensors", "nmfx.export.plain:save_baked"),
+    "onnx": Format("also an ONNX file with real zeros (needs nmfx[onnx])", ".onnx", "nmfx.export.plain:save_onnx"),
+}
