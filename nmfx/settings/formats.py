@@ -1,4 +1,4 @@
-"""The formats that the export stage writes on demand beside the compressed checkpoint: each an entry, which makes its option."""
+"""The formats that the export stage writes on demand, beside the compressed checkpoint: an entry each, which makes its option."""
 
 from __future__ import annotations
 
