@@ -9,7 +9,18 @@ from dataclasses import MISSING, Field
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from nmfx.errors import NmfxError
-from nmfx.settings.option import Option, about, is_mapping, is_settings, kinds_of, parse, typed_fields
+from nmfx.settings.option import (
+    Option,
+    about,
+    check_given,
+    is_mapping,
+    is_settings,
+    kinds_of,
+    options_of,
+    parse,
+    typed_fields,
+    with_names,
+)
 
 T = TypeVar("T")
 Path = tuple[str, ...]  # the keys on the way to an option
@@ -52,11 +63,12 @@ def read_flags(args: argparse.Namespace, cls: type[T], **given: Any) -> T:
     """
     found = {path: (vars(args).get(_dest(cls, path)), item, kind) for item, kind, path in _flagged(cls)}
     try:
-        return _build(cls, {path: _value(*one) for path, one in found.items() if one[0] is not None}, (), given)
+        settings = _build(cls, {path: _value(*one) for path, one in found.items() if one[0] is not None}, (), given)
+        return check_given(settings, typed(args, cls))
     except NmfxError as error:  # of a key: say the flag
-        flags = {item.name: name_of(item) for _, item, _ in found.values()}
-        first, rest = re.match(r"(\w*)(.*)", str(error), re.DOTALL).groups()  # type: ignore[union-attr]
-        raise type(error)(f"{flags[first]}{rest}" if first in flags and rest.startswith(" ") else str(error)) from None
+        flags = {key: name_of(item) for key, (item, _) in options_of(cls).items()}
+        first, rest = re.match(r"(\w*)(.*)", with_names(str(error), flags), re.DOTALL).groups()  # type: ignore[union-attr]
+        raise type(error)(f"{flags.get(first, first) if rest.startswith(' ') else first}{rest}") from None
 
 
 def typed(args: argparse.Namespace, cls: type) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The formats that the export stage writes on demand, beside the compressed checkpoint: an entry each, which makes its option."""
+"""The formats that the export stage writes on demand, beside the compressed checkpoint: one entry each, options and all."""
 
 from __future__ import annotations
 

@@ -36,6 +36,13 @@ class Reached:
     measured: float
     latency: Latency
 
+    def __str__(self) -> str:
+        dense, predicted, measured = (f"{seconds * 1e3:.2f} ms" for seconds in (self.dense, self.predicted, self.measured))
+        return (
+            f"{dense} the best dense run, {self.wanted * 1e3:.2f} ms wanted, {predicted} predicted, {measured} measured "
+            f"({self.measured / self.predicted - 1:+.1%}): {self.dense / self.measured:.2f}x"
+        )
+
 
 def search_latency(
     model: nn.Module,
