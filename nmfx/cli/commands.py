@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from nmfx import __version__
-from nmfx.cli.arguments import Parser, whole
+from nmfx.cli.arguments import Parser
 from nmfx.settings.flags import add_flags
 from nmfx.settings.option import options_of
 from nmfx.settings.search import Choices, DominoSettings, SearchSettings
@@ -66,10 +66,10 @@ def group(title: str, *parts: Part) -> Part:
 
 
 class Command:
-    """One command: a line of `nmfx --help`, the head of its own help, and what it takes."""
+    """One command: a line of `nmfx --help`, the head of its own help, what it takes, and the module that runs it."""
 
-    def __init__(self, help: str, description: str, *parts: Part) -> None:
-        self.help, self.description, self.parts = help, description, parts
+    def __init__(self, help: str, description: str, *parts: Part, module: str = "") -> None:
+        self.help, self.description, self.parts, self.module = help, description, parts, module
 
 
 def parser() -> Parser:
@@ -104,12 +104,9 @@ CONVERTED = arg("work", nargs="?", metavar="DIR", help="work directory made by n
 SEARCHED = arg("work", nargs="?", metavar="DIR", help="work directory with a scheme")
 WHAT = arg("what", nargs="?", metavar="FILE|DIR|MODEL", help="default: the work directory in this folder")
 OTHER_SCHEME = arg("--scheme", metavar="FILE", help="another scheme than the work directory's")
-CLASSES = arg(
-    "--classes", type=whole(1, 1_000_000), metavar="N", help="classes of a model given by name, where not its own number"
-)
 DEVICE = arg("--device", default="auto", help="auto: the first GPU, or the CPU (GPUs are untested)")
 PICTURES = group("pictures", flags(DataSettings), DEVICE)
-INPUT_SIZE = flags(ModelSettings, only=("input_size",))
+NETWORK = flags(ModelSettings, only=("input_size", "classes"))
 FIGURE = arg("--figure", metavar="FILE", help="draw the result: .png, .svg or .pdf (needs nmfx[figures])")
 HTML = arg("--html", metavar="FILE", help="write the result as one page (needs nmfx[figures])")
 STRICT = arg(
@@ -128,7 +125,6 @@ COMMANDS = {
         "Build a model by name, find its sites, verify the conversion, and write a work directory NAME.nmfx/.",
         arg("model", help="a name of torchvision or timm; prefixes torchvision: and timm: say which"),
         flags(ModelSettings),
-        CLASSES,
         group(
             "",
             arg("--pattern", metavar="N:M", help="this pattern on every site that can take it"),
@@ -164,6 +160,7 @@ COMMANDS = {
         PICTURES,
         flags(RecalibrateSettings),
         output("folder to write to (default: DIR/recalibrated)"),
+        module="untrained",
     ),
     "correct": Command(
         "correct the kept weights against the dense model's outputs, without training",
@@ -176,6 +173,7 @@ COMMANDS = {
         PICTURES,
         flags(CorrectSettings),
         output("folder to write to (default: DIR/corrected)"),
+        module="untrained",
     ),
     "finetune": Command(
         "train the masked model on pictures; stopped runs go on",
@@ -202,7 +200,6 @@ COMMANDS = {
         arg("--model", metavar="NAME", help="the network that plain weights are for"),
         arg("--reference", metavar="FILE|DIR|MODEL", help="also the share of answers that agree with this model's"),
         flags(ModelSettings, without=("weights",)),
-        CLASSES,
         PICTURES,
         flags(EvaluateSettings),
         STRICT,
@@ -224,8 +221,7 @@ COMMANDS = {
         WHAT,
         OTHER_SCHEME,
         flags(BenchSettings),
-        INPUT_SIZE,
-        CLASSES,
+        NETWORK,
         arg("--sites", action="store_true", help="also list how each site is computed, and what was measured"),
         FIGURE,
         STRICT,
@@ -247,16 +243,14 @@ COMMANDS = {
         "show a checkpoint, scheme, work directory or model",
         "Show what is in a work directory, a compressed checkpoint, a scheme file, or a model by name.",
         WHAT,
-        INPUT_SIZE,
-        CLASSES,
+        NETWORK,
     ),
     "compare": Command(
         "show where schemes for one network differ",
         "Show where schemes for one network differ, and what each keeps.",
         arg("schemes", nargs="+", metavar="SCHEME", help="scheme file, checkpoint or work directory; two or more"),
         arg("--model", metavar="NAME|DIR", help="the network, where no scheme says it (DIR: a work directory)"),
-        INPUT_SIZE,
-        CLASSES,
+        NETWORK,
         arg("--all", action="store_true", help="also list the sites that agree"),
         FIGURE,
         HTML,

@@ -8,11 +8,11 @@ from pathlib import Path
 
 from rich.table import Table
 
-from nmfx.cli.common import check_random, checked, data_settings, model_settings, processes, warn_random
+from nmfx.cli.common import check_random, data_settings, processes, warn_random
 from nmfx.cli.console import advancing, output, warn
 from nmfx.cli.tables import table
 from nmfx.settings.flags import read_flags
-from nmfx.settings.stages import EvaluateSettings
+from nmfx.settings.stages import EvaluateSettings, ModelSettings
 from nmfx.stages.evaluate import FIRST, Candidate, candidates_of, load_candidate, score
 from nmfx.stages.work import asked, open_work
 from nmfx.training.evaluation import Evaluation
@@ -22,7 +22,7 @@ def run(args: Namespace) -> None:
     """Load, evaluate, show."""
     settings, data = read_flags(args, EvaluateSettings), data_settings(args)
     with processes(args.device) as device:
-        reference = _load(asked(args.reference, "evaluate"), args).model if args.reference else None
+        reference = _load(args.reference, args).model if args.reference else None
         with advancing(f"evaluating on {data.name}") as progress:
             done = score(_candidates(args), settings, data, reference=reference, device=device, progress=progress)
         output().print(score_table(done.scores))
@@ -36,18 +36,19 @@ def _candidates(args: Namespace) -> Iterator[Candidate]:
     if not Path(what).is_dir():
         yield _load(what, args)
         return
-    work = checked(args, open_work(Path(what)))
+    work = open_work(Path(what))
+    check_random(args, work.random)
     warn_random(work)
-    yield from candidates_of(work, model_settings(args).size)
+    yield from candidates_of(work, read_flags(args, ModelSettings, name="").size)
 
 
 def _load(what: str, args: Namespace) -> Candidate:
-    one = load_candidate(what, model_settings(args), args.model)
+    one = load_candidate(asked(what, "evaluate"), read_flags(args, ModelSettings, name=""), args.model)
     if one.note:
         output().print(one.note, soft_wrap=True)
     if one.random:
         check_random(args, one.random)
-        warn(f"{one.random}: its scores mean nothing", red=True)
+        warn(f"{one.random}: its scores mean nothing", "WARNING")
     return one
 
 
@@ -55,7 +56,7 @@ def score_table(scores: Mapping[str, Evaluation]) -> Table:
     """Scores, one row a model."""
     agreed = any(found.agreement is not None for found in scores.values())
     first = next((label for label in scores if label in FIRST), "dense")
-    result = table("~", *(f"{name}>" for name in ("top-1", "top-5", "loss", *([f"agreement with {first}"] if agreed else []))))
+    result = table("~", "top-1>", "top-5>", "loss>", *([f"agreement with {first}>"] if agreed else []))
     for label, found in scores.items():
         agreement = "" if found.agreement is None else f"{found.agreement:.2%}"
         result.add_row(label, f"{found.top1:.2%}", f"{found.top5:.2%}", f"{found.loss:.6f}", *([agreement] if agreed else []))

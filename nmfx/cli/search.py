@@ -6,17 +6,8 @@ from argparse import Namespace
 from pathlib import Path
 
 from nmfx.cli import convert, tables
-from nmfx.cli.common import (
-    after_search,
-    check_kernel,
-    checked,
-    data_options,
-    data_settings,
-    processes,
-    resumable,
-    warn_random,
-)
-from nmfx.cli.console import advancing, heading, hint, output, warn
+from nmfx.cli.common import check_kernel, check_random, data_settings, hint_scheme, processes, resumable, warn_random
+from nmfx.cli.console import advancing, heading, output, warn
 from nmfx.errors import NmfxError
 from nmfx.models.source import find_source
 from nmfx.processes import first_alone, rank
@@ -42,7 +33,8 @@ def run(args: Namespace) -> None:
     settings = read_flags(args, SearchSettings, data=data is not None)
     with processes(args.device) as device:
         with first_alone():
-            work = checked(args, _work(args))
+            work = _work(args)
+            check_random(args, work.random)
         path = Path(args.out) if args.out else work.scheme_path
         if path.suffix not in (".yaml", ".yml"):
             raise NmfxError(f"--out {path}: expected a name that ends in .yaml (the published format goes to .txt beside it)")
@@ -73,7 +65,7 @@ def run(args: Namespace) -> None:
         if is_state(path.with_suffix(SEARCHING)):
             path.with_suffix(SEARCHING).unlink()
         out.print(f"wrote {', '.join(map(str, written))}", soft_wrap=True)
-        hint(*after_search(work, data_options(data), str(path) if args.out else None))
+        hint_scheme(work, data, str(path) if args.out else None)
 
 
 def _work(args: Namespace) -> WorkDirectory:

@@ -11,16 +11,9 @@ from rich.text import Text
 from nmfx.models.site import Sites
 from nmfx.scheme import Scheme, Totals
 from nmfx.sparsity.pattern import Pattern
+from nmfx.text import count
 
 SHORT = {"conv2d": "conv", "conv_transpose2d": "convT", "conv1d": "conv1d", "linear": "linear"}
-
-
-def count(number: float) -> str:
-    """A count in three or four significant figures: 25.5M, 4.09G, 640."""
-    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if number >= size:
-            return f"{number / size:.3g}{unit}" if number / size < 999.5 else f"{number / size:.0f}{unit}"
-    return f"{number:.0f}"
 
 
 def size(number: int) -> str:

@@ -42,10 +42,16 @@ class ModelSettings:
         "which weights of a training checkpoint, as state_dict or state_dict_ema; averaged ones first",
         metavar="NAME",
     )
+    classes: int | None = option(
+        None, "classes of a model given by name, where not its own number", least=1, most=1_000_000, metavar="N"
+    )
 
     def __post_init__(self) -> None:
+        check_options(self, "model")
         parse_size(self.input_size, "input_size")
-        object.__setattr__(self, "kwargs", dict(self.kwargs))
+        classes = {} if self.classes is None else {"num_classes": self.classes}
+        object.__setattr__(self, "kwargs", {**dict(self.kwargs), **classes})
+        object.__setattr__(self, "classes", None)  # another word for the same, so that both are one
 
     @property
     def size(self) -> tuple[int, ...] | None:
@@ -77,6 +83,11 @@ class DataSettings:
         """What decides which pictures there are: a data set with a name may move, a folder is named by its place."""
         place = {"data": self.root or FOLDER} if self.name == FOLDER else {"data": self.name}
         return place | {name: getattr(self, name) for name in ("train_split", "val_split", "held_back")}
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """What says the same pictures to another command."""
+        return ("--data", self.name, *(("--data-root", self.root) if self.root else ()))
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,7 @@ def load_pair(what: str, model: ModelSettings, settings: BenchSettings, scheme: 
         chosen = Scheme.load(scheme, sites)
     else:
         chosen = find_scheme(dense, sites=sites, target=settings.target, m=settings.m).scheme
-    random = random_weights(what, built.note) if built.weights == "random" else ""
+    random = random_weights(what, built.weights, built.note)
     return Pair(dense, transform(dense, chosen, sites=sites), pictures_of(example), what, random=random)
 
 

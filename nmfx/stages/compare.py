@@ -17,6 +17,7 @@ from nmfx.models.census import find_sites
 from nmfx.models.site import Sites, weight_of
 from nmfx.models.source import Source, find_source
 from nmfx.passes.thresholds import sorted_magnitudes
+from nmfx.report.record import Report
 from nmfx.scheme import Scheme
 from nmfx.settings.stages import ModelSettings
 from nmfx.stages.work import WorkDirectory, around, example_of, open_work
@@ -30,6 +31,23 @@ class Network:
     sites: Sites
     model: nn.Module | None = None
     guessed: bool = False  # from a name alone, which does not say what it was built with
+
+
+def compare(paths: Sequence[Path], settings: ModelSettings) -> list[Report]:
+    """Schemes of files or work directories on the network that they are for, and what each loses where it has weights.
+
+    Raises:
+        NmfxError: nobody says which network it is, or a scheme does not fit it.
+    """
+    network = find_network(paths, settings)
+    schemes, names = [read_scheme(path, network) for path in paths], [path.name for path in paths]
+    reports = []
+    for path, scheme in zip(paths, schemes, strict=True):
+        label, method = path.name if names.count(path.name) == 1 else str(path), str(scheme.info.get("method", ""))
+        lost = weight_error(network, scheme) if network.model else None
+        facts = {} if lost is None else {"squared weight error": f"{lost:.4%}"}
+        reports.append(Report(network.sites, scheme, label, network.name, method, facts=facts, lost=lost))
+    return reports
 
 
 def find_network(paths: Sequence[Path], settings: ModelSettings) -> Network:

@@ -111,8 +111,7 @@ def load_candidate(what: str, settings: ModelSettings, network: str | None = Non
         return Candidate(what, work.load(), settings.size or work.input_size)
     if not path.is_file():
         built = build_weights(replace(settings, name=what))
-        random = random_weights(what, built.note) if built.weights == "random" else ""
-        return Candidate(what, built.model, settings.size, random=random)
+        return Candidate(what, built.model, settings.size, random=random_weights(what, built.weights, built.note))
     inside = around(path)
     size = settings.size or (inside.input_size if inside else None)
     if is_compressed(path):

@@ -15,8 +15,10 @@ from nmfx.passes.verification import Verified, verify
 from nmfx.scheme import Scheme
 from nmfx.settings.formats import FORMATS
 from nmfx.settings.methods import resolve
+from nmfx.settings.option import values_of
 from nmfx.settings.stages import ExportSettings
-from nmfx.stages.work import FINISHING, SCHEME, WorkDirectory, save_scheme
+from nmfx.stages.work import EXPORT, FINISHING, SCHEME, WorkDirectory, save_scheme
+from nmfx.stages.written import drop_stamp, leave_stamp
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,18 @@ class ExportRecord:
     dense_bytes: int
     verified: Verified | None
     notes: list[str]
+
+
+def stamp_export(work: WorkDirectory, settings: ExportSettings, done: ExportRecord, *, own: bool) -> None:
+    """Leave the stamp of an export into the work directory, or none where no recipe says it: corrected or recalibrated weights,
+    or another scheme than its `own`.
+    """
+    if not own or done.taken in (work.corrected_path, work.recalibrated_path):
+        drop_stamp(work.path, "export")
+        return
+    before = ("build", "search", "finetune") if done.taken else ("build", "search")
+    names = [f"{EXPORT}/{name}" for name in done.files.values()]
+    leave_stamp(work.path, "export", values_of(settings), names, before=before)
 
 
 def file_names(work: WorkDirectory, settings: ExportSettings) -> dict[str, str]:

@@ -103,7 +103,7 @@ class WorkDirectory:
     @property
     def random(self) -> str:
         """What to say of random weights; empty where they are none."""
-        return random_weights(self.model, self.note) if self.weights == "random" else ""
+        return random_weights(self.model, self.weights, self.note)
 
     def start(self, sites: Sites) -> Scheme | None:
         """The scheme that the weights are under already; None for dense ones."""
@@ -176,9 +176,9 @@ class WorkDirectory:
         return yaml.safe_dump(head, sort_keys=False)
 
 
-def random_weights(model: str, note: str = "") -> str:
-    """What to say of a model with random weights."""
-    return f"{model} has random weights{f' ({note})' if note else ''}"
+def random_weights(model: str, weights: str, note: str = "") -> str:
+    """What to say of a model whose weights are ``random``; empty where they are not."""
+    return f"{model} has random weights{f' ({note})' if note else ''}" if weights == "random" else ""
 
 
 def example_of(model: nn.Module, input_size: tuple[int, ...] | None) -> Example:
