@@ -60,6 +60,16 @@ def count(number: float) -> str:
     return f"{number:.0f}"
 
 
+def size(number: int) -> str:
+    """Bytes as MB or kB (decimal)."""
+    return f"{number / 1e6:.2f} MB" if number >= 1e5 else f"{number / 1e3:.1f} kB"
+
+
+def percent(share: float) -> str:
+    """``99.8%``; ``100%`` is all of it, never a rounded figure."""
+    return "100%" if share == 1 else f"{min(share, 0.999):.1%}"
+
+
 def quote(word: str) -> str:
     """`word` as a YAML scalar that every YAML version reads as text."""
     return word if re.fullmatch(r"[A-Za-z_][\w.]*", word) and "." in word else json.dumps(word)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from pathlib import Path
 
 import torch
 
-from nmfx.cli.common import check_kernel, check_random, warn_random
+from nmfx.cli.common import check_kernel, check_random
 from nmfx.cli.console import advancing, output, warn
 from nmfx.cli.tables import table
 from nmfx.runtime.measuring.bench import NMFX, Bench
@@ -15,17 +14,13 @@ from nmfx.settings.flags import read_flags
 from nmfx.settings.stages import BenchSettings, ModelSettings
 from nmfx.stages import report
 from nmfx.stages.bench import load_pair, time_pair
-from nmfx.stages.work import asked, open_work
+from nmfx.stages.work import asked
 
 
 def run(args: Namespace) -> None:
     """Load, time, show."""
     report.check(args.figure, None, force=args.force)
     settings, what = read_flags(args, BenchSettings), asked(args.what, "bench")
-    if Path(what).is_dir():
-        work = open_work(Path(what))
-        check_random(args, work.random)
-        warn_random(work)
     with advancing(f"loading {what}"):
         pair = load_pair(what, read_flags(args, ModelSettings, name=""), settings, args.scheme)
     for line in pair.notes:

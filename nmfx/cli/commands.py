@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from nmfx import __version__
-from nmfx.cli.arguments import Parser
-from nmfx.settings.flags import add_flags
+from nmfx.settings.flags import Parser, Part, arg, flags, group
 from nmfx.settings.option import options_of
 from nmfx.settings.search import Choices, DominoSettings, SearchSettings
 from nmfx.settings.stages import (
@@ -41,35 +40,24 @@ your own: nmfx convert resnet50 [--weights FILE] [--classes N], and a folder of
 pictures for --data: DIR/train/CLASS/*.jpg and DIR/val/CLASS/*.jpg
 """
 
-Part = Callable[[Any], object]  # adds what a command takes to its parser, or to a group of it
 
-
-def arg(*names: str, **about: Any) -> Part:
-    """An argument, in argparse's words."""
-    return lambda parser: parser.add_argument(*names, **about)
-
-
-def flags(cls: type, **which: Any) -> Part:
-    """The flags of a settings class (see `add_flags`)."""
-    return lambda parser: add_flags(parser, cls, **which)
-
-
-def group(title: str, *parts: Part) -> Part:
-    """Arguments under a title; without one, those of which one may be given."""
-
-    def add(parser: argparse.ArgumentParser) -> None:
-        inner = parser.add_argument_group(title) if title else parser.add_mutually_exclusive_group()
-        for part in parts:
-            part(inner)
-
-    return add
-
-
+@dataclass(frozen=True)
 class Command:
-    """One command: a line of `nmfx --help`, the head of its own help, what it takes, and the module that runs it."""
+    """One command.
 
-    def __init__(self, help: str, description: str, *parts: Part, module: str = "") -> None:
-        self.help, self.description, self.parts, self.module = help, description, parts, module
+    Attributes:
+        help: its line of `nmfx --help`.
+        description: the head of its own help.
+        parts: what it takes.
+        out: of a command that writes: where, and where by default.
+        module: of `nmfx.cli`, that runs it; by default the one of its name.
+    """
+
+    help: str
+    description: str
+    parts: Sequence[Part]
+    out: str = ""
+    module: str = ""
 
 
 def parser() -> Parser:
@@ -89,15 +77,10 @@ def parser() -> Parser:
     )
     for name, command in COMMANDS.items():
         inner = commands.add_parser(name, help=command.help, description=command.description, parents=[shared])
-        for part in command.parts:
+        writing = (STRICT, arg("-o", "--out", metavar="PATH", help=command.out), FORCE) if command.out else ()
+        for part in (*command.parts, *writing):
             part(inner)
     return result
-
-
-def output(what: str) -> Part:
-    """Where a command writes."""
-    out = arg("-o", "--out", metavar="PATH", help=what)
-    return lambda parser: [part(parser) for part in (STRICT, out, FORCE)]
 
 
 CONVERTED = arg("work", nargs="?", metavar="DIR", help="work directory made by nmfx convert")
@@ -123,16 +106,18 @@ COMMANDS = {
     "convert": Command(
         "build a model, find its sites, write a work directory",
         "Build a model by name, find its sites, verify the conversion, and write a work directory NAME.nmfx/.",
-        arg("model", help="a name of torchvision or timm; prefixes torchvision: and timm: say which"),
-        flags(ModelSettings),
-        group(
-            "",
-            arg("--pattern", metavar="N:M", help="this pattern on every site that can take it"),
-            arg("--scheme", metavar="FILE", help="a scheme file, YAML or the published one-line format"),
-        ),
-        flags(Choices, only=("layout", "remainder")),
-        arg("--graph", action="store_true", help="print the fx graph of the converted model"),
-        output("work directory (default: NAME.nmfx)"),
+        [
+            arg("model", help="a name of torchvision or timm; prefixes torchvision: and timm: say which"),
+            flags(ModelSettings),
+            group(
+                "",
+                arg("--pattern", metavar="N:M", help="this pattern on every site that can take it"),
+                arg("--scheme", metavar="FILE", help="a scheme file, YAML or the published one-line format"),
+            ),
+            flags(Choices, only=("layout", "remainder")),
+            arg("--graph", action="store_true", help="print the fx graph of the converted model"),
+        ],
+        out="work directory (default: NAME.nmfx)",
     ),
     "search": Command(
         "choose a pattern for every site under a budget",
@@ -140,26 +125,25 @@ COMMANDS = {
         "none of these, on the embedded demo network. One that was converted from a compressed checkpoint gets sparser: no "
         "site takes more than it has. With --data, the knapsack and spdy look at a few training pictures, and domino runs the "
         "published loop, which the same command resumes.",
-        CONVERTED,
-        arg("--model", metavar="NAME", help="convert this model first, if NAME.nmfx is not there yet"),
-        flags(SearchSettings, without=(*CHOICES, *WITH_DATA)),
-        group("what a site may be given", flags(SearchSettings, only=CHOICES)),
-        group("searching with data", flags(DataSettings, required=False), flags(SearchSettings, only=WITH_DATA), DEVICE),
-        arg("--events", action="store_true", help="list every step of the search, or choice of an exact one"),
-        FIGURE,
-        HTML,
-        output("scheme file (default: scheme.yaml in the work directory, with scheme.txt beside it)"),
+        [
+            CONVERTED,
+            arg("--model", metavar="NAME", help="convert this model first, if NAME.nmfx is not there yet"),
+            flags(SearchSettings, without=(*CHOICES, *WITH_DATA)),
+            group("what a site may be given", flags(SearchSettings, only=CHOICES)),
+            group("searching with data", flags(DataSettings, required=False), flags(SearchSettings, only=WITH_DATA), DEVICE),
+            arg("--events", action="store_true", help="list every step of the search, or choice of an exact one"),
+            FIGURE,
+            HTML,
+        ],
+        out="scheme file (default: scheme.yaml in the work directory, with scheme.txt beside it)",
     ),
     "recalibrate": Command(
         "match the masked model's batch norms to the dense model's, without training",
         "Masks change what batch norms see. Move the running means and variances of a work directory's masked model by the "
         "difference that its masks make on a few hundred pictures, and write DIR/recalibrated/model.safetensors: what export, "
         "evaluate and bench take where nothing has been fine-tuned.",
-        SEARCHED,
-        OTHER_SCHEME,
-        PICTURES,
-        flags(RecalibrateSettings),
-        output("folder to write to (default: DIR/recalibrated)"),
+        [SEARCHED, OTHER_SCHEME, PICTURES, flags(RecalibrateSettings)],
+        out="folder to write to (default: DIR/recalibrated)",
         module="untrained",
     ),
     "correct": Command(
@@ -168,11 +152,8 @@ COMMANDS = {
         "to the dense network's on a few hundred pictures: no labels, no training, minutes. Masks are chosen with the values, "
         "batch norms matched. Writes DIR/corrected/model.safetensors: what export, evaluate and bench take where nothing has "
         "been fine-tuned, and what `nmfx finetune --from` can start from.",
-        SEARCHED,
-        OTHER_SCHEME,
-        PICTURES,
-        flags(CorrectSettings),
-        output("folder to write to (default: DIR/corrected)"),
+        [SEARCHED, OTHER_SCHEME, PICTURES, flags(CorrectSettings)],
+        out="folder to write to (default: DIR/corrected)",
         module="untrained",
     ),
     "finetune": Command(
@@ -181,92 +162,101 @@ COMMANDS = {
         "DIR/finetune/model.safetensors (the best epoch) and model.last.safetensors. The same command goes on with a run that "
         "was stopped, and with more --epochs extends it, at the learning rate that the longer schedule has there. Several "
         "processes: torchrun --nproc_per_node=K -m nmfx finetune ...",
-        SEARCHED,
-        group(
-            "what to start from, and how masks train",
-            arg("--from", dest="start", metavar="FILE", help="a compressed checkpoint instead of the dense weights"),
-            arg("--scheme", metavar="FILE|dense", help="another scheme than the work directory's, or none"),
-            flags(FinetuneSettings, without=TRAINING),
-        ),
-        PICTURES,
-        group("training", flags(FinetuneSettings, only=TRAINING)),
-        output("folder to write to (default: DIR/finetune)"),
+        [
+            SEARCHED,
+            group(
+                "what to start from, and how masks train",
+                arg("--from", dest="start", metavar="FILE", help="a compressed checkpoint instead of the dense weights"),
+                arg("--scheme", metavar="FILE|dense", help="another scheme than the work directory's, or none"),
+                flags(FinetuneSettings, without=TRAINING),
+            ),
+            PICTURES,
+            group("training", flags(FinetuneSettings, only=TRAINING)),
+        ],
+        out="folder to write to (default: DIR/finetune)",
     ),
     "evaluate": Command(
         "measure the accuracy of a checkpoint, work directory or model",
         "Top-1, top-5 and loss on the validation pictures: of a compressed checkpoint, of plain weights with --model, of a "
         "model by name, or of a work directory's dense, masked, recalibrated and fine-tuned model.",
-        WHAT,
-        arg("--model", metavar="NAME", help="the network that plain weights are for"),
-        arg("--reference", metavar="FILE|DIR|MODEL", help="also the share of answers that agree with this model's"),
-        flags(ModelSettings, without=("weights",)),
-        PICTURES,
-        flags(EvaluateSettings),
-        STRICT,
+        [
+            WHAT,
+            arg("--model", metavar="NAME", help="the network that plain weights are for"),
+            arg("--reference", metavar="FILE|DIR|MODEL", help="also the share of answers that agree with this model's"),
+            flags(ModelSettings, without=("weights",)),
+            PICTURES,
+            flags(EvaluateSettings),
+            STRICT,
+        ],
     ),
     "export": Command(
         "write scheme files and the compressed checkpoint",
         "Write the scheme files and the compressed checkpoint of a work directory to DIR/export/: the fine-tuned weights if "
         "they were trained under this scheme, else the recalibrated ones, else those it was made with.",
-        CONVERTED,
-        OTHER_SCHEME,
-        flags(ExportSettings),
-        output("folder to write to (default: DIR/export)"),
+        [CONVERTED, OTHER_SCHEME, flags(ExportSettings)],
+        out="folder to write to (default: DIR/export)",
     ),
     "bench": Command(
         "time the network on this machine's CPU: dense engines and the sparse runtime",
         "Time a network in one run, engine after engine in turns: dense by PyTorch, torch.compile with frozen weights and ONNX "
         "Runtime, and converted by nmfx.compile. Of a work directory (its fine-tuned model, or its scheme), a compressed "
         "checkpoint, or a model by name under a scheme found at --target.",
-        WHAT,
-        OTHER_SCHEME,
-        flags(BenchSettings),
-        NETWORK,
-        arg("--sites", action="store_true", help="also list how each site is computed, and what was measured"),
-        FIGURE,
-        STRICT,
-        FORCE,
+        [
+            WHAT,
+            OTHER_SCHEME,
+            flags(BenchSettings),
+            NETWORK,
+            arg("--sites", action="store_true", help="also list how each site is computed, and what was measured"),
+            FIGURE,
+            STRICT,
+            FORCE,
+        ],
     ),
     "run": Command(
         "build, search, fine-tune, export and evaluate as a recipe says",
         "Run a recipe: build, search, correct, fine-tune, export, evaluate. A stage is skipped when its output is there and "
         "still what the recipe asks for; a changed setting runs its stage and the later ones again; a stopped run goes on.",
-        arg("recipe", metavar="RECIPE", help="a YAML file, or a packaged recipe by name, as digits or resnet50-0.80"),
-        arg("-o", "--out", metavar="DIR", help="folder to run in (default: NAME.nmfx)"),
-        arg("--data-root", metavar="DIR", help="where the pictures are: the image folder, or a named data set's place"),
-        arg("--until", choices=STAGES, metavar="STAGE", help=f"the last stage to run: {', '.join(STAGES)}"),
-        arg("--force", action="store_true", help="run every stage anew"),
-        arg("--check", action="store_true", help="only check, without data: build, search, one update on random pictures"),
-        STRICT,
+        [
+            arg("recipe", metavar="RECIPE", help="a YAML file, or a packaged recipe by name, as digits or resnet50-0.80"),
+            arg("-o", "--out", metavar="DIR", help="folder to run in (default: NAME.nmfx)"),
+            arg("--data-root", metavar="DIR", help="where the pictures are: the image folder, or a named data set's place"),
+            arg("--until", choices=STAGES, metavar="STAGE", help=f"the last stage to run: {', '.join(STAGES)}"),
+            arg("--force", action="store_true", help="run every stage anew"),
+            arg("--check", action="store_true", help="only check, without data: build, search, one update on random pictures"),
+            STRICT,
+        ],
     ),
     "inspect": Command(
         "show a checkpoint, scheme, work directory or model",
         "Show what is in a work directory, a compressed checkpoint, a scheme file, or a model by name.",
-        WHAT,
-        NETWORK,
+        [WHAT, NETWORK],
     ),
     "compare": Command(
         "show where schemes for one network differ",
         "Show where schemes for one network differ, and what each keeps.",
-        arg("schemes", nargs="+", metavar="SCHEME", help="scheme file, checkpoint or work directory; two or more"),
-        arg("--model", metavar="NAME|DIR", help="the network, where no scheme says it (DIR: a work directory)"),
-        NETWORK,
-        arg("--all", action="store_true", help="also list the sites that agree"),
-        FIGURE,
-        HTML,
-        FORCE,
+        [
+            arg("schemes", nargs="+", metavar="SCHEME", help="scheme file, checkpoint or work directory; two or more"),
+            arg("--model", metavar="NAME|DIR", help="the network, where no scheme says it (DIR: a work directory)"),
+            NETWORK,
+            arg("--all", action="store_true", help="also list the sites that agree"),
+            FIGURE,
+            HTML,
+            FORCE,
+        ],
     ),
     "models": Command(
         "list the models of timm and torchvision, with what was measured",
         "List models with their parameters, sites, the share of the parameters that sites cover, the share of the sites that "
         "fx graphs reach, and whether masked equals pre-masked on the CPU: outputs, and a training step.",
-        arg(
-            "pattern",
-            nargs="?",
-            default="*",
-            metavar="PATTERN",
-            help='a glob such as "timm:vit_*", or part of a name (default: all)',
-        ),
-        arg("--measure", action="store_true", help="measure those listed that were not measured, without memory"),
+        [
+            arg(
+                "pattern",
+                nargs="?",
+                default="*",
+                metavar="PATTERN",
+                help='a glob such as "timm:vit_*", or part of a name (default: all)',
+            ),
+            arg("--measure", action="store_true", help="measure those listed that were not measured, without memory"),
+        ],
     ),
 }

@@ -8,10 +8,9 @@ from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import replace
 
-from nmfx.cli.console import advancing, hint, silence, warn
+from nmfx.cli.console import advancing, errors, hint, output, warn
 from nmfx.errors import NmfxError
-from nmfx.processes import asked_to_stop, joined, rank
-from nmfx.progress import Progress
+from nmfx.processes import joined, rank
 from nmfx.runtime.kernel.building import load_kernel
 from nmfx.settings.flags import read_flags
 from nmfx.settings.stages import FOLDER, DataSettings
@@ -29,7 +28,7 @@ def processes(device: str = "auto") -> Iterator[str]:
     """Join torchrun's processes, of which the first one prints, and yield the device of this one."""
     with joined(device) as chosen:
         if rank():
-            silence()
+            output().quiet = errors().quiet = True
         yield chosen
 
 
@@ -68,19 +67,6 @@ def hint_scores(work: WorkDirectory, data: DataSettings, scheme: str | None) -> 
         (work.command("evaluate", *data.flags), "what it scores"),
         (work.command("export", scheme=scheme), "write it out"),
     )
-
-
-@contextlib.contextmanager
-def resumable(text: str) -> Iterator[Progress]:
-    """A progress bar for what can be resumed: Ctrl-C waits for the next step, so that nothing is lost."""
-    with advancing(text) as advance, asked_to_stop() as stop:
-
-        def progress(share: float, line: str = "", *, lasting: bool = False) -> None:
-            if not lasting:
-                stop()
-            advance(share, line, lasting=lasting)
-
-        yield progress
 
 
 def check_kernel() -> None:

@@ -15,6 +15,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.segment import Segment
 from rich.text import Text
 
+from nmfx.processes import asked_to_stop
 from nmfx.text import printable
 
 PIPED_WIDTH = 160  # no terminal to fit: names stay whole
@@ -69,19 +70,23 @@ def hint(first: tuple[str, str], *others: tuple[str, str]) -> None:
 
 
 @contextlib.contextmanager
-def advancing(text: str) -> Iterator[Callable[..., None]]:
+def advancing(text: str, *, resumable: bool = False) -> Iterator[Callable[..., None]]:
     """A progress bar; what it yields takes the share done and a line of text, which stays there with ``lasting=True``. Until it
     is told of a share, the bar only shows that something goes on.
 
     When piped there is no bar: lines that last go to standard output, and one of the others every `PIPED_SECONDS` to standard
-    error, each at once.
+    error, each at once. Of what can be resumed, Ctrl-C waits for the next step, so that nothing is lost.
     """
+    waiting = asked_to_stop() if resumable else contextlib.nullcontext(lambda: None)
     columns = (TextColumn("{task.description}", markup=False), BarColumn(24), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=errors(), transient=True, disable=not errors().is_terminal) as progress:
+    bar = Progress(*columns, console=errors(), transient=True, disable=not errors().is_terminal)
+    with bar as progress, waiting as stop:
         task, said = progress.add_task(text, total=None), time.monotonic()
 
-        def advance(share: float, line: str, *, lasting: bool = False) -> None:
+        def advance(share: float, line: str = "", *, lasting: bool = False) -> None:
             nonlocal said
+            if not lasting:
+                stop()
             if lasting:  # above the bar, unless standard output goes elsewhere
                 above = output().is_terminal and errors().is_terminal
                 (progress.console if above else output()).print(line, markup=False, highlight=False, soft_wrap=True)
@@ -92,8 +97,3 @@ def advancing(text: str) -> Iterator[Callable[..., None]]:
                 said = time.monotonic()
 
         yield advance
-
-
-def silence() -> None:
-    """Say nothing from now on: another process speaks."""
-    output().quiet = errors().quiet = True

@@ -6,14 +6,12 @@ from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
 
-from torch import nn
-
 from nmfx.cli import tables
 from nmfx.cli.common import check_random, hint_scheme, warn_random
 from nmfx.cli.console import advancing, heading, hint, output
-from nmfx.errors import NmfxError, TraceError
+from nmfx.errors import NmfxError
 from nmfx.models.site import Sites
-from nmfx.models.tracer import to_graph, trace
+from nmfx.models.tracer import describe_trace, to_graph
 from nmfx.passes.transform import transform
 from nmfx.passes.verification import verify
 from nmfx.scheme import Scheme
@@ -24,7 +22,6 @@ from nmfx.sparsity.pattern import Pattern
 from nmfx.stages.build import build_weights, check_absent, check_weights, create, examine, sparser_search
 from nmfx.stages.search import SearchRecord, choose, with_origin
 from nmfx.stages.work import WorkDirectory, directory_for, random_weights
-from nmfx.text import sentence
 
 
 def run(args: Namespace) -> None:
@@ -59,7 +56,7 @@ def convert(args: Namespace, settings: ModelSettings, path: Path, wanted: Search
     model, sites, scheme = record.model, record.sites, with_origin(chosen.scheme, str(built.source), built.weights)
     out.print(heading(str(record.built.source), f" ({type(model).__name__}, {built.weights} weights), {record.example}"))
     show_sites(sites, scheme, chosen.reasons)
-    out.print(f"\nfx graph: {_graph_line(model)}")
+    out.print(f"\nfx graph: {describe_trace(model)}")
     exact = "exact" if record.difference == 0 else "NOT EXACT"
     reads = f"all {len(sites)} sites read through all-ones masks"
     out.print(f"verified: {reads}, dense against original: largest difference {record.difference:g} ({exact})")
@@ -89,11 +86,3 @@ def show_sites(sites: Sites, scheme: Scheme, reasons: Mapping[str, str]) -> None
         out.print(heading("note: ", note, "yellow"))
     out.print()
     out.print(tables.totals_table(scheme.totals(sites)))
-
-
-def _graph_line(model: nn.Module) -> str:
-    try:
-        nodes = trace(model).graph.nodes
-    except TraceError as error:
-        return f"does not trace at the root ({sentence(error.__cause__ or error, 80)}); converted all the same"
-    return f"traces at the root, {len(nodes)} nodes"

@@ -13,6 +13,7 @@ from nmfx.settings.formats import FORMATS
 from nmfx.settings.stages import ExportSettings
 from nmfx.stages.export import export, file_names, stamp_export
 from nmfx.stages.work import EXPORT, check_free
+from nmfx.text import size
 
 
 def run(args: Namespace) -> None:
@@ -30,9 +31,9 @@ def run(args: Namespace) -> None:
     if done.verified is not None:
         out.print(f"verified: {done.verified}", soft_wrap=True)
     for kind, name in done.files.items():
-        size = (folder / name).stat().st_size
-        share = f", {size / done.dense_bytes:.1%} of the dense weights" if kind == "checkpoint" else ""
-        out.print(f"wrote {folder / name} ({tables.size(size)}{share})", soft_wrap=True)
+        taken = (folder / name).stat().st_size
+        share = f", {taken / done.dense_bytes:.1%} of the dense weights" if kind == "checkpoint" else ""
+        out.print(f"wrote {folder / name} ({size(taken)}{share})", soft_wrap=True)
     warn_random(work)
     if not args.out:
         stamp_export(work, settings, done, own=args.scheme is None)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from nmfx.cli.common import check_random, data_settings, hint_scores, processes, resumable, warn_random
-from nmfx.cli.console import output, warn
+from nmfx.cli.common import check_random, data_settings, hint_scores, processes, warn_random
+from nmfx.cli.console import advancing, output, warn
 from nmfx.errors import NmfxError
 from nmfx.passes.transform import scheme_of
 from nmfx.passes.verification import verify
@@ -40,7 +40,8 @@ def run(args: Namespace) -> None:
         if (folder / LAST).exists():
             out.print(f"going on with {folder / LAST}; --force starts anew")
         origin = Origin(work, Path(args.start) if args.start else None, args.scheme or "")
-        with resumable(f"fine-tuning {work.model if work else args.start} on {data.name}") as progress:
+        text = f"fine-tuning {work.model if work else args.start} on {data.name}"
+        with advancing(text, resumable=True) as progress:
             record = finetune(origin, settings, data, folder, device=device, progress=progress)
         _show(record)
         if work is not None and not args.start and settings.weights == "model":

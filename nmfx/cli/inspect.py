@@ -19,6 +19,7 @@ from nmfx.scheme import Scheme, published_entries
 from nmfx.settings.flags import read_flags
 from nmfx.settings.stages import ModelSettings
 from nmfx.stages.work import asked, example_of, open_work
+from nmfx.text import size
 
 
 def run(args: Namespace) -> None:
@@ -57,8 +58,8 @@ def _show_work(path: Path) -> None:
 def _show_checkpoint(path: Path) -> None:
     header, tensors = read_checkpoint(path)
     out, scheme = output(), header.scheme
-    size = tables.size(path.stat().st_size)
-    out.print(heading("checkpoint", f" {path}: {header.source or header.model}, {size}, SHA-256 agrees"))
+    of = f"{header.source or header.model}, {size(path.stat().st_size)}"
+    out.print(heading("checkpoint", f" {path}: {of}, SHA-256 agrees"))
     rows = {name: tensors[f"{name}:values"].numel() for name in header.sites if name not in header.aliases}
     weights = {name: header.grouping(name).numel for name in rows}
     for name, kept in rows.items():

@@ -12,7 +12,7 @@ from nmfx.cli.tables import table
 from nmfx.models.coverage import measure
 from nmfx.models.source import find_source, list_models, matching, versions
 from nmfx.models.table import Entry, load_table
-from nmfx.text import count
+from nmfx.text import count, percent
 
 
 def run(args: Namespace) -> None:
@@ -52,8 +52,3 @@ def _table(names: list[str], entries: Mapping[str, Entry]) -> Table:
         reach = graph + percent(entry.reach) if entry.parts else "none"
         result.add_row(name, count(entry.parameters), str(entry.sites), percent(entry.share), reach, entry.numerics or "-")
     return result
-
-
-def percent(share: float) -> str:
-    """``99.8%``; ``100%`` is all of it, never a rounded figure."""
-    return "100%" if share == 1 else f"{min(share, 0.999):.1%}"

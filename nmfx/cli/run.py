@@ -5,7 +5,7 @@ from __future__ import annotations
 from argparse import Namespace
 from pathlib import Path
 
-from nmfx.cli.common import check_random, processes, resumable
+from nmfx.cli.common import check_random, processes
 from nmfx.cli.console import advancing, heading, output, warn
 from nmfx.cli.evaluate import score_table
 from nmfx.recipe.check import check_recipe
@@ -45,7 +45,7 @@ def _run(args: Namespace, recipe: Recipe, folder: Path, device: str) -> None:
             out.print(heading(stage, ": skipped, its output is there and still valid"))
         else:
             out.print(heading(stage, f": {why}"), soft_wrap=True)
-            with resumable(f"{stage} of {folder}") as progress:
+            with advancing(f"{stage} of {folder}", resumable=True) as progress:
                 lines = pipeline.run(stage, progress, anew=args.force)
             for line in lines:
                 out.print(f"  {line}", soft_wrap=True)

@@ -6,10 +6,9 @@ from argparse import Namespace
 from pathlib import Path
 
 from nmfx.cli import convert, tables
-from nmfx.cli.common import check_kernel, check_random, data_settings, hint_scheme, processes, resumable, warn_random
+from nmfx.cli.common import check_kernel, check_random, data_settings, hint_scheme, processes, warn_random
 from nmfx.cli.console import advancing, heading, output, warn
 from nmfx.errors import NmfxError
-from nmfx.models.source import find_source
 from nmfx.processes import first_alone, rank
 from nmfx.scheme import Scheme
 from nmfx.search.budget import UNITS
@@ -21,7 +20,7 @@ from nmfx.settings.stages import DataSettings, ModelSettings
 from nmfx.stages import report
 from nmfx.stages.search import SearchRecord, search
 from nmfx.stages.stamp import search_values
-from nmfx.stages.work import SEARCHING, WorkDirectory, check_free, directory_for, find_work, open_work, save_scheme
+from nmfx.stages.work import SEARCHING, WorkDirectory, check_free, directory_for, find_work, open_converted, save_scheme
 from nmfx.stages.written import is_state, leave_stamp, remove_state
 
 DEMO = "demo:digits"
@@ -82,12 +81,7 @@ def _work(args: Namespace) -> WorkDirectory:
         )
     name = args.model or DEMO
     path = directory_for(name)
-    if path.exists():
-        there, wanted = open_work(path), str(find_source(name))
-        if there.model != wanted:
-            raise NmfxError(f"{path} holds {there.model}, not {wanted}; use `nmfx convert {wanted} --out OTHER.nmfx`")
-        return there
-    return convert.convert(args, ModelSettings(name=name), path)
+    return open_converted(name, path) if path.exists() else convert.convert(args, ModelSettings(name=name), path)
 
 
 def _searched(
@@ -104,7 +98,7 @@ def _searched(
     if settings.timed:
         check_kernel()
         text = "timing every pattern of every site"
-    with resumable(text) if settings.looping else advancing(text) as progress:
+    with advancing(text, resumable=settings.looping) as progress:
         return search(work, settings, data, device=device, checkpoint=checkpoint, progress=progress)
 
 

@@ -16,11 +16,6 @@ from nmfx.text import count
 SHORT = {"conv2d": "conv", "conv_transpose2d": "convT", "conv1d": "conv1d", "linear": "linear"}
 
 
-def size(number: int) -> str:
-    """Bytes as MB or kB (decimal)."""
-    return f"{number / 1e6:.2f} MB" if number >= 1e5 else f"{number / 1e3:.1f} kB"
-
-
 def table(*columns: str) -> Table:
     """An empty table: a column a word, to the right where that ends in ``>``, folded instead of cut where it ends in ``~``."""
     result = Table(box=None, pad_edge=False, header_style="bold", show_edge=False)

@@ -57,7 +57,7 @@ def load_pair(what: str, model: ModelSettings, settings: BenchSettings, scheme: 
         finished, notes = work.finished(chosen)
         label = str(path if finished is None else finished.path)
         converted = transform(dense, chosen, sites=sites) if finished is None else load_checkpoint(finished.path)
-        return Pair(dense, converted, pictures, label, tuple(notes))
+        return Pair(dense, converted, pictures, label, tuple(notes), work.random)
     if path.is_file():
         if not is_compressed(path):
             raise NmfxError(f"{path}: plain weights; bench takes a compressed checkpoint, a work directory or a model's name")

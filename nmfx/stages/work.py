@@ -263,6 +263,18 @@ def open_work(path: Path) -> WorkDirectory:
     return WorkDirectory(path, form.model, form.weights, form.note, size, kwargs)
 
 
+def open_converted(model: str, path: Path) -> WorkDirectory:
+    """Read the work directory of a model.
+
+    Raises:
+        NmfxError: it is of another one.
+    """
+    there, wanted = open_work(path), str(find_source(model))
+    if there.model != wanted:
+        raise NmfxError(f"{path} holds {there.model}, not {wanted}; use `nmfx convert {wanted} --out OTHER.nmfx`")
+    return there
+
+
 def find_work(named: str | None, command: str = "search") -> WorkDirectory | None:
     """The work directory named, or the only one in the current folder; None when there is none.
 
