@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 
 from rich.console import Group, RenderableType
@@ -10,7 +11,6 @@ from rich.text import Text
 
 from nmfx.models.site import Sites
 from nmfx.scheme import Scheme, Totals
-from nmfx.sparsity.pattern import Pattern
 from nmfx.text import count
 
 SHORT = {"conv2d": "conv", "conv_transpose2d": "convT", "conv1d": "conv1d", "linear": "linear"}
@@ -87,9 +87,7 @@ def start_line(start: Scheme, sites: Sites) -> str:
 
 def pattern_counts(scheme: Scheme, sites: Sites | None = None) -> str:
     """How many sites have each pattern: ``2:16 x 20, 4:16 x 31, dense x 3``."""
-    counts: dict[Pattern, int] = {}
-    for pattern in scheme.values():
-        counts[pattern] = counts.get(pattern, 0) + 1
-    parts = [f"{p} x {n}" for p, n in sorted(counts.items(), key=lambda item: (item[0].density, item[0].m))]
+    counts = Counter(sorted(scheme.values(), key=lambda pattern: (pattern.density, pattern.m)))
+    parts = [f"{pattern} x {number}" for pattern, number in counts.items()]
     dense = len(sites) - len(scheme) if sites is not None else 0
     return ", ".join([*parts, f"dense x {dense}"] if dense else parts) or "all dense"

@@ -106,7 +106,16 @@ class Scheme(Mapping[str, Pattern]):
         layout: Layout = "strict",
         remainder: Remainder = "dense",
     ) -> Scheme:
-        """`pattern` on every site that can take it (see `fit`); the options are those of `from_rules`."""
+        """`pattern` on every site that can take it (see `fit`).
+
+        Args: as `from_rules`.
+
+        Returns:
+            The scheme.
+
+        Raises:
+            SchemeError: a glob of `keep_dense` matches no site.
+        """
         return Scheme.from_rules(sites, {"*": pattern}, keep_dense=keep_dense, layout=layout, remainder=remainder)
 
     @staticmethod
@@ -125,6 +134,9 @@ class Scheme(Mapping[str, Pattern]):
             rules: glob -> pattern.
             keep_dense: globs of sites that stay dense whatever the rules say.
             layout, remainder: how rows are cut, and what becomes of those that M does not divide (see `fit`).
+
+        Returns:
+            The scheme, with the shapes of all sites.
 
         Raises:
             SchemeError: a glob matches no site, or a rule that names one site asks for what it cannot take.

@@ -124,6 +124,9 @@ def find_scheme(
     Deterministic (but for time limits), and never above a budget; what no step could use is reported as `left`. The model is
     not changed: score buffers are attached for the time of the search and removed again.
 
+    Returns:
+        The scheme, how it was found, and how far it is from the least squared error.
+
     Raises:
         SearchError: unknown method, a target out of reach (the message says the largest), weights without values, no data.
         TraceError: the forward pass fails on the example input.
@@ -156,7 +159,18 @@ def find_scheme(
 
 
 def conclude(tables: Tables, outcome: Outcome, *, method: str, seconds: float, sensitivity: str = "weight") -> SearchResult:
-    """The outcome of a method as a result: the scheme, its totals, and how far its squared weight error is from the least."""
+    """The outcome of a method as a result: the scheme, its totals, and how far its squared weight error is from the least.
+
+    Args:
+        tables: of the problem that was solved.
+        outcome: an option for every site, and how it came to be.
+        method: what it was found by.
+        seconds: that it took.
+        sensitivity: what was summed up, if anything.
+
+    Returns:
+        The result.
+    """
     problem, sites = tables.problem, tables.problem.sites
     patterns = {s.name: o[c] for s, o, c in zip(sites, problem.options, outcome.choice, strict=True)}
     scheme = make_scheme(tables.model, problem, patterns, method, tables.score)

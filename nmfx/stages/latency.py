@@ -60,6 +60,9 @@ def search_latency(
         target: ``"2x"`` is half the time of the best dense run.
         question: what else is asked of `find`, which is find_scheme with its method.
 
+    Returns:
+        The search that keeps most among those fast enough, or the fastest where none is.
+
     Raises:
         SearchError: the sparsest scheme would not be fast enough; the message says what it would reach.
     """

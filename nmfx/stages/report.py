@@ -53,7 +53,20 @@ def write_speed(speeds: Sequence[Speed], label: str, figure: str, *, force: bool
 
 
 def write(result: SearchResult, scheme: Scheme, figure: str | None, html: str | None, *, force: bool) -> list[Path]:
-    """Write the figure and the page of a search, those that are asked for; `scheme` is the result's, with its full info."""
+    """Write the figure and the page of a search, those that are asked for.
+
+    Args:
+        result: of the search.
+        scheme: the result's, with its full info.
+        figure, html: names of files.
+        force: overwrite them.
+
+    Returns:
+        The files that were written.
+
+    Raises:
+        NmfxError: a file that exists or cannot be written, or no matplotlib.
+    """
     report = _report(result, scheme)
     if figure:
         save_figure(draw_search(report), figure, force=force)

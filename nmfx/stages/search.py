@@ -71,6 +71,9 @@ def search(
         data: the pictures, for settings that look at them.
         checkpoint: what the published loop writes every few minutes, and goes on with.
 
+    Returns:
+        The scheme, and how it was found.
+
     Raises:
         SearchError: a target out of reach, or that cannot be had this way.
     """
@@ -106,6 +109,12 @@ def choose(
     Args:
         start: the scheme that the weights are under already, which bounds a search.
         size: of the input without its batch, where it is not the model's own.
+
+    Returns:
+        The scheme, which does not say yet where the weights came from.
+
+    Raises:
+        SearchError: a target out of reach, or that cannot be had this way.
     """
     if settings.scheme:
         return SearchRecord(resolve_scheme(Path(settings.scheme), sites), sites)
