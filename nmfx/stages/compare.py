@@ -25,9 +25,11 @@ from nmfx.stages.work import WorkDirectory, around, example_of, open_work
 
 @dataclass(frozen=True)
 class Network:
-    """What the schemes are for: its sites, and its weights where they are at hand and not random."""
+    """What the schemes are for: its sites, and its weights where they are at hand and not random.
 
-    name: str
+    The sites have the network's name instead of its class: resnet18 and resnet34 are both a ResNet.
+    """
+
     sites: Sites
     model: nn.Module | None = None
     guessed: bool = False  # from a name alone, which does not say what it was built with
@@ -46,7 +48,7 @@ def compare(paths: Sequence[Path], settings: ModelSettings) -> list[Report]:
         label, method = path.name if names.count(path.name) == 1 else str(path), str(scheme.info.get("method", ""))
         lost = weight_error(network, scheme) if network.model else None
         facts = {} if lost is None else {"squared weight error": f"{lost:.4%}"}
-        reports.append(Report(network.sites, scheme, label, network.name, method, facts=facts, lost=lost))
+        reports.append(Report(network.sites, scheme, label, network.sites.model, method, facts=facts, lost=lost))
     return reports
 
 
@@ -71,22 +73,15 @@ def find_network(paths: Sequence[Path], settings: ModelSettings) -> Network:
 
 
 def _of_work(found: WorkDirectory) -> Network:
-    if found.weights == "random":
-        return Network(found.model, _named(found.sites(found.build_meta()), found.model))
-    model = found.load()
-    return Network(found.model, _named(found.sites(model), found.model), model)
+    model = None if found.random else found.load()
+    sites = found.sites(found.build_meta() if model is None else model)
+    return Network(replace(sites, model=found.model), model)
 
 
 def _of_name(name: str, kwargs: Mapping[str, Any], size: tuple[int, ...] | None) -> Network:
     source = replace(find_source(name), kwargs=dict(kwargs))
     model = build_meta(source)
-    sites = find_sites(model, example_of(model, size))
-    return Network(str(source), _named(sites, str(source)), guessed=True)
-
-
-def _named(sites: Sites, name: str) -> Sites:
-    """With the network's name instead of its class: resnet18 and resnet34 are both a ResNet."""
-    return replace(sites, model=name)
+    return Network(replace(find_sites(model, example_of(model, size)), model=str(source)), guessed=True)
 
 
 def _source(path: Path) -> Source | None:
