@@ -111,9 +111,9 @@ def read_flags(args: argparse.Namespace, cls: type[T], **given: Any) -> T:
         settings = _build(cls, {path: _value(*one) for path, one in found.items() if one[0] is not None}, (), given)
         return check_given(settings, typed(args, cls))
     except NmfxError as error:  # of a key: say the flag
-        flags = {key: name_of(item) for key, (item, _) in options_of(cls).items()}
-        first, rest = re.match(r"(\w*)(.*)", with_names(str(error), flags), re.DOTALL).groups()  # type: ignore[union-attr]
-        raise type(error)(f"{flags.get(first, first) if rest.startswith(' ') else first}{rest}") from None
+        names = {key: name_of(item) for key, (item, _) in options_of(cls).items()}
+        first, rest = re.match(r"(\w*)(.*)", with_names(str(error), names), re.DOTALL).groups()  # type: ignore[union-attr]
+        raise type(error)(f"{names.get(first, first) if rest.startswith(' ') else first}{rest}") from None
 
 
 def typed(args: argparse.Namespace, cls: type) -> dict[str, Any]:
