@@ -63,7 +63,7 @@ def convert(args: Namespace, settings: ModelSettings, path: Path, wanted: Search
     if scheme:
         transform(model, scheme, sites=sites, inplace=True)
         verified = verify(model, example_input=record.example)
-        out.print(f"verified: {verified} ({tables.pattern_counts(scheme, sites)})", soft_wrap=True)
+        out.print(f"verified: {verified} ({scheme.counts(sites)})", soft_wrap=True)
     if vars(args).get("graph"):
         out.print(str(to_graph(model).graph), soft_wrap=True)
     work = create(record, path, scheme or None, force=args.force, made_by=(settings, wanted))

@@ -27,7 +27,7 @@ def run(args: Namespace) -> None:
         warn(line)
     out.print(heading("weights: ", done.weights))
     out.print(tables.totals_table(done.scheme.totals(done.sites)))
-    out.print(f"\npatterns: {tables.pattern_counts(done.scheme, done.sites)}")
+    out.print(f"\npatterns: {done.scheme.counts(done.sites)}")
     if done.verified is not None:
         out.print(f"verified: {done.verified}", soft_wrap=True)
     for kind, name in done.files.items():

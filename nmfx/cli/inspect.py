@@ -66,7 +66,7 @@ def _show_checkpoint(path: Path) -> None:
         shape = "x".join(map(str, header.sites[name].shape))
         out.print(f"  {scheme[name]!s:>6}  {name}  {shape}  {kept:,} of {weights[name]:,}", soft_wrap=True)
     packed = f"{len(rows)} sites, {sum(rows.values()):,} of {sum(weights.values()):,} weights kept"
-    out.print(f"packed: {packed} ({tables.pattern_counts(scheme)})")
+    out.print(f"packed: {packed} ({scheme.counts()})")
     plain = [tensor.numel() for name, tensor in tensors.items() if ":" not in name]
     out.print(f"as they are: {len(plain)} tensors, {sum(plain):,} numbers")
     _show_info(scheme)
@@ -84,7 +84,7 @@ def _show_scheme(path: Path) -> None:
     out.print(heading("scheme", f" {path}: {len(scheme)} sparse sites of {len(scheme.shapes) or '?'}, layout {scheme.layout}"))
     for name in scheme.shapes or scheme:
         out.print(f"  {scheme.get(name, 'dense')!s:>6}  {name}", soft_wrap=True)
-    out.print(tables.pattern_counts(scheme))
+    out.print(scheme.counts())
     _show_info(scheme)
 
 

@@ -11,10 +11,8 @@ from nmfx.cli.console import advancing, heading, output, warn
 from nmfx.errors import NmfxError
 from nmfx.processes import first_alone, rank
 from nmfx.scheme import Scheme
-from nmfx.search.budget import UNITS
 from nmfx.search.finder import SearchResult
 from nmfx.settings.flags import read_flags, typed
-from nmfx.settings.methods import METHODS
 from nmfx.settings.search import DEFAULT_TARGET, SearchSettings
 from nmfx.settings.stages import DataSettings, ModelSettings
 from nmfx.stages import report
@@ -113,11 +111,8 @@ def _show(result: SearchResult, scheme: Scheme, *, events: bool) -> None:
             out.print(f"{index:>4}  {event.site}: {event.before} -> {event.after}  ({event.reason})", soft_wrap=True)
     out.print()
     out.print(tables.totals_table(result.totals))
-    counts = tables.pattern_counts(scheme, result.sites)
-    minimised = f" ({result.sensitivity})" if result.method in METHODS and METHODS[result.method].sums else ""
-    took = f"{len(result.steps)} steps in" if result.steps else "decided in"
-    out.print(f"\n{result.method}{minimised}: {counts}; {took} {result.seconds:.2f} s", soft_wrap=True)
+    out.print(f"\n{result.summary}", soft_wrap=True)
     for budget, left in zip(result.budgets, result.lefts, strict=True):
         share = f"{left / budget.dense:.4%} of dense"
-        out.print(f"budget: {budget.limit:,} {UNITS[budget.kind]}, {left:,} left ({share}), no step fits in them")
+        out.print(f"budget: {budget.limit:,} {budget.unit}, {left:,} left ({share}), no step fits in them")
     out.print(f"squared weight error: {result.comparison}")

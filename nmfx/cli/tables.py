@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 
 from rich.console import Group, RenderableType
@@ -81,13 +80,5 @@ def totals_table(totals: Totals) -> Table:
 
 def start_line(start: Scheme, sites: Sites) -> str:
     """What a network keeps that was compressed before, and what that means for a search."""
-    totals, counts = start.totals(sites), pattern_counts(start, sites)
+    totals, counts = start.totals(sites), start.counts(sites)
     return f"{counts}, sparsity {totals.sparsity:.4f} ({totals.mac_sparsity:.4f} of MACs); no search makes a site denser"
-
-
-def pattern_counts(scheme: Scheme, sites: Sites | None = None) -> str:
-    """How many sites have each pattern: ``2:16 x 20, 4:16 x 31, dense x 3``."""
-    counts = Counter(sorted(scheme.values(), key=lambda pattern: (pattern.density, pattern.m)))
-    parts = [f"{pattern} x {number}" for pattern, number in counts.items()]
-    dense = len(sites) - len(scheme) if sites is not None else 0
-    return ", ".join([*parts, f"dense x {dense}"] if dense else parts) or "all dense"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from nmfx.cli.console import advancing, output
 from nmfx.settings.flags import read_flags
 from nmfx.settings.stages import CorrectSettings, RecalibrateSettings
 from nmfx.stages.correct import CorrectRecord, correct_weights
-from nmfx.stages.recalibrate import RecalibrateRecord, recalibrate
+from nmfx.stages.recalibrate import recalibrate
 from nmfx.stages.work import CORRECTED, RECALIBRATED, check_free
 
 DOING = {"correct": "correcting weights", "recalibrate": "matching batch norms"}
@@ -31,7 +30,7 @@ def run(args: Namespace) -> None:
             if args.command == "correct":
                 lines = _corrected(correct_weights(work, read_flags(args, CorrectSettings), data, path, **given))
             else:
-                lines = _matched(recalibrate(work, read_flags(args, RecalibrateSettings), data, path, **given))
+                lines = [str(recalibrate(work, read_flags(args, RecalibrateSettings), data, path, **given))]
         for line in lines:
             output().print(line, soft_wrap=True)
         output().print(f"wrote {path}", soft_wrap=True)
@@ -40,11 +39,7 @@ def run(args: Namespace) -> None:
             hint_scores(work, data, args.scheme)
 
 
-def _matched(done: RecalibrateRecord) -> Iterator[str]:
-    yield f"matched {done.norms} batch norms to the dense network's on {done.pictures} training pictures of {done.data}"
-
-
-def _corrected(done: CorrectRecord) -> Iterator[str]:
+def _corrected(done: CorrectRecord) -> list[str]:
     seen = f"{done.pictures} training pictures of {done.data}, without labels"
-    yield f"corrected {done.changed} of {len(done.weights)} weights to give the dense network's outputs on {seen}"
-    yield from (f"  {one}" for one in done.weights if not one.chosen.startswith("corrected"))
+    said = f"corrected {done.changed} of {len(done.weights)} weights to give the dense network's outputs on {seen}"
+    return [said, *(f"  {one}" for one in done.weights if not one.chosen.startswith("corrected"))]

@@ -31,6 +31,11 @@ class Budget:
     dense: int
 
     @property
+    def unit(self) -> str:
+        """What it counts, in words."""
+        return UNITS[self.kind]
+
+    @property
     def limit(self) -> int:
         """The most that may be kept, exactly: a float target counts as the decimal number it is written as."""
         target = self.target if isinstance(self.target, Fraction) else Fraction(repr(self.target))

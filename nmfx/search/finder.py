@@ -67,6 +67,13 @@ class SearchResult:
     summed: float = 0.0
 
     @property
+    def summary(self) -> str:
+        """How it was found, and what patterns the sites have."""
+        summed = f" ({self.sensitivity})" if self.method in METHODS and METHODS[self.method].sums else ""
+        took = f"{len(self.steps)} steps in" if self.steps else "decided in"
+        return f"{self.method}{summed}: {self.scheme.counts(self.sites)}; {took} {self.seconds:.2f} s"
+
+    @property
     def comparison(self) -> str:
         """The squared weight error beside the smallest, which is called the optimum only where that is proven."""
         above = f"{self.loss / self.optimum - 1:.1%} above" if self.optimum else "equal to"

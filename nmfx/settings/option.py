@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -82,18 +82,6 @@ def option(default: Any = MISSING, help: str = "", **about: Any) -> Any:
 def inline(default: Any, *without: str) -> Any:
     """A field whose own options stand beside those of the class around it, but those that are named."""
     return field(default=default, metadata={"option": Option(inline=True, without=without)})
-
-
-def switches(helps: Mapping[str, str]) -> Callable[[type[T]], type[T]]:
-    """Below `dataclass`: options by name that are on or off, off unless asked for, and what is said of each."""
-
-    def add(cls: type[T]) -> type[T]:
-        for name, help in helps.items():
-            cls.__annotations__[name] = "bool"
-            setattr(cls, name, option(False, help))
-        return cls
-
-    return add
 
 
 def about(item: Field[Any]) -> Option:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from nmfx.errors import NmfxError
-from nmfx.settings.formats import FORMATS
-from nmfx.settings.option import check_options, inline, option, switches
+from nmfx.settings.formats import FORMATS, with_formats
+from nmfx.settings.option import check_options, inline, option
 from nmfx.settings.training import Settings
 from nmfx.sparsity.rules import RULES
 from nmfx.sparsity.score import SCORES
@@ -136,7 +136,7 @@ class FinetuneSettings:
 
 
 @dataclass(frozen=True)
-@switches({name: one.help for name, one in FORMATS.items()})
+@with_formats
 class ExportSettings:
     """What is written beside the scheme and the compressed checkpoint, of the best or the last epoch of fine-tuning."""
 

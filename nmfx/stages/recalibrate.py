@@ -25,6 +25,10 @@ class RecalibrateRecord:
     data: str
     path: Path
 
+    def __str__(self) -> str:
+        seen = f"{self.pictures} training pictures of {self.data}"
+        return f"matched {self.norms} batch norms to the dense network's on {seen}"
+
 
 def recalibrate(
     work: WorkDirectory,
