@@ -18,9 +18,9 @@ def check_keys(tree: dict[str, Any], known: Iterable[str], origin: str, error: t
             raise error(f"{origin}: unknown key {key[:80]!r}{nearest(key[:80], known)}; known: {', '.join(known)}")
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
+def nearest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     """``" (did you mean 'x'?)"``, or nothing when no known word is near."""
-    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)
     return f" (did you mean {near[0]!r}?)" if near else ""
 
 
@@ -50,6 +50,24 @@ def sentence(error: BaseException, most: int = 240) -> str:
         ends = [found.end(1) for found in re.finditer(r"([.!?;])(?= )", said[: most + 1])]
         said = said[: ends[-1]].rstrip(";") if ends else f"{said[:most].rpartition(' ')[0] or said[:most]} ..."
     return said.removesuffix(".")
+
+
+def count(number: float) -> str:
+    """A count in three or four significant figures: 25.5M, 4.09G, 640."""
+    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size * 0.9995:
+            return f"{number / size:.3g}{unit}" if number / size < 999.5 else f"{number / size:.0f}{unit}"
+    return f"{number:.0f}"
+
+
+def size(number: int) -> str:
+    """Bytes as MB or kB (decimal)."""
+    return f"{number / 1e6:.2f} MB" if number >= 1e5 else f"{number / 1e3:.1f} kB"
+
+
+def percent(share: float) -> str:
+    """``99.8%``; ``100%`` is all of it, never a rounded figure."""
+    return "100%" if share == 1 else f"{min(share, 0.999):.1%}"
 
 
 def quote(word: str) -> str:

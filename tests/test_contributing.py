@@ -23,7 +23,7 @@ import torch
 from torch import nn
 import nmfx
 from nmfx.settings.search import SearchSettings
-from nmfx.settings.stages import FinetuneSettings
+from nmfx.settings.stages import ExportSettings, FinetuneSettings
 from nmfx.recipe.loader import section
 
 torch.manual_seed(0)
@@ -36,6 +36,7 @@ AFTER = {  # that flags and keys know the name
     "Method": 'section({"method": "largest-first"}, SearchSettings, "recipe")',
     "Sensitivity": 'section({"sensitivity": "absolute"}, SearchSettings, "recipe")',
     "Rule": 'section({"training": "strong-sr-ste"}, FinetuneSettings, "recipe")',
+    "Format": 'import numpy; numpy.load("digits.nmfx/export/digits.npz"); section({"npz": "true"}, ExportSettings, "recipe")',
     "Option": "",
 }
 

@@ -3,30 +3,26 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from pathlib import Path
 
 import torch
-from rich.table import Table
 
-from nmfx.cli.common import check_kernel, check_random, checked, model_settings, warn_random
-from nmfx.cli.console import advancing, output, warn, working
+from nmfx.cli.common import check_kernel, check_random
+from nmfx.cli.console import advancing, output, warn
 from nmfx.cli.tables import table
 from nmfx.runtime.measuring.bench import NMFX, Bench
 from nmfx.settings.flags import read_flags
-from nmfx.settings.stages import BenchSettings
+from nmfx.settings.stages import BenchSettings, ModelSettings
 from nmfx.stages import report
 from nmfx.stages.bench import load_pair, time_pair
-from nmfx.stages.work import asked, open_work
+from nmfx.stages.work import asked
 
 
 def run(args: Namespace) -> None:
     """Load, time, show."""
     report.check(args.figure, None, force=args.force)
     settings, what = read_flags(args, BenchSettings), asked(args.what, "bench")
-    if Path(what).is_dir():
-        warn_random(checked(args, open_work(Path(what))))
-    with working(f"loading {what}"):
-        pair = load_pair(what, model_settings(args), settings, args.scheme)
+    with advancing(f"loading {what}"):
+        pair = load_pair(what, read_flags(args, ModelSettings, name=""), settings, args.scheme)
     for line in pair.notes:
         warn(line)
     if pair.random:
@@ -64,18 +60,15 @@ def _show(found: Bench, label: str, args: Namespace) -> None:
     choices = found.choices[batch, threads]
     sparse = sum(one.is_sparse for one in choices)
     out.print(f"{sparse} of {len(choices)} sites are computed by the sparse kernel, the rest dense (--sites lists them)")
-    if args.sites:
-        out.print(f"\nsites, batch {batch}, {threads} threads:")
-        out.print(_sites(found, batch, threads))
-
-
-def _sites(found: Bench, batch: int, threads: int) -> Table:
-    result = table("site~", "shape", "kept>", "dense ms>", "sparse ms>", "chosen")
-    for one in found.choices[batch, threads]:
-        kept, shape = one.kept / torch.Size(one.shape).numel(), "x".join(map(str, one.shape))
-        sparse = "-" if one.sparse is None else f"{one.sparse * 1e3:.3f}"
-        result.add_row(one.name, shape, f"{kept:.1%}", f"{one.dense * 1e3:.3f}", sparse, one.chosen)
-    return result
+    if not args.sites:
+        return
+    out.print(f"\nsites, batch {batch}, {threads} threads:")
+    rows = table("site~", "shape", "kept>", "dense ms>", "sparse ms>", "chosen")
+    for choice in choices:
+        kept, shape = choice.kept / torch.Size(choice.shape).numel(), "x".join(map(str, choice.shape))
+        time = "-" if choice.sparse is None else f"{choice.sparse * 1e3:.3f}"
+        rows.add_row(choice.name, shape, f"{kept:.1%}", f"{choice.dense * 1e3:.3f}", time, choice.chosen)
+    out.print(rows)
 
 
 def _ms(seconds: float) -> str:

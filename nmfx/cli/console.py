@@ -6,54 +6,60 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.text import Text
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.segment import Segment
+from rich.text import Text
+
+from nmfx.processes import asked_to_stop
+from nmfx.text import printable
 
 PIPED_WIDTH = 160  # no terminal to fit: names stay whole
 PIPED_SECONDS = 30.0  # between two lines of progress where there is no bar
 
 
+class Terminal(Console):
+    """rich's, but no byte of a name, a file or a message moves the cursor, colours, or breaks the output's encoding."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """The segments of anything that is printed; those that are rich's own control codes stay."""
+        for segment in super().render(renderable, options):
+            words = segment.text
+            if not segment.control and not words.isprintable():
+                segment = segment._replace(text="\n".join(map(printable, words.split("\n"))))
+            yield segment
+
+    def on_broken_pipe(self) -> None:
+        """The reader has gone, as `| head` does: go on in silence, since what is written to disk is still wanted."""
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
+
+
 @cache
 def output() -> Console:
     """Where results go. Without markup: names and paths may hold square brackets."""
-    from nmfx.cli.terminal import Terminal
-
-    class Piped(Terminal):
-        def on_broken_pipe(self) -> None:
-            """The reader has gone, as `| head` does: go on in silence, since what is written to disk is still wanted."""
-            self.quiet = True
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
     piped = not sys.stdout.isatty() and "COLUMNS" not in os.environ
-    return Piped(width=PIPED_WIDTH if piped else None, highlight=False, markup=False)
-
-
-def heading(bold: str, rest: str = "", style: str = "bold") -> Text:
-    """A line whose first words stand out."""
-    from rich.text import Text
-
-    return Text.assemble((bold, style), rest)
+    return Terminal(width=PIPED_WIDTH if piped else None, highlight=False, markup=False)
 
 
 @cache
 def errors() -> Console:
     """Where everything else goes."""
-    from nmfx.cli.terminal import Terminal
-
     return Terminal(stderr=True, highlight=False)
 
 
-def warn(text: str, *, red: bool = False) -> None:
-    """One line on standard error that the user should not miss."""
-    from rich.markup import escape
+def heading(bold: str, rest: str = "", style: str = "bold") -> Text:
+    """A line whose first words stand out."""
+    return Text.assemble((bold, style), rest)
 
-    color = "bold red" if red else "yellow"
-    errors().print(f"[{color}]{'warning' if not red else 'WARNING'}:[/] {escape(text)}", soft_wrap=True)
+
+def warn(text: str, word: str = "warning") -> None:
+    """One line on standard error that the user should not miss, in red where it is more than a ``warning``."""
+    errors().print(f"[{'yellow' if word == 'warning' else 'bold red'}]{word}:[/] {escape(text)}", soft_wrap=True)
 
 
 def hint(first: tuple[str, str], *others: tuple[str, str]) -> None:
@@ -64,43 +70,30 @@ def hint(first: tuple[str, str], *others: tuple[str, str]) -> None:
 
 
 @contextlib.contextmanager
-def working(text: str) -> Iterator[None]:
-    """A progress line with the time elapsed while something takes long; nothing when piped."""
-    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
-    with Progress(*columns, console=errors(), transient=True, disable=not errors().is_terminal) as progress:
-        progress.add_task(text, total=None)
-        yield
-
-
-@contextlib.contextmanager
-def advancing(text: str) -> Iterator[Callable[..., None]]:
-    """A progress bar; what it yields takes the share done and a line of text, which stays there with ``lasting=True``.
+def advancing(text: str, *, resumable: bool = False) -> Iterator[Callable[..., None]]:
+    """A progress bar; what it yields takes the share done and a line of text, which stays there with ``lasting=True``. Until it
+    is told of a share, the bar only shows that something goes on.
 
     When piped there is no bar: lines that last go to standard output, and one of the others every `PIPED_SECONDS` to standard
-    error, each at once.
+    error, each at once. Of what can be resumed, Ctrl-C waits for the next step, so that nothing is lost.
     """
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
+    waiting = asked_to_stop() if resumable else contextlib.nullcontext(lambda: None)
     columns = (TextColumn("{task.description}", markup=False), BarColumn(24), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=errors(), transient=True, disable=not errors().is_terminal) as progress:
-        task, said = progress.add_task(text, total=1.0), time.monotonic()
+    bar = Progress(*columns, console=errors(), transient=True, disable=not errors().is_terminal)
+    with bar as progress, waiting as stop:
+        task, said = progress.add_task(text, total=None), time.monotonic()
 
-        def advance(share: float, line: str, *, lasting: bool = False) -> None:
+        def advance(share: float, line: str = "", *, lasting: bool = False) -> None:
             nonlocal said
+            if not lasting:
+                stop()
             if lasting:  # above the bar, unless standard output goes elsewhere
                 above = output().is_terminal and errors().is_terminal
                 (progress.console if above else output()).print(line, markup=False, highlight=False, soft_wrap=True)
             elif errors().is_terminal:
-                progress.update(task, completed=share, description=line or text)
+                progress.update(task, total=1.0 if share else None, completed=share, description=line or text)
             elif time.monotonic() - said >= PIPED_SECONDS:
                 errors().print(f"{share:.1%} done: {line or text}", markup=False, highlight=False, soft_wrap=True)
                 said = time.monotonic()
 
         yield advance
-
-
-def silence() -> None:
-    """Say nothing from now on: another process speaks."""
-    output().quiet = errors().quiet = True

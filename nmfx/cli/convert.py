@@ -6,14 +6,12 @@ from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
 
-from torch import nn
-
 from nmfx.cli import tables
-from nmfx.cli.common import after_search, check_random, model_settings, warn_random
-from nmfx.cli.console import heading, hint, output, working
-from nmfx.errors import NmfxError, TraceError
+from nmfx.cli.common import check_random, hint_scheme, warn_random
+from nmfx.cli.console import advancing, heading, hint, output
+from nmfx.errors import NmfxError
 from nmfx.models.site import Sites
-from nmfx.models.tracer import to_graph, trace
+from nmfx.models.tracer import describe_trace, to_graph
 from nmfx.passes.transform import transform
 from nmfx.passes.verification import verify
 from nmfx.scheme import Scheme
@@ -21,87 +19,59 @@ from nmfx.settings.flags import read_flags, typed
 from nmfx.settings.search import Choices, SearchSettings
 from nmfx.settings.stages import ModelSettings
 from nmfx.sparsity.pattern import Pattern
-from nmfx.stages.build import BuildRecord, build_weights, check_absent, check_weights, create, examine, sparser_search
-from nmfx.stages.search import choose, with_origin
+from nmfx.stages.build import build_weights, check_absent, check_weights, create, examine, sparser_search
+from nmfx.stages.search import SearchRecord, choose, with_origin
 from nmfx.stages.work import WorkDirectory, directory_for, random_weights
-from nmfx.text import sentence
 
 
 def run(args: Namespace) -> None:
     """Convert, show, write."""
     path = Path(args.out) if args.out else directory_for(args.model)
     check_absent(path, force=args.force)
-    settings, wanted = model_settings(args, args.model), None
+    settings, wanted = read_flags(args, ModelSettings, name=args.model), None
     check_weights(settings)
     if args.scheme and typed(args, Choices):
         raise NmfxError("--scheme says how groups are cut; leave --layout and --remainder out")
     if args.scheme or args.pattern:
         pattern = Pattern(args.pattern) if args.pattern else None
         wanted = SearchSettings(scheme=args.scheme or "", pattern=pattern, choices=read_flags(args, Choices))
-    work = convert(args, settings, path, wanted, graph=args.graph, force=args.force)
+    work = convert(args, settings, path, wanted)
     if work.scheme_path.is_file():
-        hint(*after_search(work, ()))
+        hint_scheme(work)
     else:
         hint(sparser_search(work) if work.start_path.is_file() else (work.command("search"), "a pattern for each site"))
 
 
-def convert(
-    args: Namespace,
-    settings: ModelSettings,
-    path: Path,
-    wanted: SearchSettings | None = None,
-    *,
-    graph: bool = False,
-    force: bool = False,
-) -> WorkDirectory:
-    """Build a model and write its work directory, showing what was found.
-
-    Args:
-        args: of the command, which may forbid random weights.
-        settings: the model.
-        path: of the work directory.
-        wanted: a pattern for all sites, or the file of a scheme.
-        graph: show the fx graph.
-        force: replace what is there.
-
-    Returns:
-        The work directory.
-    """
+def convert(args: Namespace, settings: ModelSettings, path: Path, wanted: SearchSettings | None = None) -> WorkDirectory:
+    """Build a model, show what was found, and write its work directory, under the scheme or pattern that is `wanted`."""
     out = output()
-    with working(f"building {settings.name}"):
+    with advancing(f"building {settings.name}"):
         built = build_weights(settings)
-    check_random(args, random_weights(str(built.source), built.note) if built.weights == "random" else "")
+    check_random(args, random_weights(str(built.source), built.weights, built.note))
     if built.weights == "file":
         out.print(built.note, soft_wrap=True)
-    with working("finding the sites, verifying"):
+    with advancing("finding the sites, verifying"):
         record = examine(built, settings.size)
-        chosen = choose(wanted, record.model, record.sites) if wanted else None
-    scheme = with_origin(chosen.scheme, str(built.source), built.weights) if chosen else None
-    _show(record, scheme or Scheme({}), chosen.reasons if chosen else {})
-    if scheme:
-        transform(record.model, scheme, sites=record.sites, inplace=True)
-        checked = verify(record.model, example_input=record.example)
-        counts = tables.pattern_counts(scheme, record.sites)
-        out.print(f"verified: {checked} ({counts})", soft_wrap=True)
-    if graph:
-        out.print(str(to_graph(record.model).graph), soft_wrap=True)
-    work = create(record, path, scheme or None, force=force, made_by=(settings, wanted))
-    warn_random(work)
-    if record.start is not None:
-        out.print(f"compressed weights: {tables.start_line(record.start, record.sites)}")
-    out.print(f"wrote {path}/", soft_wrap=True)
-    return work
-
-
-def _show(record: BuildRecord, scheme: Scheme, reasons: Mapping[str, str]) -> None:
-    out, sites = output(), record.sites
-    kind = f"{type(record.model).__name__}, {record.built.weights} weights"
-    out.print(heading(str(record.built.source), f" ({kind}), {record.example}"))
-    show_sites(sites, scheme, reasons)
-    out.print(f"\nfx graph: {_graph_line(record.model)}")
+        chosen = choose(wanted, record.model, record.sites) if wanted else SearchRecord(Scheme({}), record.sites)
+    model, sites, scheme = record.model, record.sites, with_origin(chosen.scheme, str(built.source), built.weights)
+    out.print(heading(str(record.built.source), f" ({type(model).__name__}, {built.weights} weights), {record.example}"))
+    show_sites(sites, scheme, chosen.reasons)
+    out.print(f"\nfx graph: {describe_trace(model)}")
     exact = "exact" if record.difference == 0 else "NOT EXACT"
     reads = f"all {len(sites)} sites read through all-ones masks"
     out.print(f"verified: {reads}, dense against original: largest difference {record.difference:g} ({exact})")
+    if scheme:
+        transform(model, scheme, sites=sites, inplace=True)
+        verified = verify(model, example_input=record.example)
+        out.print(f"verified: {verified} ({scheme.counts(sites)})", soft_wrap=True)
+    if vars(args).get("graph"):
+        out.print(str(to_graph(model).graph), soft_wrap=True)
+    work = create(record, path, scheme or None, force=args.force, made_by=(settings, wanted))
+    warn_random(work)
+    if record.start is not None:
+        out.print(f"compressed weights: {tables.start_line(record.start, sites)}")
+    out.print(f"wrote {path}/", soft_wrap=True)
+    return work
 
 
 def show_sites(sites: Sites, scheme: Scheme, reasons: Mapping[str, str]) -> None:
@@ -116,11 +86,3 @@ def show_sites(sites: Sites, scheme: Scheme, reasons: Mapping[str, str]) -> None
         out.print(heading("note: ", note, "yellow"))
     out.print()
     out.print(tables.totals_table(scheme.totals(sites)))
-
-
-def _graph_line(model: nn.Module) -> str:
-    try:
-        nodes = trace(model).graph.nodes
-    except TraceError as error:
-        return f"does not trace at the root ({sentence(error.__cause__ or error, 80)}); converted all the same"
-    return f"traces at the root, {len(nodes)} nodes"

@@ -6,48 +6,38 @@ from argparse import Namespace
 from pathlib import Path
 
 from nmfx.cli import tables
-from nmfx.cli.common import checked, warn_random
-from nmfx.cli.console import heading, output, warn, working
+from nmfx.cli.common import warn_random, work_of
+from nmfx.cli.console import advancing, heading, output, warn
 from nmfx.settings.flags import read_flags
-from nmfx.settings.option import values_of
+from nmfx.settings.formats import FORMATS
 from nmfx.settings.stages import ExportSettings
-from nmfx.stages.export import FORMATS, ExportRecord, export, file_names
-from nmfx.stages.work import EXPORT, WorkDirectory, check_free, need_work
-from nmfx.stages.written import drop_stamp, leave_stamp
+from nmfx.stages.export import export, file_names, stamp_export
+from nmfx.stages.work import EXPORT, check_free
+from nmfx.text import size
 
 
 def run(args: Namespace) -> None:
     """Write the work directory's model under its scheme, show."""
-    work, settings, out = checked(args, need_work(args.work, "export")), read_flags(args, ExportSettings), output()
+    work, settings, out = work_of(args), read_flags(args, ExportSettings), output()
     folder, files = Path(args.out) if args.out else work.path / EXPORT, file_names(work, settings)
     check_free([folder / name for name in (*files.values(), "scheme.txt")], force=args.force)
-    with working(f"exporting {work.model}"):
+    with advancing(f"exporting {work.model}"):
         done = export(work, settings, folder, scheme=args.scheme)
     for line in done.notes:
         warn(line)
     out.print(heading("weights: ", done.weights))
     out.print(tables.totals_table(done.scheme.totals(done.sites)))
-    out.print(f"\npatterns: {tables.pattern_counts(done.scheme, done.sites)}")
+    out.print(f"\npatterns: {done.scheme.counts(done.sites)}")
     if done.verified is not None:
         out.print(f"verified: {done.verified}", soft_wrap=True)
     for kind, name in done.files.items():
-        size = (folder / name).stat().st_size
-        share = f", {size / done.dense_bytes:.1%} of the dense weights" if kind == "checkpoint" else ""
-        out.print(f"wrote {folder / name} ({tables.size(size)}{share})", soft_wrap=True)
+        taken = (folder / name).stat().st_size
+        share = f", {taken / done.dense_bytes:.1%} of the dense weights" if kind == "checkpoint" else ""
+        out.print(f"wrote {folder / name} ({size(taken)}{share})", soft_wrap=True)
     warn_random(work)
     if not args.out:
-        _stamp(work, settings, done, own=args.scheme is None)
-    for kind, (ending, _) in FORMATS.items():
-        stale = folder / f"{work.source.name}{ending}"
+        stamp_export(work, settings, done, own=args.scheme is None)
+    for kind, one in FORMATS.items():
+        stale = folder / f"{work.source.name}{one.ending}"
         if kind not in done.files and stale.exists():
             warn(f"{stale} was there and is not of this export, so perhaps of another scheme; it is left as it was")
-
-
-def _stamp(work: WorkDirectory, settings: ExportSettings, done: ExportRecord, *, own: bool) -> None:
-    """What `nmfx run` reads; corrected or recalibrated weights and other schemes are no recipe's."""
-    if not own or done.taken in (work.corrected_path, work.recalibrated_path):
-        drop_stamp(work.path, "export")
-        return
-    before = ("build", "search", "finetune") if done.taken else ("build", "search")
-    names = [f"{EXPORT}/{name}" for name in done.files.values()]
-    leave_stamp(work.path, "export", values_of(settings), names, before=before)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from dataclasses import replace
 from pathlib import Path
 
 import torch.distributed as dist
 
-from nmfx.cli.common import check_random, data_options, data_settings, processes, resumable, warn_random
-from nmfx.cli.console import hint, output, warn
+from nmfx.cli.common import check_random, data_settings, hint_scores, processes, warn_random
+from nmfx.cli.console import advancing, output, warn
 from nmfx.errors import NmfxError
 from nmfx.passes.transform import scheme_of
 from nmfx.passes.verification import verify
@@ -26,7 +25,7 @@ from nmfx.training.trainer import LAST
 
 def run(args: Namespace) -> None:
     """Train, write, show."""
-    settings, data = read_flags(args, FinetuneSettings), data_settings(args)
+    settings, data, out = read_flags(args, FinetuneSettings), data_settings(args), output()
     with processes(args.device) as device:
         work = find_work(args.work, "finetune")
         folder = _folder(args, work, random="weights" in typed(args, FinetuneSettings))
@@ -39,9 +38,10 @@ def run(args: Namespace) -> None:
         if world() > 1:
             dist.barrier()  # nobody looks for a run to resume before it is gone
         if (folder / LAST).exists():
-            output().print(f"going on with {folder / LAST}; --force starts anew")
+            out.print(f"going on with {folder / LAST}; --force starts anew")
         origin = Origin(work, Path(args.start) if args.start else None, args.scheme or "")
-        with resumable(f"fine-tuning {work.model if work else args.start} on {data.name}") as progress:
+        text = f"fine-tuning {work.model if work else args.start} on {data.name}"
+        with advancing(text, resumable=True) as progress:
             record = finetune(origin, settings, data, folder, device=device, progress=progress)
         _show(record)
         if work is not None and not args.start and settings.weights == "model":
@@ -53,10 +53,7 @@ def run(args: Namespace) -> None:
             leave_stamp(work.path, "finetune", finetune_values(settings, data), names, before=("build", "search"))
         elif rank() == 0:
             drop_stamp(work.path, "finetune")
-        hint(
-            (work.command("evaluate", *data_options(replace(data, workers=0))), "what it scores"),
-            (work.command("export", scheme=args.scheme if args.scheme != "dense" else None), "write it out"),
-        )
+        hint_scores(work, data, None if args.scheme == "dense" else args.scheme)
 
 
 def _folder(args: Namespace, work: WorkDirectory | None, *, random: bool) -> Path:

@@ -7,8 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from nmfx.cli import tables
-from nmfx.cli.common import model_settings, warn_random
-from nmfx.cli.console import heading, output, working
+from nmfx.cli.common import warn_random
+from nmfx.cli.console import advancing, heading, output
 from nmfx.cli.convert import show_sites
 from nmfx.errors import SchemeError
 from nmfx.export.checkpoint import read_checkpoint
@@ -16,7 +16,10 @@ from nmfx.files.parsing import read_text
 from nmfx.models.census import find_sites
 from nmfx.models.source import find_source
 from nmfx.scheme import Scheme, published_entries
+from nmfx.settings.flags import read_flags
+from nmfx.settings.stages import ModelSettings
 from nmfx.stages.work import asked, example_of, open_work
+from nmfx.text import size
 
 
 def run(args: Namespace) -> None:
@@ -30,63 +33,58 @@ def run(args: Namespace) -> None:
     elif path.is_file():
         _show_scheme(path)
     else:
-        _show_model(what, model_settings(args).size, args.classes)
+        _show_model(read_flags(args, ModelSettings, name=what))
 
 
 def _show_work(path: Path) -> None:
     found, out = open_work(path), output()
     out.print(heading("work directory", f" {path}: {found.model}, {found.weights} weights"))
-    with working("finding the sites"):
-        model = found.build_meta()
-        sites = found.sites(model)
+    with advancing("finding the sites"):
+        sites = found.sites(found.build_meta())
     if start := found.start(sites):
         out.print(heading("starts from a compressed checkpoint: ", tables.start_line(start, sites)), soft_wrap=True)
-    scheme = Scheme.load(found.scheme_path, sites) if found.scheme_path.is_file() else None
-    if scheme is None:
-        out.print(tables.site_table(sites, Scheme({}), {}))
-        out.print(f"\nno scheme yet; next: {found.command('search')}", soft_wrap=True)
-    else:
+    if found.scheme_path.is_file():
+        scheme = found.scheme(sites)
         out.print(tables.scheme_bars(sites, scheme, out.width))
         out.print()
         out.print(tables.totals_table(scheme.totals(sites)))
         _show_info(scheme)
+    else:
+        out.print(tables.site_table(sites, Scheme({}), {}))
+        out.print(f"\nno scheme yet; next: {found.command('search')}", soft_wrap=True)
     warn_random(found)
 
 
 def _show_checkpoint(path: Path) -> None:
     header, tensors = read_checkpoint(path)
     out, scheme = output(), header.scheme
-    made_of = header.source or header.model
-    out.print(heading("checkpoint", f" {path}: {made_of}, {tables.size(path.stat().st_size)}, SHA-256 agrees"))
+    of = f"{header.source or header.model}, {size(path.stat().st_size)}"
+    out.print(heading("checkpoint", f" {path}: {of}, SHA-256 agrees"))
     rows = {name: tensors[f"{name}:values"].numel() for name in header.sites if name not in header.aliases}
-    weights = sum(header.grouping(name).numel for name in rows)
+    weights = {name: header.grouping(name).numel for name in rows}
     for name, kept in rows.items():
-        numel, shape = header.grouping(name).numel, "x".join(map(str, header.sites[name].shape))
-        out.print(f"  {scheme[name]!s:>6}  {name}  {shape}  {kept:,} of {numel:,}", soft_wrap=True)
-    plain = [tensor for name, tensor in tensors.items() if ":" not in name]
-    counts = tables.pattern_counts(scheme)
-    out.print(f"packed: {len(rows)} sites, {sum(rows.values()):,} of {weights:,} weights kept ({counts})")
-    out.print(f"as they are: {len(plain)} tensors, {sum(t.numel() for t in plain):,} numbers")
+        shape = "x".join(map(str, header.sites[name].shape))
+        out.print(f"  {scheme[name]!s:>6}  {name}  {shape}  {kept:,} of {weights[name]:,}", soft_wrap=True)
+    packed = f"{len(rows)} sites, {sum(rows.values()):,} of {sum(weights.values()):,} weights kept"
+    out.print(f"packed: {packed} ({scheme.counts()})")
+    plain = [tensor.numel() for name, tensor in tensors.items() if ":" not in name]
+    out.print(f"as they are: {len(plain)} tensors, {sum(plain):,} numbers")
     _show_info(scheme)
 
 
 def _show_scheme(path: Path) -> None:
-    out = output()
-    try:
-        scheme = Scheme.load(path)
-    except SchemeError:
-        content = read_text(path, "a scheme", SchemeError)
-        if not content.lstrip().startswith("{"):
-            raise
+    out, content = output(), read_text(path, "a scheme", SchemeError)
+    if content.lstrip().startswith("{"):
         rows = published_entries(content, str(path))
         out.print(heading("scheme", f" {path}: published format, {len(rows)} layers, numbered in module order"))
         for key, pattern in rows.items():
             out.print(f"  {pattern!s:>6}  {key}", soft_wrap=True)
         return
+    scheme = Scheme.load(path)
     out.print(heading("scheme", f" {path}: {len(scheme)} sparse sites of {len(scheme.shapes) or '?'}, layout {scheme.layout}"))
     for name in scheme.shapes or scheme:
         out.print(f"  {scheme.get(name, 'dense')!s:>6}  {name}", soft_wrap=True)
-    out.print(tables.pattern_counts(scheme))
+    out.print(scheme.counts())
     _show_info(scheme)
 
 
@@ -95,10 +93,10 @@ def _show_info(scheme: Scheme) -> None:
         output().print("  ".join(f"{key}: {value}" for key, value in info.items()), soft_wrap=True)
 
 
-def _show_model(name: str, size: tuple[int, ...] | None, classes: int | None) -> None:
-    source, out = replace(find_source(name), kwargs={"num_classes": classes} if classes else {}), output()
-    with working(f"building {source} without memory"):
+def _show_model(settings: ModelSettings) -> None:
+    source = replace(find_source(settings.name), kwargs=dict(settings.kwargs))
+    with advancing(f"building {source} without memory"):
         model = source.build_meta()
-        sites = find_sites(model, example_of(model, size))
-    out.print(heading(str(source), f" ({type(model).__name__}), {len(sites)} sites"))
+        sites = find_sites(model, example_of(model, settings.size))
+    output().print(heading(str(source), f" ({type(model).__name__}), {len(sites)} sites"))
     show_sites(sites, Scheme({}), {})

@@ -10,7 +10,9 @@ import warnings
 from collections.abc import Sequence
 from importlib import import_module
 
-from nmfx.cli.commands import parser
+from nmfx.cli.commands import COMMANDS, parser
+from nmfx.errors import NmfxError
+from nmfx.text import sentence
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # bars on a terminal without them
     try:
-        import_module(f"nmfx.cli.{args.command}").run(args)
+        import_module(f"nmfx.cli.{COMMANDS[args.command].module or args.command}").run(args)
         sys.stdout.flush()
     except KeyboardInterrupt:
         print("interrupted; nothing half-written", file=sys.stderr)  # noqa: T201
@@ -34,20 +36,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if args.verbose:
             raise
-        from rich.markup import escape
+        from nmfx.cli.console import warn  # not for `--help`: it takes time
 
-        from nmfx.cli.console import errors
-
-        errors().print(f"[bold red]error:[/] {escape(_said(error))}", soft_wrap=True, highlight=False)
+        warn(_said(error), "error")
         return 1
     return 0
 
 
 def _said(error: Exception) -> str:
     """An error in one line: ours as it is, the system's with its file, and what nobody foresaw with the way to see more."""
-    from nmfx.errors import NmfxError
-    from nmfx.text import sentence
-
     if isinstance(error, NmfxError):
         return " ".join(str(error).split())
     if isinstance(error, OSError) and error.strerror:

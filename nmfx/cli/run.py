@@ -5,8 +5,8 @@ from __future__ import annotations
 from argparse import Namespace
 from pathlib import Path
 
-from nmfx.cli.common import check_random, processes, resumable
-from nmfx.cli.console import heading, output, warn, working
+from nmfx.cli.common import check_random, processes
+from nmfx.cli.console import advancing, heading, output, warn
 from nmfx.cli.evaluate import score_table
 from nmfx.recipe.check import check_recipe
 from nmfx.recipe.loader import find_recipe, load_recipe
@@ -28,7 +28,7 @@ def run(args: Namespace) -> None:
 
 
 def _check(args: Namespace, recipe: Recipe, path: Path, device: str) -> None:
-    with working(f"checking {path.name}"):
+    with advancing(f"checking {path.name}"):
         lines = check_recipe(recipe, device=device)
     for line in lines:
         output().print(line, soft_wrap=True)
@@ -45,7 +45,7 @@ def _run(args: Namespace, recipe: Recipe, folder: Path, device: str) -> None:
             out.print(heading(stage, ": skipped, its output is there and still valid"))
         else:
             out.print(heading(stage, f": {why}"), soft_wrap=True)
-            with resumable(f"{stage} of {folder}") as progress:
+            with advancing(f"{stage} of {folder}", resumable=True) as progress:
                 lines = pipeline.run(stage, progress, anew=args.force)
             for line in lines:
                 out.print(f"  {line}", soft_wrap=True)
@@ -56,6 +56,6 @@ def _run(args: Namespace, recipe: Recipe, folder: Path, device: str) -> None:
             break
     work = open_work(folder)
     if work.random:
-        warn(work.random, red=recipe.finetune is None)
+        warn(work.random, "WARNING" if recipe.finetune is None else "warning")
     if work.exported_path.is_file():
         out.print(f"the result is {work.exported_path}", soft_wrap=True)

@@ -10,22 +10,9 @@ from rich.text import Text
 
 from nmfx.models.site import Sites
 from nmfx.scheme import Scheme, Totals
-from nmfx.sparsity.pattern import Pattern
+from nmfx.text import count
 
 SHORT = {"conv2d": "conv", "conv_transpose2d": "convT", "conv1d": "conv1d", "linear": "linear"}
-
-
-def count(number: float) -> str:
-    """A count in three or four significant figures: 25.5M, 4.09G, 640."""
-    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if number >= size:
-            return f"{number / size:.3g}{unit}" if number / size < 999.5 else f"{number / size:.0f}{unit}"
-    return f"{number:.0f}"
-
-
-def size(number: int) -> str:
-    """Bytes as MB or kB (decimal)."""
-    return f"{number / 1e6:.2f} MB" if number >= 1e5 else f"{number / 1e3:.1f} kB"
 
 
 def table(*columns: str) -> Table:
@@ -93,15 +80,5 @@ def totals_table(totals: Totals) -> Table:
 
 def start_line(start: Scheme, sites: Sites) -> str:
     """What a network keeps that was compressed before, and what that means for a search."""
-    totals, counts = start.totals(sites), pattern_counts(start, sites)
+    totals, counts = start.totals(sites), start.counts(sites)
     return f"{counts}, sparsity {totals.sparsity:.4f} ({totals.mac_sparsity:.4f} of MACs); no search makes a site denser"
-
-
-def pattern_counts(scheme: Scheme, sites: Sites | None = None) -> str:
-    """How many sites have each pattern: ``2:16 x 20, 4:16 x 31, dense x 3``."""
-    counts: dict[Pattern, int] = {}
-    for pattern in scheme.values():
-        counts[pattern] = counts.get(pattern, 0) + 1
-    parts = [f"{p} x {n}" for p, n in sorted(counts.items(), key=lambda item: (item[0].density, item[0].m))]
-    dense = len(sites) - len(scheme) if sites is not None else 0
-    return ", ".join([*parts, f"dense x {dense}"] if dense else parts) or "all dense"

@@ -1,4 +1,7 @@
-"""Loaders whose every batch depends on (seed, epoch, step, process) only, so that a run can be resumed anywhere."""
+"""Loaders whose every batch depends on (seed, epoch, step, process) only, so that a run can be resumed anywhere.
+
+A few lines over 300, as training and evaluation read pictures by the same steps.
+"""
 
 from __future__ import annotations
 
@@ -53,6 +56,17 @@ class TrainLoader(PictureLoader):
     """
 
     def __init__(self, inner: DataLoader[Any], *, mixup: Mixup | None, key: tuple[int, int], epoch: int, skip: int) -> None:
+        """Made by `train_loader`.
+
+        Args:
+            inner: gives the batches of an epoch.
+            mixup: mixes them, if they are to be mixed.
+            key: the seed and the process, which with the epoch and the step decide how.
+            epoch, skip: see `set_epoch`.
+
+        Raises:
+            DataError: fewer batches than are to be left out.
+        """
         super().__init__(inner)
         self.mixup, self.key = mixup, key
         self.set_epoch(epoch, skip=skip)
@@ -217,6 +231,9 @@ def validation_loader(
 
     Args: as `train_loader`.
 
+    Returns:
+        ``(pictures, labels)`` by batches.
+
     Raises:
         DataError: numbers out of range.
     """
@@ -234,7 +251,19 @@ def eval_loader(
     part: tuple[int, int] = (0, 1),
     indices: Sequence[int] | None = None,
 ) -> PictureLoader:
-    """Batches of `pictures` under the validation transform: those at `indices`, or for (k, n) every n-th from the k-th on."""
+    """Batches of `pictures` under the validation transform.
+
+    Args:
+        pictures: in memory, in files, or a stream.
+        config: how they are brought to the model.
+        batch_size: pictures a batch.
+        workers: processes that read them; 0: this one.
+        part: ``(k, n)``: every n-th picture from the k-th on.
+        indices: those at these places instead, in this order.
+
+    Returns:
+        ``(pictures, labels)`` by batches, the last one perhaps short.
+    """
     if isinstance(pictures, IterableDataset):
         return PictureLoader(_stream(pictures, config, batch_size, workers, None))
     own = range(part[0], len(pictures), part[1]) if indices is None else indices

@@ -20,7 +20,7 @@ from nmfx.export.header import VERSION, Header, PackedSite, parse_header
 from nmfx.files import parsing
 from nmfx.files.sealed import Tensors, find_aliases, read_sealed, write_sealed
 from nmfx.masking.copies import throw_away_copy
-from nmfx.masking.owner import FOLDED, mask_attribute, plain_class, restore_mask, unmask
+from nmfx.masking.owner import FOLDED, mask_attribute, plain_class, restore_mask, unmask_model
 from nmfx.masking.sites import MaskedSite, check_fused, masked_sites, note_masked, recheck_weights
 from nmfx.masking.weight import MaskSpec
 from nmfx.models.arguments import parse_kwargs
@@ -45,7 +45,7 @@ def save_checkpoint(model: nn.Module, path: str | Path, *, info: Mapping[str, st
     """
     check_fused(model)
     recheck_weights(model)
-    packed = {f"{site.path}.{site.attr}".lstrip("."): site for site in masked_sites(model)}
+    packed = {site.name: site for site in masked_sites(model)}
     whole = {name for name, site in packed.items() if site.spec.derived}  # all of the weight is standardised
     tensors, aliases = _unpacked(model, packed.keys() - whole)  # first, as it refuses what cannot be saved
     for name, site in packed.items():
@@ -188,8 +188,7 @@ def _load_masked(
     model: nn.Module, header: Header, state: Tensors, masks: Mapping[str, Tensor], evidence: Mapping[str, Tensor]
 ) -> nn.Module:
     """Load and mask a model that was found to fit."""
-    for module in model.modules():
-        unmask(module, keep_masked=False)
+    unmask_model(model, keep_masked=False)
     load_state(model, state)  # check_state has named every difference but missing counters
     for name in sorted(header.sites, key=lambda name: name in header.aliases):  # first owners first
         site, (owner, attr) = header.sites[name], _owner(model, name)

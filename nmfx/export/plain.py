@@ -18,8 +18,8 @@ from nmfx.masking.owner import FOLDED
 from nmfx.models.example import Example
 
 
-def save_baked(model: nn.Module, path: Path) -> None:
-    """The state dict of a baked model as safetensors, under its own keys: any tool can load it.
+def save_baked(model: nn.Module, path: Path, example: Example | None = None) -> None:
+    """The state dict of a baked model as safetensors, under its own keys: any tool can load it. It needs no example.
 
     Raises:
         CheckpointError: a weight was folded that its original class would make anew, and wrongly, from what is loaded.

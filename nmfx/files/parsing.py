@@ -179,6 +179,9 @@ def convert(tree: Any, kind: type[T], origin: str, error: type[NmfxError] = Nmfx
         error: what to raise.
         strict: false for YAML, whose numbers and truths are text.
 
+    Returns:
+        The value.
+
     Raises:
         NmfxError: of type `error`, naming `origin`, the key, what was expected and what was found.
     """

@@ -177,6 +177,12 @@ def unmask(module: nn.Module, *, keep_masked: bool) -> None:
         module._init_flat_weights()
 
 
+def unmask_model(model: nn.Module, *, keep_masked: bool) -> None:
+    """The same for every module of `model`."""
+    for module in model.modules():
+        unmask(module, keep_masked=keep_masked)
+
+
 @torch.no_grad()
 def read_masked(owner: nn.Module, attr: str) -> Tensor:
     """The masked value of an attribute as products read it, without gradients."""

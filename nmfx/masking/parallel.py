@@ -23,7 +23,7 @@ def wrap(model: nn.Module, ignore: Iterable[str] = ()) -> nn.Module:
     if world() == 1:
         return model
     names = (mask_name, evidence_name)
-    own = [f"{masked.path}.{name(masked.attr)}".lstrip(".") for masked in masked_sites(model) for name in names]
+    own = [name(masked.name) for masked in masked_sites(model) for name in names]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, [*own, *ignore])
     return DistributedDataParallel(model)
 

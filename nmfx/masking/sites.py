@@ -30,6 +30,11 @@ class MaskedSite:
     state: MaskState
 
     @property
+    def name(self) -> str:
+        """Its key in the state dict of the model; `spec` has that of the first owner."""
+        return f"{self.path}.{self.attr}".lstrip(".")
+
+    @property
     def spec(self) -> MaskSpec:
         """Pattern, groups and training settings."""
         return self.state.spec

@@ -11,6 +11,7 @@ import socket
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
@@ -185,6 +186,27 @@ def nearest_models(name: str, known: Iterable[str], limit: int = 4) -> list[str]
     )
     found = list(dict.fromkeys([*same, *begin, *alike]))
     return found[:limit] if found or not colon else nearest_models(plain, known, limit)
+
+
+def matching(pattern: str, known: Iterable[str]) -> list[str]:
+    """Known names that a glob matches, or that hold a plain text; without a prefix such as ``timm:``, those of all libraries.
+
+    Raises:
+        ModelError: there is none; the message lists the nearest names.
+    """
+    known, wanted = list(known), pattern.lower()
+    is_glob, prefixed = any(mark in wanted for mark in "*?["), ":" in wanted
+
+    def matches(name: str) -> bool:
+        library, _, plain = name.partition(":")
+        text = (name if prefixed else plain).lower()
+        return fnmatchcase(text, wanted) if is_glob else wanted in text or wanted == library
+
+    if names := [name for name in known if matches(name)]:
+        return names
+    near = nearest_models(wanted.strip("*?"), known)
+    hint = f"nearest: {', '.join(near)}" if near else "`nmfx models` lists them all"
+    raise ModelError(f"no model of torchvision or timm matches {wanted!r}; {hint}")
 
 
 def _letters(name: str) -> str:

@@ -18,6 +18,7 @@ from nmfx.masking.copies import MASKS_IN_FORWARD, throw_away_copy
 from nmfx.masking.modes import keep_modes
 from nmfx.masking.owner import is_masked
 from nmfx.models.example import Example
+from nmfx.text import sentence
 
 log = logging.getLogger(__name__)
 
@@ -99,6 +100,15 @@ def trace(model: nn.Module, *, train: bool = False) -> Traced:
         return _trace_copy(model, train, follow_buffers=True)
     except TraceError:
         return _trace_copy(model, train, follow_buffers=False)
+
+
+def describe_trace(model: nn.Module) -> str:
+    """Whether a model traces at the root, in words."""
+    try:
+        nodes = trace(model).graph.nodes
+    except TraceError as error:
+        return f"does not trace at the root ({sentence(error.__cause__ or error, 80)}); converted all the same"
+    return f"traces at the root, {len(nodes)} nodes"
 
 
 def _trace_copy(model: nn.Module, train: bool, *, follow_buffers: bool) -> Traced:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from nmfx.masking.copies import deep_copy
-from nmfx.masking.owner import unmask
+from nmfx.masking.owner import unmask_model
 from nmfx.masking.sites import check_fused, recheck_weights
 
 
@@ -22,6 +22,5 @@ def bake(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     check_fused(model)
     result = model if inplace else deep_copy(model)
     recheck_weights(result)
-    for module in result.modules():
-        unmask(module, keep_masked=True)
+    unmask_model(result, keep_masked=True)
     return result

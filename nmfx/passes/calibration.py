@@ -98,6 +98,9 @@ def score_evidence(
         calibration: the batches to look at.
         names: the sites to say it of, if not all.
 
+    Returns:
+        Float32 tensors that broadcast to `Site.rows`: see `input_squares`, or the mean squared gradient of each weight.
+
     Raises:
         SearchError: no such score; no batches or labels where it needs them, or batches that the model cannot run on.
     """

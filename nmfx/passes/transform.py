@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from nmfx.errors import SchemeError
 from nmfx.masking.copies import deep_copy
 from nmfx.masking.modes import keep_modes
-from nmfx.masking.owner import is_masked, mask_attribute, unmask
+from nmfx.masking.owner import is_masked, mask_attribute, unmask_model
 from nmfx.masking.sites import masked_sites, note_masked
 from nmfx.masking.weight import MaskSpec
 from nmfx.models.census import find_sites
@@ -78,8 +78,7 @@ def transform(
     calibration = None if data is None else Calibration.of(data)
     evidence = score_evidence(model, sites, score, calibration, [site.name for site in sites if site.name in resolved])
     result = model if inplace else deep_copy(model)
-    for module in result.modules():
-        unmask(module, keep_masked=False)
+    unmask_model(result, keep_masked=False)
     try:
         for site in sites:
             if site.name in resolved:
@@ -87,8 +86,7 @@ def transform(
                 spec = MaskSpec(site.name, pattern, grouping, rule.decay, rule.frozen, site.derived, score)
                 _mask(result, site, spec, evidence.get(site.name))
     except Exception:
-        for module in result.modules():
-            unmask(module, keep_masked=False)
+        unmask_model(result, keep_masked=False)
         raise
     note_masked(result, resolved)
     return to_graph(result, example_input) if as_graph else result
@@ -150,8 +148,7 @@ def conversion_difference(model: nn.Module, sites: Sites, example: Example) -> f
                 _mask(model, site, MaskSpec(site.name, Pattern.DENSE, Grouping(site.rows, 1), derived=site.derived))
             after = outputs()
         finally:
-            for module in model.modules():
-                unmask(module, keep_masked=False)
+            unmask_model(model, keep_masked=False)
     if [t.shape for t in before] != [t.shape for t in after]:
         return float("inf")
     return max((_difference(a, b) for a, b in zip(before, after, strict=True) if a.numel()), default=0.0)

@@ -73,7 +73,7 @@ def data_free(section: SearchSettings) -> SearchSettings:
     """The same question to a method that needs no pictures."""
     if not section.data:
         return section
-    method = "knapsack" if METHODS[section.method].pictures == "always" else section.method
+    method = type(section).method if METHODS[section.method].pictures == "always" else section.method
     return replace(section, data=False, method=method, sensitivity="", score="magnitude", loop=DominoSettings())
 
 

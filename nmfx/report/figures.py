@@ -26,6 +26,7 @@ from nmfx.report.canvas import (
 from nmfx.report.record import Report, short_names, stages_of
 from nmfx.report.timeline import plot_timeline
 from nmfx.sparsity.pattern import Pattern
+from nmfx.text import count
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -229,11 +230,3 @@ def _centres(edges: Sequence[float]) -> list[float]:
 
 def _brief(name: str) -> str:
     return name.removesuffix(".weight")
-
-
-def count(number: float) -> str:
-    """A count in three significant figures: 25.5M, 4.09G, 640."""
-    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if number >= size * 0.9995:
-            return f"{number / size:.3g}{unit}" if number / size < 999.5 else f"{number / size:.0f}{unit}"
-    return f"{number:.0f}"

@@ -104,7 +104,8 @@ def comparison_page(reports: Sequence[Report]) -> str:
     parts = [_table(head, totals, numbers=range(1, len(head)))]
     parts.append(_figure("Density of each site", draw_comparison(reports), "comparison"))
     rows = [
-        (site.name, "x".join(map(str, site.shape)), *(_pattern(report, site) for report in reports)) for site in first.sites
+        (site.name, "x".join(map(str, site.shape)), *(str(report.scheme.get(site.name, "dense")) for report in reports))
+        for site in first.sites
     ]
     differ = {index for index, row in enumerate(rows) if len(set(row[2:])) > 1}
     table = _table(
@@ -175,15 +176,10 @@ def _site_row(report: Report, site: Site) -> tuple[str, ...]:
         site.name,
         site.kind,
         "x".join(map(str, site.shape)),
-        _pattern(report, site),
+        str(report.scheme.get(site.name, "dense")),
         f"{kept:,}",
         f"{site.weights:,}",
         f"{site.macs * kept // site.weights:,}",
         f"{site.macs:,}",
         report.reasons.get(site.name, ""),
     )
-
-
-def _pattern(report: Report, site: Site) -> str:
-    pattern = report.pattern(site)
-    return "dense" if pattern.is_dense else str(pattern)

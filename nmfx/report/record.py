@@ -55,6 +55,7 @@ class Report:
         reasons: why a site stayed dense, or took another M, whatever the budget.
         seconds: time of the search.
         facts: more to say in the head of a page, such as versions.
+        lost: share of all squared weights that the scheme drops, where weights are at hand.
     """
 
     sites: Sites
@@ -69,6 +70,7 @@ class Report:
     facts: Mapping[str, str] = field(default_factory=dict)
     curve: Sequence[tuple[float, float]] = ()
     point: tuple[float, float] | None = None
+    lost: float | None = None
 
     @cached_property
     def totals(self) -> Totals:

@@ -93,7 +93,15 @@ def _window(node: fx.Node, named: dict[str, Any]) -> Window | None:
 
 
 def window_of(shape: Any, out: Any, kernel: Any, stride: Any, padding: Any, dilation: Any) -> Window | None:
-    """A window that lanes can compute, or None (see `Window.of`); large pictures are beyond columns of 16 bits."""
+    """A window that lanes can compute (see `Window.of`, which takes tuples).
+
+    Args:
+        shape, out: height and width of the picture that is read, and of the one that is made.
+        kernel, stride, padding, dilation: of the operator.
+
+    Returns:
+        The window; None where lanes cannot compute it, as for large pictures, which are beyond columns of 16 bits.
+    """
     if shape[0] * shape[1] > 4096 * torch.ops.nmfx.vector_length():
         return None
     return Window.of(tuple(shape), tuple(out), tuple(kernel), tuple(stride), tuple(padding), tuple(dilation))

@@ -34,7 +34,12 @@ def check_pictures(x: Tensor) -> None:
 def check_window(
     x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
 ) -> list[int]:
-    """Height and width of the output of a window that slides over pictures, checked (arguments: see `output_size`).
+    """The same as `output_size`, of arguments that are checked.
+
+    Args: as `output_size`.
+
+    Returns:
+        Height and width, both above zero.
 
     Raises:
         RuntimeError: naming what was expected.
@@ -56,6 +61,9 @@ def output_size(
     Args:
         kernel, stride, dilation: two numbers each, for height and width.
         padding: two numbers, or four: top, left, bottom, right.
+
+    Returns:
+        Height and width; zero or less where the window is larger than the padded picture.
     """
     both = [first + last for first, last in zip(padding[:2], padding[-2:], strict=True)]
     sizes = zip(x.shape[2:], kernel, stride, both, dilation, strict=True)

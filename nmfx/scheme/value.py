@@ -1,7 +1,11 @@
-"""The scheme as a value: weight name to pattern, its totals, and to and from its two file formats."""
+"""The scheme as a value: weight name to pattern, its totals, and to and from its two file formats.
+
+A few lines over 300, as what it promises of a site, a model and a file is read best in one piece.
+"""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -106,7 +110,16 @@ class Scheme(Mapping[str, Pattern]):
         layout: Layout = "strict",
         remainder: Remainder = "dense",
     ) -> Scheme:
-        """`pattern` on every site that can take it (see `fit`); the options are those of `from_rules`."""
+        """`pattern` on every site that can take it (see `fit`).
+
+        Args: as `from_rules`.
+
+        Returns:
+            The scheme.
+
+        Raises:
+            SchemeError: a glob of `keep_dense` matches no site.
+        """
         return Scheme.from_rules(sites, {"*": pattern}, keep_dense=keep_dense, layout=layout, remainder=remainder)
 
     @staticmethod
@@ -125,6 +138,9 @@ class Scheme(Mapping[str, Pattern]):
             rules: glob -> pattern.
             keep_dense: globs of sites that stay dense whatever the rules say.
             layout, remainder: how rows are cut, and what becomes of those that M does not divide (see `fit`).
+
+        Returns:
+            The scheme, with the shapes of all sites.
 
         Raises:
             SchemeError: a glob matches no site, or a rule that names one site asks for what it cannot take.
@@ -166,6 +182,13 @@ class Scheme(Mapping[str, Pattern]):
         kept = [self.kept(site) for site in sites]
         kept_macs = sum(site.macs * k // site.weights for site, k in zip(sites, kept, strict=True))
         return Totals(sites.weights, sum(kept), sites.macs, kept_macs)
+
+    def counts(self, sites: Sites | None = None) -> str:
+        """How many sites have each pattern, in words: ``2:16 x 20, 4:16 x 31``; of all `sites`, how many are dense as well."""
+        numbers = Counter(sorted(self.values(), key=lambda pattern: (pattern.density, pattern.m)))
+        parts = [f"{pattern} x {number}" for pattern, number in numbers.items()]
+        dense = len(sites) - len(self) if sites is not None else 0
+        return ", ".join([*parts, f"dense x {dense}"] if dense else parts) or "all dense"
 
     def check(self, sites: Sites) -> None:
         """Check that every entry names a site whose weight can be cut so.

@@ -31,6 +31,11 @@ class Budget:
     dense: int
 
     @property
+    def unit(self) -> str:
+        """What it counts, in words."""
+        return UNITS[self.kind]
+
+    @property
     def limit(self) -> int:
         """The most that may be kept, exactly: a float target counts as the decimal number it is written as."""
         target = self.target if isinstance(self.target, Fraction) else Fraction(repr(self.target))
@@ -51,7 +56,17 @@ def make_budgets(
     limits: Mapping[str, float | str] | None,
     latency: Prices | None = None,
 ) -> tuple[Budget, ...]:
-    """The budgets of a search, the one that leads first: of `limits` if there are any, else of `target` and `kind`.
+    """The budgets of a search: of `limits` if there are any, else of `target` and `kind`.
+
+    Args:
+        sites: what the shares are of.
+        target: a sparsity, or times fewer, as ``"8x"``.
+        kind: what it counts.
+        limits: by kind, the share to keep, or times fewer.
+        latency: nanoseconds of each pattern of each site, for a budget of latency.
+
+    Returns:
+        One or more, the one that leads first.
 
     Raises:
         SearchError: a kind or a number that is none, or nothing to save.

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from nmfx.errors import SearchError
-from nmfx.masking.owner import mask_attribute, unmask
+from nmfx.masking.owner import mask_attribute, unmask_model
 from nmfx.masking.sites import masked_sites, respec
 from nmfx.masking.weight import MaskSpec
 from nmfx.models.census import find_sites
@@ -96,8 +96,7 @@ class DominoSearch(DominoNumbers):
         self._masked = {names[one.spec.name]: one for one in masked_sites(model) if one.spec.name in names}
 
     def _convert(self) -> None:
-        for module in self.model.modules():
-            unmask(module, keep_masked=False)
+        unmask_model(self.model, keep_masked=False)
         for i in self.problem.free:
             weight = weight_of(self.model, self.sites.sites[i])
             if weight.device.type == "meta" or not bool(weight.isfinite().all()):
@@ -172,8 +171,7 @@ class DominoSearch(DominoNumbers):
 
     def detach(self) -> None:
         """Take masks and score buffers off again; the dense weights stay as the search left them."""
-        for module in self.model.modules():
-            unmask(module, keep_masked=False)
+        unmask_model(self.model, keep_masked=False)
         detach_thresholds(self.model, self.sites, [self._name(i) for i in self.problem.free])
 
     def _check_attached(self) -> None:

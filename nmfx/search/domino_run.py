@@ -85,6 +85,9 @@ def run_domino(
 
     Under torch.distributed, started by the caller, every process runs its share of each batch.
 
+    Returns:
+        The search at its end, with its scheme.
+
     Raises:
         SearchError: a checkpoint of another search, a loss that is not finite, no end after `most` iterations.
     """

@@ -67,6 +67,13 @@ class SearchResult:
     summed: float = 0.0
 
     @property
+    def summary(self) -> str:
+        """How it was found, and what patterns the sites have."""
+        summed = f" ({self.sensitivity})" if self.method in METHODS and METHODS[self.method].sums else ""
+        took = f"{len(self.steps)} steps in" if self.steps else "decided in"
+        return f"{self.method}{summed}: {self.scheme.counts(self.sites)}; {took} {self.seconds:.2f} s"
+
+    @property
     def comparison(self) -> str:
         """The squared weight error beside the smallest, which is called the optimum only where that is proven."""
         above = f"{self.loss / self.optimum - 1:.1%} above" if self.optimum else "equal to"
@@ -124,6 +131,9 @@ def find_scheme(
     Deterministic (but for time limits), and never above a budget; what no step could use is reported as `left`. The model is
     not changed: score buffers are attached for the time of the search and removed again.
 
+    Returns:
+        The scheme, how it was found, and how far it is from the least squared error.
+
     Raises:
         SearchError: unknown method, a target out of reach (the message says the largest), weights without values, no data.
         TraceError: the forward pass fails on the example input.
@@ -156,7 +166,18 @@ def find_scheme(
 
 
 def conclude(tables: Tables, outcome: Outcome, *, method: str, seconds: float, sensitivity: str = "weight") -> SearchResult:
-    """The outcome of a method as a result: the scheme, its totals, and how far its squared weight error is from the least."""
+    """The outcome of a method as a result: the scheme, its totals, and how far its squared weight error is from the least.
+
+    Args:
+        tables: of the problem that was solved.
+        outcome: an option for every site, and how it came to be.
+        method: what it was found by.
+        seconds: that it took.
+        sensitivity: what was summed up, if anything.
+
+    Returns:
+        The result.
+    """
     problem, sites = tables.problem, tables.problem.sites
     patterns = {s.name: o[c] for s, o, c in zip(sites, problem.options, outcome.choice, strict=True)}
     scheme = make_scheme(tables.model, problem, patterns, method, tables.score)

@@ -112,6 +112,9 @@ def make_problem(
         within: the scheme that the weights are under already: a site keeps its pattern there, or takes one of lower density.
         mixed: offer the patterns of every M to a site, not only those of the largest M that fits it.
 
+    Returns:
+        What each site may take, and what that costs of each budget.
+
     Raises:
         SearchError: the target is out of range or out of reach; the message says the largest that can be reached.
     """
@@ -240,6 +243,9 @@ def make_scheme(
         patterns: by site name.
         method: what it was found by.
         score: what the masks ranked weights by; magnitudes go without saying.
+
+    Returns:
+        The scheme, with the shapes of all sites.
     """
     source, sizes = identify_quickly(model), {p.m for options in problem.options for p in options if not p.is_dense}
     about = {"model": str(source) if source else problem.sites.model, "method": method}

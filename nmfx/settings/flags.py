@@ -1,18 +1,75 @@
-"""Flags of settings classes: made from their options, and read back through the parser that YAML keys go through."""
+"""A command line: arguments and flags of settings classes, made from their options and read back by the parser of YAML keys."""
 
 from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field
-from typing import Any, Literal, TypeVar, get_args, get_origin
+from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin
 
 from nmfx.errors import NmfxError
-from nmfx.settings.option import Option, about, is_mapping, is_settings, kinds_of, parse, start_from, typed_fields
+from nmfx.settings.option import (
+    Option,
+    about,
+    check_given,
+    is_mapping,
+    is_settings,
+    kinds_of,
+    options_of,
+    parse,
+    start_from,
+    typed_fields,
+    with_names,
+)
+from nmfx.text import nearest
 
 T = TypeVar("T")
 Path = tuple[str, ...]  # the keys on the way to an option
+Part = Callable[[Any], object]  # adds what a command takes to its parser, or to a group of it
+
+
+class Parser(argparse.ArgumentParser):
+    """An error is one line, and a second one on where the options are; what is misspelt is answered with the nearest."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with code 2."""
+        if (found := re.match(r"argument COMMAND: invalid choice: '?([^'( ]*)'?", message)) is not None:
+            message = f"no command is called {found[1]!r}{nearest(found[1], self._commands(), 0.5)}"
+        self.exit(2, f"error: {' '.join(message.split())}\nusage: {self.prog} ...; `{self.prog} --help` lists what it takes\n")
+
+    def read(self, args: Sequence[str] | None = None) -> argparse.Namespace:
+        """As `parse_args`; what is not known is named by the parser of the command that was given."""
+        found, rest = self.parse_known_args(args)
+        if rest:
+            parser, option = self._commands()[found.command], rest[0].partition("=")[0]
+            near = nearest(option, parser._option_string_actions) if option.startswith("-") else ""
+            parser.error(f"unknown argument {rest[0]!r}{near}")
+        return found
+
+    def _commands(self) -> dict[str, Parser]:
+        return next(action.choices for action in self._actions if isinstance(action, argparse._SubParsersAction))
+
+
+def arg(*names: str, **about: Any) -> Part:
+    """An argument, in argparse's words."""
+    return lambda parser: parser.add_argument(*names, **about)
+
+
+def flags(cls: type, **which: Any) -> Part:
+    """The flags of a settings class (see `add_flags`)."""
+    return lambda parser: add_flags(parser, cls, **which)
+
+
+def group(title: str, *parts: Part) -> Part:
+    """Arguments under a title; without one, those of which one may be given."""
+
+    def add(parser: argparse.ArgumentParser) -> None:
+        inner = parser.add_argument_group(title) if title else parser.add_mutually_exclusive_group()
+        for part in parts:
+            part(inner)
+
+    return add
 
 
 def add_flags(
@@ -52,11 +109,12 @@ def read_flags(args: argparse.Namespace, cls: type[T], **given: Any) -> T:
     """
     found = {path: (vars(args).get(_dest(cls, path)), item, kind) for item, kind, path in _flagged(cls)}
     try:
-        return _build(cls, {path: _value(*one) for path, one in found.items() if one[0] is not None}, (), given)
+        settings = _build(cls, {path: _value(*one) for path, one in found.items() if one[0] is not None}, (), given)
+        return check_given(settings, typed(args, cls))
     except NmfxError as error:  # of a key: say the flag
-        flags = {item.name: name_of(item) for _, item, _ in found.values()}
-        first, rest = re.match(r"(\w*)(.*)", str(error), re.DOTALL).groups()  # type: ignore[union-attr]
-        raise type(error)(f"{flags[first]}{rest}" if first in flags and rest.startswith(" ") else str(error)) from None
+        names = {key: name_of(item) for key, (item, _) in options_of(cls).items()}
+        first, rest = re.match(r"(\w*)(.*)", with_names(str(error), names), re.DOTALL).groups()  # type: ignore[union-attr]
+        raise type(error)(f"{names.get(first, first) if rest.startswith(' ') else first}{rest}") from None
 
 
 def typed(args: argparse.Namespace, cls: type) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -174,8 +174,6 @@ def section(tree: Any, cls: type[T], where: str, base: Any = None) -> T:
         raise NmfxError(f"{where}: expected keys with values, found {shown(tree)}")
     known = options_of(cls)
     text.check_keys(tree, list(known), where, NmfxError)
-    if (check := getattr(cls, "check_keys", None)) is not None:
-        check(tree, where)
     if base is None and (choose := getattr(cls, "base", None)) is not None:
         base = choose(tree)
     values, separator = start_from(base), ": " if getattr(cls, "is_whole", False) else "."
@@ -190,9 +188,22 @@ def section(tree: Any, cls: type[T], where: str, base: Any = None) -> T:
         elif base is None and item.default is MISSING and item.default_factory is MISSING:
             raise NmfxError(f"{where}: key {item.name!r} is missing")
     try:
-        return cls(**values)
+        return check_given(cls(**values), tree)
     except NmfxError as error:
-        raise NmfxError(f"{where}: {parsing.printable(str(error))}") from error
+        names = {key: f"'{key}: true'" if kind is bool and key not in tree else f"'{key}'" for key, (_, kind) in known.items()}
+        raise NmfxError(f"{where}: {parsing.printable(with_names(str(error), names))}") from error
+
+
+def check_given(settings: T, given: Collection[str]) -> T:
+    """Settings of which the keys that were `given` go together, if their class has a method to say so."""
+    if (check := getattr(settings, "check_given", None)) is not None:
+        check(given)
+    return settings
+
+
+def with_names(message: str, names: Mapping[str, str]) -> str:
+    """A message of settings, with the options that it names in backticks called as by whoever gave them."""
+    return re.sub(r"`(\w+)`", lambda found: names.get(found[1], found[0]), message)
 
 
 def start_from(base: Any) -> dict[str, Any]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from nmfx import text
 from nmfx.errors import NmfxError, SearchError
@@ -21,6 +21,11 @@ QUANTILE = 0.75  # share of a site's groups that must agree before it steps (dom
 DEFAULT_TARGET, DEFAULT_M = 0.875, 16  # the sparsity where it can be reached, and the group size
 DOUBLINGS = (30_000, 40_000, 50_000, 60_000, 70_000, 80_000)
 ALONE = {"scheme": (), "pattern": ("keep_dense", "layout", "remainder")}  # keys that a search by neither can have beside them
+LEADING = {  # keys that say what others say
+    "limits": ("target", "budget"),
+    "patterns": ("m", "candidates"),
+    "target_latency": ("target", "budget", "limits"),
+}
 
 
 @dataclass(frozen=True)
@@ -144,6 +149,12 @@ class SearchSettings:
         "", "what the knapsack sums up: weight, activation, gradient or measured; gradient with data, weight without"
     )
     score: str = option("magnitude", f"what masks rank weights by: {', '.join(SCORES)}")
+    target_latency: str | None = option(
+        None,
+        "times faster than the best dense run on this CPU, by nmfx.compile; every pattern of every site is timed first",
+        metavar="2x",
+    )
+    latency_batch: int = option(1, "batch size to be fast for", least=1, most=4096, metavar="B")
     pictures: int = option(256, "training pictures to look at", least=1)
     seconds: float = option(60.0, "time limit of spdy", least=0, above=True)
     lr: float = option(0.01, "domino: learning rate", least=0)
@@ -153,20 +164,20 @@ class SearchSettings:
     choices: Choices = inline(Choices())
     loop: DominoSettings = inline(DominoSettings())
 
-    @staticmethod
-    def check_keys(tree: Mapping[str, Any], where: str) -> None:
-        """Refuse keys that cannot stand beside each other, or would say nothing."""
+    def check_given(self, given: Collection[str]) -> None:
+        """Refuse keys that were given beside others, and would say nothing there."""
         for lonely, allowed in ALONE.items():
-            if lonely in tree and (extra := next((key for key in tree if key not in (lonely, *allowed)), None)):
-                raise NmfxError(
-                    f"{where}: {extra!r} says nothing beside {lonely!r}; {lonely} takes {', '.join(allowed) or 'no other'}"
-                )
-        if "limits" in tree and (extra := next((key for key in ("target", "budget") if key in tree), None)):
-            raise NmfxError(f"{where}: {extra!r} and 'limits' say the same thing; give one")
-        method = METHODS.get(tree.get("method", ""))
-        loops = tree.get("data") == "true" and method is not None and method.looped
-        if not loops and (extra := next((key for key in tree if key in DominoSettings.__dataclass_fields__), None)):
-            raise NmfxError(f"{where}: {extra!r} is of the published loop: it needs method domino with data: true")
+            if lonely in given and (extra := next((key for key in given if key not in (lonely, *allowed)), None)):
+                takes = ", ".join(allowed) or "no other"
+                raise SearchError(f"`{extra}` says nothing beside `{lonely}`; {lonely} takes {takes}")
+        for leading, others in LEADING.items():
+            if leading in given and any(key in given for key in others):
+                what = "all patterns" if leading == "patterns" else "the budget"
+                *first, last = (f"`{key}`" for key in others)
+                raise SearchError(f"`{leading}` says {what}; leave {', '.join(first)} and {last} out")
+        loop = (*DominoSettings.__dataclass_fields__, "lr", "most")
+        if not self.looping and (extra := next((key for key in loop if key in given), None)):
+            raise SearchError(f"`{extra}` is of the published loop: it needs `method` domino with `data`")
 
     def __post_init__(self) -> None:
         first = dict.fromkeys((type(self).method, *METHODS))  # the default one first
@@ -179,19 +190,35 @@ class SearchSettings:
             parse_target(self.target)
         for share in (self.limits or {}).values():
             parse_limit(share)
-        measures, looks = SENSITIVITIES[self.measured].pictures, needs.pictures == "always"
+        if self.sensitivity and not needs.sums:
+            raise SearchError(f"`sensitivity` is the knapsack's; method {self.method} has none: add `method` knapsack")
         if self.looping and self.score != "magnitude":
-            raise NmfxError(f"score {self.score}: the published loop ranks weights by magnitude; leave one of them out")
-        if self.data and not (self.looping or looks or measures or scored != "nothing"):
-            raise NmfxError(f"data: true, but {self.method} with sensitivity {self.measured} looks at none: leave it out")
-        if not self.data and (looks or measures or scored != "nothing"):
-            which = self.method if looks else f"sensitivity {self.measured}" if measures else f"score {self.score}"
-            raise NmfxError(f"{which} looks at training pictures: say data: true")
+            raise SearchError(f"score {self.score}: the published loop ranks weights by magnitude; leave one of them out")
+        looks = {
+            f"method {self.method}": needs.pictures == "always",
+            f"sensitivity {self.measured}": SENSITIVITIES[self.measured].pictures,
+            f"score {self.score}": scored != "nothing",
+        }
+        if not self.data and (which := next((name for name, does in looks.items() if does), "")):
+            raise SearchError(f"{which} looks at pictures: give `data`")
+        if self.data and needs.pictures == "never" and not any(looks.values()):
+            raise SearchError(f"method {self.method} looks at no pictures; leave `data` out")
+        if self.data and needs.sums and not any(looks.values()):
+            raise SearchError("the knapsack looks at pictures with `sensitivity` activation, gradient or measured only")
+        if self.timed and not needs.timed:
+            raise SearchError(
+                f"times are the knapsack's and spdy's to budget; method {self.method} counts parameters, MACs or bytes"
+            )
 
     @property
     def measured(self) -> str:
         """The sensitivity that is summed up: what is asked for, or the best that the data at hand allow."""
         return self.sensitivity or default_sensitivity(self.method, self.data)
+
+    @property
+    def timed(self) -> bool:
+        """Whether the budget is measured time."""
+        return self.target_latency is not None or self.budget == "latency"
 
     @property
     def looping(self) -> bool:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from nmfx.errors import NmfxError
+from nmfx.settings.formats import FORMATS, with_formats
 from nmfx.settings.option import check_options, inline, option
 from nmfx.settings.training import Augment, Settings
 from nmfx.sparsity.rules import RULES
@@ -41,10 +42,16 @@ class ModelSettings:
         "which weights of a training checkpoint, as state_dict or state_dict_ema; averaged ones first",
         metavar="NAME",
     )
+    classes: int | None = option(
+        None, "classes of a model given by name, where not its own number", least=1, most=1_000_000, metavar="N"
+    )
 
     def __post_init__(self) -> None:
+        check_options(self, "model")
         parse_size(self.input_size, "input_size")
-        object.__setattr__(self, "kwargs", dict(self.kwargs))
+        classes = {} if self.classes is None else {"num_classes": self.classes}
+        object.__setattr__(self, "kwargs", {**dict(self.kwargs), **classes})
+        object.__setattr__(self, "classes", None)  # another word for the same, so that both are one
 
     @property
     def size(self) -> tuple[int, ...] | None:
@@ -76,6 +83,11 @@ class DataSettings:
         """What decides which pictures there are: a data set with a name may move, a folder is named by its place."""
         place = {"data": self.root or FOLDER} if self.name == FOLDER else {"data": self.name}
         return place | {name: getattr(self, name) for name in ("train_split", "val_split", "held_back")}
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """What says the same pictures to another command."""
+        return ("--data", self.name, *(("--data-root", self.root) if self.root else ()))
 
 
 @dataclass(frozen=True)
@@ -153,15 +165,19 @@ DISTILLATION = FinetuneSettings(
 
 
 @dataclass(frozen=True)
+@with_formats
 class ExportSettings:
     """What is written beside the scheme and the compressed checkpoint, of the best or the last epoch of fine-tuning."""
 
     epoch: Literal["best", "last"] = option("best", "of fine-tuning: that of the highest top-1, or the last")
-    baked: bool = option(False, "also a plain state dict with real zeros")
-    onnx: bool = option(False, "also an ONNX file with real zeros (needs nmfx[onnx])")
 
     def __post_init__(self) -> None:
         check_options(self, "export settings")
+
+    @property
+    def formats(self) -> list[str]:
+        """Those of `FORMATS` that are asked for."""
+        return [name for name in FORMATS if getattr(self, name)]
 
 
 @dataclass(frozen=True)

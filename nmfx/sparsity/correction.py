@@ -172,7 +172,17 @@ class Quadratic:
 def fit_kept(problem: Quadratic, mask: Tensor, start: Tensor, *, steps: int = 40, tolerance: float = 1e-6) -> Tensor:
     """The weights of the least loss among those that are zero outside `mask`: conjugate gradients on all rows at once.
 
-    Preconditioned by the diagonal; a row stops when its gradient has fallen by `tolerance`.
+    Preconditioned by the diagonal.
+
+    Args:
+        problem: the loss, of ``(groups, rows, columns)`` weights.
+        mask: which of them are kept: bool, of that shape.
+        start: weights to start from, of that shape.
+        steps: at most.
+        tolerance: a row stops when its gradient has fallen by that factor.
+
+    Returns:
+        The weights, in the dtype of the loss.
     """
     keep = mask.to(problem.curvature.dtype)
     weight = start.to(keep.dtype) * keep

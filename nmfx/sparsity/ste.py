@@ -32,7 +32,19 @@ class MaskedRead(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, mask: Tensor, masked: Tensor, kept_only: bool, note: Any) -> Tensor:
-        """A view of `masked`: a read costs nothing."""
+        """A read that costs nothing.
+
+        Args:
+            ctx: autograd's.
+            weight: the dense weight, which gets the gradient.
+            mask: bool, true = kept.
+            masked: the value, ``where(mask, weight, 0)``.
+            kept_only: dropped weights get no gradient.
+            note: a weak reference to the cache that a backward pass makes dirty.
+
+        Returns:
+            A view of `masked`.
+        """
         ctx.mask, ctx.kept_only, ctx.note = mask, kept_only, note
         return masked.view_as(masked)
 

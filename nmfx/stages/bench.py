@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -21,8 +21,8 @@ from nmfx.runtime.measuring.bench import Bench, bench
 from nmfx.scheme import Scheme
 from nmfx.search.finder import find_scheme
 from nmfx.settings.stages import BenchSettings, ModelSettings
-from nmfx.stages.build import build_weights
-from nmfx.stages.work import around, example_of, open_work, pictures_of, random_weights
+from nmfx.stages.evaluate import load_candidate
+from nmfx.stages.work import example_of, open_work, pictures_of
 
 
 @dataclass(frozen=True)
@@ -48,31 +48,28 @@ def load_pair(what: str, model: ModelSettings, settings: BenchSettings, scheme: 
     Raises:
         NmfxError: plain weights, no scheme, a model that cannot be had or takes more than pictures.
     """
-    path, size = Path(what), model.size
+    path = Path(what)
     if path.is_dir():
         work = open_work(path)
         dense = work.load()
-        sites, pictures = work.sites(dense), pictures_of(example_of(dense, size or work.input_size))
+        sites, pictures = work.sites(dense), pictures_of(example_of(dense, model.size or work.input_size))
         chosen = work.scheme(sites, scheme)
         finished, notes = work.finished(chosen)
         label = str(path if finished is None else finished.path)
         converted = transform(dense, chosen, sites=sites) if finished is None else load_checkpoint(finished.path)
-        return Pair(dense, converted, pictures, label, tuple(notes))
+        return Pair(dense, converted, pictures, label, tuple(notes), work.random)
+    if path.is_file() and not is_compressed(path):
+        raise NmfxError(f"{path}: plain weights; bench takes a compressed checkpoint, a work directory or a model's name")
+    one = load_candidate(what, model)
+    dense, example = one.model, example_of(one.model, one.size)
     if path.is_file():
-        if not is_compressed(path):
-            raise NmfxError(f"{path}: plain weights; bench takes a compressed checkpoint, a work directory or a model's name")
-        converted, inside = load_checkpoint(path), around(path)
-        size = size or (inside.input_size if inside else None)
-        return Pair(bake(converted), converted, pictures_of(example_of(converted, size)), str(path))
-    built = build_weights(replace(model, name=what))
-    dense, example = built.model, example_of(built.model, size)
+        return Pair(bake(dense), dense, pictures_of(example), str(path))
     sites = find_sites(dense, example)
     if scheme:
         chosen = Scheme.load(scheme, sites)
     else:
         chosen = find_scheme(dense, sites=sites, target=settings.target, m=settings.m).scheme
-    random = random_weights(what, built.note) if built.weights == "random" else ""
-    return Pair(dense, transform(dense, chosen, sites=sites), pictures_of(example), what, random=random)
+    return Pair(dense, transform(dense, chosen, sites=sites), pictures_of(example), what, random=one.random)
 
 
 def time_pair(pair: Pair, settings: BenchSettings, progress: Progress = silent) -> tuple[Bench, list[str]]:

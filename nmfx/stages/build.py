@@ -22,9 +22,9 @@ from nmfx.models.source import SOURCE, Source, find_source
 from nmfx.passes.transform import conversion_difference
 from nmfx.scheme import Scheme
 from nmfx.search.problem import make_problem
+from nmfx.settings.formats import FORMATS
 from nmfx.settings.search import SearchSettings
 from nmfx.settings.stages import ModelSettings
-from nmfx.stages.export import FORMATS
 from nmfx.stages.finetune import FILES
 from nmfx.stages.stamp import build_values, search_values
 from nmfx.stages.work import (
@@ -47,7 +47,7 @@ from nmfx.stages.written import leave_stamp, strangers
 from nmfx.text import nearest
 
 KNOWN = ("auto", "pretrained", "none")  # words for weights; anything else is a file
-EXPORTS = (".safetensors", *(ending for ending, _ in FORMATS.values()))
+EXPORTS = (".safetensors", *(one.ending for one in FORMATS.values()))
 OURS = {
     *(WORK, WEIGHTS, START, SCHEME, "scheme.txt", f"scheme{SEARCHING}", CORRECTED, RECALIBRATED, SCORES),
     *(f"{TUNING}/{name}" for name in FILES),

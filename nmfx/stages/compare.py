@@ -17,6 +17,7 @@ from nmfx.models.census import find_sites
 from nmfx.models.site import Sites, weight_of
 from nmfx.models.source import Source, find_source
 from nmfx.passes.thresholds import sorted_magnitudes
+from nmfx.report.record import Report
 from nmfx.scheme import Scheme
 from nmfx.settings.stages import ModelSettings
 from nmfx.stages.work import WorkDirectory, around, example_of, open_work
@@ -24,12 +25,31 @@ from nmfx.stages.work import WorkDirectory, around, example_of, open_work
 
 @dataclass(frozen=True)
 class Network:
-    """What the schemes are for: its sites, and its weights where they are at hand and not random."""
+    """What the schemes are for: its sites, and its weights where they are at hand and not random.
 
-    name: str
+    The sites have the network's name instead of its class: resnet18 and resnet34 are both a ResNet.
+    """
+
     sites: Sites
     model: nn.Module | None = None
     guessed: bool = False  # from a name alone, which does not say what it was built with
+
+
+def compare(paths: Sequence[Path], settings: ModelSettings) -> list[Report]:
+    """Schemes of files or work directories on the network that they are for, and what each loses where it has weights.
+
+    Raises:
+        NmfxError: nobody says which network it is, or a scheme does not fit it.
+    """
+    network = find_network(paths, settings)
+    schemes, names = [read_scheme(path, network) for path in paths], [path.name for path in paths]
+    reports = []
+    for path, scheme in zip(paths, schemes, strict=True):
+        label, method = path.name if names.count(path.name) == 1 else str(path), str(scheme.info.get("method", ""))
+        lost = weight_error(network, scheme) if network.model else None
+        facts = {} if lost is None else {"squared weight error": f"{lost:.4%}"}
+        reports.append(Report(network.sites, scheme, label, network.sites.model, method, facts=facts, lost=lost))
+    return reports
 
 
 def find_network(paths: Sequence[Path], settings: ModelSettings) -> Network:
@@ -53,22 +73,15 @@ def find_network(paths: Sequence[Path], settings: ModelSettings) -> Network:
 
 
 def _of_work(found: WorkDirectory) -> Network:
-    if found.weights == "random":
-        return Network(found.model, _named(found.sites(found.build_meta()), found.model))
-    model = found.load()
-    return Network(found.model, _named(found.sites(model), found.model), model)
+    model = None if found.random else found.load()
+    sites = found.sites(found.build_meta() if model is None else model)
+    return Network(replace(sites, model=found.model), model)
 
 
 def _of_name(name: str, kwargs: Mapping[str, Any], size: tuple[int, ...] | None) -> Network:
     source = replace(find_source(name), kwargs=dict(kwargs))
     model = build_meta(source)
-    sites = find_sites(model, example_of(model, size))
-    return Network(str(source), _named(sites, str(source)), guessed=True)
-
-
-def _named(sites: Sites, name: str) -> Sites:
-    """With the network's name instead of its class: resnet18 and resnet34 are both a ResNet."""
-    return replace(sites, model=name)
+    return Network(replace(find_sites(model, example_of(model, size)), model=str(source)), guessed=True)
 
 
 def _source(path: Path) -> Source | None:

@@ -62,6 +62,9 @@ def sample_for(
 
     Returns:
         What the data are called, how many pictures were taken, and the batches.
+
+    Raises:
+        NmfxError: no such pictures, fewer than are asked for, or of other classes than the model's.
     """
     data = open_pictures(pictures, labels=False)
     count = settings.pictures or min(PICTURES, len(data.train) if isinstance(data.train, Sized) else PICTURES)

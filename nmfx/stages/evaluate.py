@@ -108,11 +108,10 @@ def load_candidate(what: str, settings: ModelSettings, network: str | None = Non
     path = Path(what)
     if path.is_dir():
         work = open_work(path)
-        return Candidate(what, work.load(), settings.size or work.input_size)
+        return Candidate(what, work.load(), settings.size or work.input_size, random=work.random)
     if not path.is_file():
         built = build_weights(replace(settings, name=what))
-        random = random_weights(what, built.note) if built.weights == "random" else ""
-        return Candidate(what, built.model, settings.size, random=random)
+        return Candidate(what, built.model, settings.size, random=random_weights(what, built.weights, built.note))
     inside = around(path)
     size = settings.size or (inside.input_size if inside else None)
     if is_compressed(path):
@@ -123,10 +122,14 @@ def load_candidate(what: str, settings: ModelSettings, network: str | None = Non
     return Candidate(what, built.model, size, note="" if built.note == f"weights from {what}" else built.note)
 
 
-def candidates_of(work: WorkDirectory, size: tuple[int, ...] | None = None) -> Iterator[Candidate]:
-    """The models of a work directory: dense (or its sparse start), masked, recalibrated, corrected and fine-tuned."""
-    size, dense, scheme = size or work.input_size, work.load(), None
-    yield Candidate("start" if work.start_path.is_file() else "dense", dense, size)
+def candidates_of(what: str, settings: ModelSettings, network: str | None = None) -> Iterator[Candidate]:
+    """What is named: one model, or of a work directory the dense (or sparse start), masked and finished ones."""
+    if not Path(what).is_dir():
+        yield load_candidate(what, settings, network)
+        return
+    work = open_work(Path(what))
+    size, dense, scheme = settings.size or work.input_size, work.load(), None
+    yield Candidate("start" if work.start_path.is_file() else "dense", dense, size, random=work.random)
     if work.scheme_path.is_file():
         sites = work.sites(dense)
         scheme = Scheme.load(work.scheme_path, sites)

@@ -6,24 +6,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from torch import nn
-
 from nmfx.export.checkpoint import load_checkpoint, save_checkpoint
-from nmfx.export.plain import save_baked, save_onnx
 from nmfx.files.atomic import all_or_nothing
-from nmfx.models.example import Example
 from nmfx.models.site import Sites
 from nmfx.passes.baking import bake
 from nmfx.passes.transform import transform
 from nmfx.passes.verification import Verified, verify
 from nmfx.scheme import Scheme
+from nmfx.settings.formats import FORMATS
+from nmfx.settings.methods import resolve
+from nmfx.settings.option import values_of
 from nmfx.settings.stages import ExportSettings
-from nmfx.stages.work import FINISHING, SCHEME, WorkDirectory, save_scheme
-
-FORMATS: dict[str, tuple[str, Callable[[nn.Module, Path, Example], None]]] = {  # of a baked model: an ending, and a writer
-    "baked": (".baked.safetensors", lambda model, path, example: save_baked(model, path)),
-    "onnx": (".onnx", save_onnx),
-}
+from nmfx.stages.work import EXPORT, FINISHING, SCHEME, WorkDirectory, save_scheme
+from nmfx.stages.written import drop_stamp, leave_stamp
 
 
 @dataclass(frozen=True)
@@ -48,10 +43,22 @@ class ExportRecord:
     notes: list[str]
 
 
+def stamp_export(work: WorkDirectory, settings: ExportSettings, done: ExportRecord, *, own: bool) -> None:
+    """Leave the stamp of an export into the work directory, or none where no recipe says it: corrected or recalibrated weights,
+    or another scheme than its `own`.
+    """
+    if not own or done.taken in (work.corrected_path, work.recalibrated_path):
+        drop_stamp(work.path, "export")
+        return
+    before = ("build", "search", "finetune") if done.taken else ("build", "search")
+    names = [f"{EXPORT}/{name}" for name in done.files.values()]
+    leave_stamp(work.path, "export", values_of(settings), names, before=before)
+
+
 def file_names(work: WorkDirectory, settings: ExportSettings) -> dict[str, str]:
     """What the stage writes, by kind."""
     name = work.source.name
-    formats = {kind: f"{name}{ending}" for kind, (ending, _) in FORMATS.items() if getattr(settings, kind)}
+    formats = {kind: f"{name}{FORMATS[kind].ending}" for kind in settings.formats}
     return {"scheme": SCHEME, "checkpoint": f"{name}.safetensors"} | formats
 
 
@@ -97,8 +104,7 @@ def export(
         files |= {"published": written[1].name} if len(written) > 1 else {}
         save_checkpoint(model, draft / files["checkpoint"], info={**chosen.info, "weights": weights})
         plain = bake(model, inplace=True)
-        for kind, (_, save) in FORMATS.items():
-            if kind in files:
-                save(plain, draft / files[kind], example)
+        for kind in settings.formats:
+            resolve(FORMATS[kind].function)(plain, draft / files[kind], example)
         notes += [*said, *make_way(list(files.values()))]
     return ExportRecord(files, weights, done.path if done else None, chosen, sites, dense, verified, notes)

@@ -36,6 +36,13 @@ class Reached:
     measured: float
     latency: Latency
 
+    def __str__(self) -> str:
+        dense, predicted, measured = (f"{seconds * 1e3:.2f} ms" for seconds in (self.dense, self.predicted, self.measured))
+        return (
+            f"{dense} the best dense run, {self.wanted * 1e3:.2f} ms wanted, {predicted} predicted, {measured} measured "
+            f"({self.measured / self.predicted - 1:+.1%}): {self.dense / self.measured:.2f}x"
+        )
+
 
 def search_latency(
     model: nn.Module,
@@ -52,6 +59,9 @@ def search_latency(
         pictures: a batch of the size to be fast for.
         target: ``"2x"`` is half the time of the best dense run.
         question: what else is asked of `find`, which is find_scheme with its method.
+
+    Returns:
+        The search that keeps most among those fast enough, or the fastest where none is.
 
     Raises:
         SearchError: the sparsest scheme would not be fast enough; the message says what it would reach.

@@ -25,6 +25,10 @@ class RecalibrateRecord:
     data: str
     path: Path
 
+    def __str__(self) -> str:
+        seen = f"{self.pictures} training pictures of {self.data}"
+        return f"matched {self.norms} batch norms to the dense network's on {seen}"
+
 
 def recalibrate(
     work: WorkDirectory,
@@ -38,6 +42,17 @@ def recalibrate(
     progress: Progress = silent,
 ) -> RecalibrateRecord:
     """Match the batch norms of a work directory's model under `scheme`, or its own, and write it to `path`.
+
+    Args:
+        work, settings, pictures: the network, how, and the training pictures.
+        path: of the compressed checkpoint.
+        scheme: the file of another scheme.
+        device: where it runs.
+        force: overwrite `path`.
+        progress: told when the pictures are there.
+
+    Returns:
+        How many norms were matched, on what.
 
     Raises:
         NmfxError: no scheme, no batch norms, pictures that do not fit.

@@ -16,7 +16,6 @@ from nmfx.report.page import check_page, comparison_page, save_page, search_page
 from nmfx.report.record import Limit, Report, Speed
 from nmfx.runtime.measuring.bench import Bench
 from nmfx.scheme import Scheme
-from nmfx.search.budget import UNITS
 from nmfx.search.finder import SearchResult
 from nmfx.stages.work import check_free
 
@@ -53,7 +52,20 @@ def write_speed(speeds: Sequence[Speed], label: str, figure: str, *, force: bool
 
 
 def write(result: SearchResult, scheme: Scheme, figure: str | None, html: str | None, *, force: bool) -> list[Path]:
-    """Write the figure and the page of a search, those that are asked for; `scheme` is the result's, with its full info."""
+    """Write the figure and the page of a search, those that are asked for.
+
+    Args:
+        result: of the search.
+        scheme: the result's, with its full info.
+        figure, html: names of files.
+        force: overwrite them.
+
+    Returns:
+        The files that were written.
+
+    Raises:
+        NmfxError: a file that exists or cannot be written, or no matplotlib.
+    """
     report = _report(result, scheme)
     if figure:
         save_figure(draw_search(report), figure, force=force)
@@ -73,7 +85,7 @@ def write_comparison(reports: Sequence[Report], figure: str | None, html: str | 
 
 def _report(result: SearchResult, scheme: Scheme) -> Report:
     budgets, lefts = result.budgets or (result.budget,), result.lefts or (result.left,)
-    limits = tuple(Limit(UNITS[b.kind], b.limit, b.dense, b.limit - left) for b, left in zip(budgets, lefts, strict=True))
+    limits = tuple(Limit(b.unit, b.limit, b.dense, b.limit - left) for b, left in zip(budgets, lefts, strict=True))
     largest = max((loss for _, loss in result.curve), default=0.0) or 1.0
     spare = result.budget.dense - result.budget.limit
     facts = {

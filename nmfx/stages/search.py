@@ -30,7 +30,8 @@ from nmfx.settings.option import values_of
 from nmfx.settings.search import DEFAULT_M, DEFAULT_TARGET, SearchSettings
 from nmfx.settings.stages import DataSettings
 from nmfx.stages.data import fit_pictures, open_pictures, sample
-from nmfx.stages.work import WorkDirectory
+from nmfx.stages.latency import Reached, search_latency
+from nmfx.stages.work import WorkDirectory, example_of, pictures_of
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ class SearchRecord:
         result: of the search, if there was one.
         reasons: why sites have another pattern than the one that all were to have.
         target: what was searched for where nothing was asked and 0.875 was out of reach, in words.
+        start: the scheme that the weights are under already, which bounded the search.
+        reached: of a search under a budget of time, what was measured.
     """
 
     scheme: Scheme
@@ -49,6 +52,8 @@ class SearchRecord:
     result: SearchResult | None = None
     reasons: dict[str, str] = field(default_factory=dict)
     target: str = ""
+    start: Scheme | None = None
+    reached: Reached | None = None
 
 
 def search(
@@ -66,6 +71,9 @@ def search(
         data: the pictures, for settings that look at them.
         checkpoint: what the published loop writes every few minutes, and goes on with.
 
+    Returns:
+        The scheme, and how it was found.
+
     Raises:
         SearchError: a target out of reach, or that cannot be had this way.
     """
@@ -76,7 +84,7 @@ def search(
         settings, model, sites, start=start, data=data, size=work.input_size, device=device, checkpoint=checkpoint,
         progress=progress,
     )  # fmt: skip
-    return replace(record, scheme=with_origin(record.scheme, work.model, work.weights))
+    return replace(record, scheme=with_origin(record.scheme, work.model, work.weights), start=start)
 
 
 def with_origin(scheme: Scheme, model: str, weights: str) -> Scheme:
@@ -101,34 +109,42 @@ def choose(
     Args:
         start: the scheme that the weights are under already, which bounds a search.
         size: of the input without its batch, where it is not the model's own.
+
+    Returns:
+        The scheme, which does not say yet where the weights came from.
+
+    Raises:
+        SearchError: a target out of reach, or that cannot be had this way.
     """
     if settings.scheme:
         return SearchRecord(resolve_scheme(Path(settings.scheme), sites), sites)
     if settings.pattern is not None:
         return _uniform(settings, sites)
-    question = ask(settings, start)
-    said = ""
+    question = values_of(settings.choices) | {"within": start}
+    if question["m"] is None:  # one that starts from a sparse network keeps its M
+        question["m"] = max((pattern.m for pattern in (start or {}).values()), default=DEFAULT_M)
+    if settings.timed:
+        if device != "cpu":
+            raise SearchError(f"--device {device}: times are measured on the CPU; say --device cpu")
+        one, find = pictures_of(example_of(model, size)), _finder(settings, model, sites, data, size, device)
+        pictures = one.expand(settings.latency_batch, *one.shape[1:]).contiguous()
+        target = settings.target_latency or ("2x" if settings.target is None else settings.target)
+        reached = search_latency(model, sites, pictures, target, question, find, progress)
+        return SearchRecord(reached.result.scheme, sites, reached.result, reached=reached)
+    question |= {"budget": settings.budget}
+    target, said = DEFAULT_TARGET if settings.target is None else settings.target, ""
     if settings.target is None and not (settings.limits or start):
-        question["target"], said = default_target(sites, settings.method, question)
+        target, said = default_target(sites, settings.method, question)
+    question |= {"target": target, "limits": settings.limits}
     if settings.looping:
         assert data is not None
         result = _loop(settings, model, sites, data, size, device, checkpoint, progress, question)
     else:
-        result = finder(settings, model, sites, data, size, device)(**question)
+        result = _finder(settings, model, sites, data, size, device)(**question)
     return SearchRecord(result.scheme, sites, result, target=said)
 
 
-def ask(settings: SearchSettings, start: Scheme | None) -> dict[str, Any]:
-    """What is asked of a search, whatever the method; one that starts from a sparse network keeps its M unless told."""
-    choices = values_of(settings.choices)
-    if choices["m"] is None:
-        choices["m"] = max((pattern.m for pattern in (start or {}).values()), default=DEFAULT_M)
-    target = DEFAULT_TARGET if settings.target is None else settings.target
-    asked = {"target": target, "budget": settings.budget, "limits": settings.limits}
-    return {**asked, **choices, "within": start}
-
-
-def finder(
+def _finder(
     settings: SearchSettings,
     model: nn.Module,
     sites: Sites,
@@ -140,7 +156,7 @@ def finder(
     batches = None
     if settings.data and data is not None:
         batch = min(settings.batch_size, max(1, settings.pictures // 8))
-        how = {"count": settings.pictures, "batch_size": batch, "seed": settings.seed, "workers": data.workers}
+        how: dict[str, Any] = {"count": settings.pictures, "batch_size": batch, "seed": settings.seed, "workers": data.workers}
         batches = sample(open_pictures(data), model, size, **how)
     options = {name: getattr(settings, name) for name in METHODS[settings.method].options}
     return partial(
@@ -151,9 +167,8 @@ def finder(
 
 def default_target(sites: Sites, method: str, question: dict[str, Any]) -> tuple[str, str]:
     """0.875; where that is out of reach, what the densest pattern of each site comes to, and words that say so."""
-    free = {key: value for key, value in question.items() if key not in ("target", "limits")}
     try:
-        problem = make_problem(sites, target=0.0, mixed=METHODS[method].mixed, **free)
+        problem = make_problem(sites, target=0.0, mixed=METHODS[method].mixed, **question)
     except SearchError:
         return str(DEFAULT_TARGET), ""  # and the search says what is wrong
     dense, costs = problem.budget.dense, problem.costs

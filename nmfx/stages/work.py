@@ -103,7 +103,7 @@ class WorkDirectory:
     @property
     def random(self) -> str:
         """What to say of random weights; empty where they are none."""
-        return random_weights(self.model, self.note) if self.weights == "random" else ""
+        return random_weights(self.model, self.weights, self.note)
 
     def start(self, sites: Sites) -> Scheme | None:
         """The scheme that the weights are under already; None for dense ones."""
@@ -176,9 +176,9 @@ class WorkDirectory:
         return yaml.safe_dump(head, sort_keys=False)
 
 
-def random_weights(model: str, note: str = "") -> str:
-    """What to say of a model with random weights."""
-    return f"{model} has random weights{f' ({note})' if note else ''}"
+def random_weights(model: str, weights: str, note: str = "") -> str:
+    """What to say of a model whose weights are ``random``; empty where they are not."""
+    return f"{model} has random weights{f' ({note})' if note else ''}" if weights == "random" else ""
 
 
 def example_of(model: nn.Module, input_size: tuple[int, ...] | None) -> Example:
@@ -261,6 +261,18 @@ def open_work(path: Path) -> WorkDirectory:
     except NmfxError as error:
         raise NmfxError(f"{file}: {parsing.printable(str(error), 400)}") from error
     return WorkDirectory(path, form.model, form.weights, form.note, size, kwargs)
+
+
+def open_converted(model: str, path: Path) -> WorkDirectory:
+    """Read the work directory of a model.
+
+    Raises:
+        NmfxError: it is of another one.
+    """
+    there, wanted = open_work(path), str(find_source(model))
+    if there.model != wanted:
+        raise NmfxError(f"{path} holds {there.model}, not {wanted}; use `nmfx convert {wanted} --out OTHER.nmfx`")
+    return there
 
 
 def find_work(named: str | None, command: str = "search") -> WorkDirectory | None:

@@ -32,4 +32,4 @@ def describe(model: nn.Module) -> dict[str, str]:
 
 def frozen_masks(model: nn.Module) -> dict[str, Tensor]:
     """The masks that do not follow from the weights, by the names of their sites."""
-    return {f"{site.path}.{site.attr}".lstrip("."): site.mask for site in masked_sites(model) if site.spec.frozen}
+    return {site.name: site.mask for site in masked_sites(model) if site.spec.frozen}

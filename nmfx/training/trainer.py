@@ -253,8 +253,8 @@ class Run:
         masks = under("mask", tensors)
         for model in (*self.trained, *([self.original] if self.sharded else [])):
             for site in masked_sites(model):
-                if (name := f"{site.path}.{site.attr}".lstrip(".")) in masks:
-                    site.mask.copy_(masks[name])
+                if site.name in masks:
+                    site.mask.copy_(masks[site.name])
             recheck_weights(model)
         at = about.at
         self.at = Position(at.epoch, at.step, at.loss, [row.value for row in at.log])

@@ -8,10 +8,10 @@ import pytest
 
 from nmfx.cli import console, models
 from nmfx.cli.main import main
-from nmfx.cli.models import matching, percent
 from nmfx.errors import ModelError, TraceError
-from nmfx.models.source import Source, list_models, versions
+from nmfx.models.source import Source, list_models, matching, versions
 from nmfx.models.table import Entry, Table
+from nmfx.text import percent
 
 KNOWN = ["torchvision:resnet18", "torchvision:vit_b_16", "timm:resnet18", "timm:test_vit", "timm:vit_tiny", "demo:digits"]
 ENTRIES = [

@@ -41,12 +41,15 @@ class Window:
         padding: tuple[int, ...],
         dilation: tuple[int, int],
     ) -> Window | None:
-        """The window of a convolution; None where lanes cannot compute it: strides above 2 or unequal, outputs of other sizes.
+        """The window of a convolution.
 
         Args:
             shape, out: height and width of the picture that is read, and of the one that is made.
             kernel, stride, dilation: of height and width.
             padding: two numbers, or four: top, left, bottom, right.
+
+        Returns:
+            The window; None where lanes cannot compute it: strides above 2 or unequal, outputs of other sizes.
         """
         step = stride[0]
         window = Window(*shape, kernel, step, (padding[0], padding[1]), dilation)
@@ -108,7 +111,7 @@ class Lanes:
 
     @staticmethod
     def of(picture: tuple[int, int], gap: tuple[int, int], size: int, rows: int, strips: int) -> Lanes:
-        """Lanes without a halo.
+        """Lanes for a picture.
 
         Args:
             picture: height and width in pixels.
@@ -116,6 +119,9 @@ class Lanes:
             size: lanes of a vector.
             rows: whole rows in a lane; 0 cuts rows where a lane is full.
             strips: from left to right; one where rows are cut.
+
+        Returns:
+            The lanes, without a halo.
         """
         height, width = picture
         left, right = gap

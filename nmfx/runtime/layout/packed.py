@@ -41,6 +41,9 @@ def pack(weight: Tensor, groups: int = 1, *, chunk: int = 64, vectors: int = 8, 
         groups: of the convolution.
         chunk, vectors: see `Tile`.
         zeros: keep the zeros too.
+
+    Returns:
+        Its values and columns by chunks of columns, the rows of each one after the other.
     """
     out, rows = weight.shape[0], weight.shape[0] // groups
     width = math.prod(weight.shape[1:])
@@ -93,6 +96,9 @@ def unpack(values: Tensor, columns: Tensor, pointers: Tensor, shape: Sequence[in
     Args:
         values, columns, pointers, groups, chunk: of `Packed`.
         shape: ``(out, in / groups, ...)``.
+
+    Returns:
+        A tensor of that shape, zero where nothing was kept.
     """
     width = math.prod(shape[1:])
     chunks, rows = -(-width // chunk), shape[0] // groups

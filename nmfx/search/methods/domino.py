@@ -25,6 +25,15 @@ def penalties(
 
     `c` is the site's remaining MACs, `r` its distance below its ERK sparsity, each divided by its largest magnitude. An `r` can
     be negative: that site then grows back.
+
+    Args:
+        problem: the sites and their options.
+        choice: the option that each site has now.
+        erk: ERK sparsities of the sites with a choice, by their number.
+        b1, b2: shares of both terms; None: the published ones for the budget.
+
+    Returns:
+        The factors by the number of the site.
     """
     shares = WEIGHTS[problem.budget.kind]
     b1, b2 = shares[0] if b1 is None else b1, shares[1] if b2 is None else b2

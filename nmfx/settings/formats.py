@@ -1,0 +1,40 @@
+"""The formats that the export stage writes on demand, beside the compressed checkpoint: one entry each, options and all."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeVar
+
+from nmfx.settings.methods import Function
+from nmfx.settings.option import option
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Format:
+    """One file of a baked model.
+
+    Attributes:
+        help: of its option.
+        ending: of the file's name.
+        function: ``(model, path, example) -> None``, which writes it; `example` is an input of the model, an `Example`.
+    """
+
+    help: str
+    ending: str
+    function: Function
+
+
+FORMATS: dict[str, Format] = {
+    "baked": Format("also a plain state dict with real zeros", ".baked.safetensors", "nmfx.export.plain:save_baked"),
+    "onnx": Format("also an ONNX file with real zeros (needs nmfx[onnx])", ".onnx", "nmfx.export.plain:save_onnx"),
+}
+
+
+def with_formats(cls: type[T]) -> type[T]:
+    """Below `dataclass`: an option for each format, off unless asked for."""
+    for name, one in FORMATS.items():
+        cls.__annotations__[name] = "bool"
+        setattr(cls, name, option(False, one.help))
+    return cls
