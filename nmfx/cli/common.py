@@ -63,10 +63,8 @@ def hint_scheme(work: WorkDirectory, data: DataSettings | None = None, scheme: s
 
 def hint_scores(work: WorkDirectory, data: DataSettings, scheme: str | None) -> None:
     """What can be done with a network that a stage has finished."""
-    hint(
-        (work.command("evaluate", *data.flags), "what it scores"),
-        (work.command("export", scheme=scheme), "write it out"),
-    )
+    export = work.command("export", scheme=scheme)
+    hint((work.command("evaluate", *data.flags), "what it scores"), (export, "write it out"))
 
 
 def check_kernel() -> None:

@@ -37,11 +37,10 @@ def run(args: Namespace) -> None:
             raise NmfxError(f"--out {path}: expected a name that ends in .yaml (the published format goes to .txt beside it)")
         check_free([path, path.with_suffix(".txt")], force=args.force)
         report.check(args.figure, args.html, force=args.force)
+        if work.start_path.is_file() and (start := work.start(sites := work.sites(work.build_meta()))):
+            out.print(heading(f"starts from {work.start_path}: ", tables.start_line(start, sites)), soft_wrap=True)
         record = _searched(settings, data, work, path.with_suffix(SEARCHING), device, force=args.force)
         assert record.result is not None  # no scheme or pattern can be asked for here
-        if record.start is not None:
-            start = tables.start_line(record.start, record.sites)
-            out.print(heading(f"starts from {work.start_path}: ", start), soft_wrap=True)
         if record.target:
             out.print(heading("target:", f" {record.target}, --target says another"), soft_wrap=True)
         _show(record.result, record.scheme, events=args.events)

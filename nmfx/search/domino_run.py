@@ -99,7 +99,7 @@ def run_domino(
     settings |= {"budgets": str(search.problem.budgets), "processes": world()}
     if checkpoint is not None and checkpoint.exists():
         _load(checkpoint, search, settings)
-    scores = [f"{masked.path}.{masked.attr}{suffix}" for masked in masked_sites(searched) for suffix in SUFFIXES]
+    scores = [f"{masked.name}{suffix}" for masked in masked_sites(searched) for suffix in SUFFIXES]
     wrapped, saved = wrap(searched, scores), time.monotonic()  # scores follow from the weights, as masks do
     batches = _endless(loader, search.t)
     while not search.done:

@@ -43,7 +43,6 @@ class SearchRecord:
         result: of the search, if there was one.
         reasons: why sites have another pattern than the one that all were to have.
         target: what was searched for where nothing was asked and 0.875 was out of reach, in words.
-        start: the scheme that the weights are under already, which bounded the search.
         reached: of a search under a budget of time, what was measured.
     """
 
@@ -52,7 +51,6 @@ class SearchRecord:
     result: SearchResult | None = None
     reasons: dict[str, str] = field(default_factory=dict)
     target: str = ""
-    start: Scheme | None = None
     reached: Reached | None = None
 
 
@@ -84,7 +82,7 @@ def search(
         settings, model, sites, start=start, data=data, size=work.input_size, device=device, checkpoint=checkpoint,
         progress=progress,
     )  # fmt: skip
-    return replace(record, scheme=with_origin(record.scheme, work.model, work.weights), start=start)
+    return replace(record, scheme=with_origin(record.scheme, work.model, work.weights))
 
 
 def with_origin(scheme: Scheme, model: str, weights: str) -> Scheme:
