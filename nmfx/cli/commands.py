@@ -12,6 +12,7 @@ from nmfx.settings.option import options_of
 from nmfx.settings.search import Choices, DominoSettings, SearchSettings
 from nmfx.settings.stages import (
     BenchSettings,
+    CompressSettings,
     CorrectSettings,
     DataSettings,
     EvaluateSettings,
@@ -210,6 +211,20 @@ COMMANDS = {
             FIGURE,
             STRICT,
             FORCE,
+        ],
+    ),
+    "compress": Command(
+        "from a network and pictures to an accurate sparse checkpoint, in one command",
+        "Build a network by name, search a scheme, correct its kept weights, distil it for some minutes, export it, and "
+        "evaluate what came out: without a label but for the last. What is written is a work directory; the same command goes "
+        "on with one that was stopped, and every other command takes it. For more than minutes, see nmfx finetune.",
+        [
+            arg("model", help="a name of torchvision or timm; prefixes torchvision: and timm: say which"),
+            flags(CompressSettings),
+            flags(ModelSettings),
+            PICTURES,
+            arg("-o", "--out", metavar="DIR", help="work directory (default: NAME.nmfx)"),
+            arg("--force", action="store_true", help="run every stage anew"),
         ],
     ),
     "run": Command(

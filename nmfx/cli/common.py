@@ -34,8 +34,11 @@ def processes(device: str = "auto") -> Iterator[str]:
 
 def check_random(args: Namespace, said: str) -> None:
     """Raise where random weights, of which there is something `said`, are an error."""
+    why = "--strict-weights forbids them; give --weights FILE to nmfx convert"
+    if args.command == "compress":
+        why = "what comes out would be of no use: give trained ones, by --weights FILE"
     if said and (args.strict_weights or os.environ.get("NMFX_STRICT_WEIGHTS", "0") not in ("", "0")):
-        raise NmfxError(f"{said}, and --strict-weights forbids them; give --weights FILE to nmfx convert")
+        raise NmfxError(f"{said}, and {why}")
 
 
 def work_of(args: Namespace) -> WorkDirectory:

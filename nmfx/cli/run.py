@@ -11,6 +11,7 @@ from nmfx.cli.evaluate import score_table
 from nmfx.recipe.check import check_recipe
 from nmfx.recipe.loader import find_recipe, load_recipe
 from nmfx.recipe.schema import Recipe
+from nmfx.settings.job import Job
 from nmfx.stages.evaluate import read_scores
 from nmfx.stages.pipeline import Pipeline
 from nmfx.stages.work import open_work
@@ -24,7 +25,7 @@ def run(args: Namespace) -> None:
         if args.check:
             _check(args, recipe, path, device)
         else:
-            _run(args, recipe, Path(args.out) if args.out else Path(f"{path.name.removesuffix('.yaml')}.nmfx"), device)
+            run_job(args, recipe, Path(args.out) if args.out else Path(f"{path.name.removesuffix('.yaml')}.nmfx"), device)
 
 
 def _check(args: Namespace, recipe: Recipe, path: Path, device: str) -> None:
@@ -36,8 +37,9 @@ def _check(args: Namespace, recipe: Recipe, path: Path, device: str) -> None:
         check_random(args, f"{path.name}: {said}")
 
 
-def _run(args: Namespace, recipe: Recipe, folder: Path, device: str) -> None:
-    pipeline, out = Pipeline(recipe, folder, device=device), output()
+def run_job(args: Namespace, job: Job, folder: Path, device: str) -> None:
+    """Run the stages of a job in a folder, until ``args.until``, all anew with ``args.force``, and show what they say."""
+    pipeline, out = Pipeline(job, folder, device=device), output()
     if args.until and args.until not in pipeline.stages:
         warn(f"the recipe has no {args.until} stage")
     for stage in pipeline.stages:
@@ -56,6 +58,6 @@ def _run(args: Namespace, recipe: Recipe, folder: Path, device: str) -> None:
             break
     work = open_work(folder)
     if work.random:
-        warn(work.random, "WARNING" if recipe.finetune is None else "warning")
+        warn(work.random, "WARNING" if job.finetune is None else "warning")
     if work.exported_path.is_file():
         out.print(f"the result is {work.exported_path}", soft_wrap=True)

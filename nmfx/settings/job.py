@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from nmfx.settings.search import SearchSettings
 from nmfx.settings.stages import (
+    DISTILLATION,
+    CompressSettings,
     CorrectSettings,
     DataSettings,
     EvaluateSettings,
@@ -28,3 +30,10 @@ class Job:
     finetune: FinetuneSettings | None = None
     export: ExportSettings = ExportSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
+
+
+def compression(model: ModelSettings, data: DataSettings, settings: CompressSettings) -> Job:
+    """The job of `nmfx compress`: a scheme, kept weights corrected, then distilled, without a label."""
+    finetune = replace(DISTILLATION, minutes=settings.minutes, pictures=settings.pictures) if settings.minutes else None
+    correct = CorrectSettings(pictures=settings.pictures)
+    return Job(model, SearchSettings(target=settings.target), data, correct, finetune)

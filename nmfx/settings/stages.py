@@ -111,6 +111,9 @@ class CorrectSettings:
     )
     pictures: int | None = option(None, "training pictures to look at, without their labels; 512, or all", least=1)
     batch_size: int = option(32, "pictures a batch", least=1)
+    memory: float = option(
+        4.0, "GiB of activations to hold at once; pictures that do not fit take part from later layers on", least=0, above=True
+    )
     seed: int = option(0, "which pictures, and which positions of large feature maps", least=0, most=2**32 - 1)
 
     def __post_init__(self) -> None:
@@ -129,7 +132,7 @@ class FinetuneSettings:
         "magnitude", "what masks rank the weights of a group by, measured on the dense weights before training"
     )
     decay: float = option(RULES["sr-ste"].decay, "sr-ste: lambda, the pull on dropped weights", least=0, most=1e6)
-    pictures: int | None = option(None, "train on so many of the training pictures; all", least=8)
+    pictures: int | None = option(None, "training pictures to use; all, or at most 512 with --distill-only", least=8)
     minutes: float | None = option(
         None, "as many epochs as fit in so many minutes, timed at the start, instead of --epochs", least=0, above=True, most=1e5
     )
@@ -149,7 +152,6 @@ class FinetuneSettings:
 # Measured on ResNet-20 and EfficientNet-Lite0, docs/correction.md. Mixed pictures are new questions to the dense network.
 DISTILLATION = FinetuneSettings(
     training="fixed",
-    pictures=512,
     minutes=10.0,
     settings=Settings(
         batch_size=64,
@@ -178,6 +180,18 @@ class ExportSettings:
     def formats(self) -> list[str]:
         """Those of `FORMATS` that are asked for."""
         return [name for name in FORMATS if getattr(self, name)]
+
+
+@dataclass(frozen=True)
+class CompressSettings:
+    """From a trained network to a sparse one without labels: what the stages of `nmfx compress` are told."""
+
+    target: str = option("0.75", "sparsity of the weights, as 0.75, or times fewer, as 4x")
+    minutes: float = option(10.0, "of distillation, after what takes no training; 0: none", least=0, most=1e5)
+    pictures: int | None = option(None, "training pictures to look at, without their labels; 512, or all", least=16)
+
+    def __post_init__(self) -> None:
+        check_options(self, "compression settings")
 
 
 @dataclass(frozen=True)

@@ -74,8 +74,8 @@ class Settings:
     temperature: float = option(1.0, "softens both answers for distill", least=0, above=True)
     distill_only: bool = option(
         False,
-        "no labels: learn from the dense model's answers alone, and keep the epoch that is nearest to them on held-back "
-        "training pictures; by itself 10 minutes on 512 pictures, fixed masks, AdamW at 0.001, from corrected weights",
+        "no labels: learn from the dense model's answers alone, from corrected weights if there are any, and keep what is "
+        "nearer to them on held-back training pictures; by itself 10 minutes on 512 pictures, see docs/correction.md",
     )
     freeze_bn: bool = option(False, "batch norms keep their statistics, as for few pictures")
     seed: int = option(0, "of the order of pictures, their augmentation, dropout", least=0, most=2**32 - 1)

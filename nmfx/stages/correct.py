@@ -61,8 +61,9 @@ def correct_weights(
     model = transform(dense, chosen, sites=sites)
     name, count, batches = sample_for(settings, pictures, model, work.input_size, least=8)  # the last is held back
     weights = correct(
-        model.to(device), batches, dense=dense.to(device), method=settings.method, seed=settings.seed, progress=progress
-    )
+        model.to(device), batches, dense=dense.to(device), method=settings.method, seed=settings.seed,
+        memory=settings.memory * 2**30, progress=progress,
+    )  # fmt: skip
     said = {**chosen.info, "weights": f"corrected ({settings.method}), {work.weights}"}
     if rank() == 0:
         save_checkpoint(model.cpu(), path, info=said, force=force)

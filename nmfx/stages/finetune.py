@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sized
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,9 @@ from nmfx.data.loader import Batch, validation_loader
 from nmfx.data.sample import few_pictures
 from nmfx.data.source import Data
 from nmfx.errors import NmfxError
-from nmfx.export.checkpoint import load_checkpoint
+from nmfx.export.checkpoint import load_checkpoint, save_checkpoint
 from nmfx.files.atomic import check_writable
+from nmfx.masking.copies import deep_copy
 from nmfx.models.building import build_random
 from nmfx.models.census import find_sites
 from nmfx.passes.transform import transform
@@ -25,8 +26,9 @@ from nmfx.processes import rank, world
 from nmfx.progress import Progress, silent
 from nmfx.scheme import INFO, Scheme
 from nmfx.settings.stages import DataSettings, FinetuneSettings
+from nmfx.settings.training import Settings
 from nmfx.sparsity.score import SCORES
-from nmfx.stages.data import fit_pictures, open_pictures, sample
+from nmfx.stages.data import PICTURES, fit_pictures, open_pictures, sample
 from nmfx.stages.epochs import TUNED, describe_epoch, save_epochs
 from nmfx.stages.work import WorkDirectory, check_free, example_of
 from nmfx.stages.written import remove_state
@@ -120,7 +122,7 @@ def finetune(
     if rank() == 0:
         check_writable(folder, FILES)  # before hours are spent
     labels = not training.distill_only
-    data = few_pictures(open_pictures(pictures, labels=labels), settings.pictures, seed=training.seed, hold_back=not labels)
+    data, training = _pictures(settings, pictures, training)
     model, info = _model(origin, settings, data)
     teacher = _teacher(origin) if training.distill or training.distill_only else None
     about = {"weights before": fingerprint(model)}
@@ -130,9 +132,16 @@ def finetune(
         planned = planned_epochs(folder)
         if planned is None:
             progress(0.0, "timing some updates")
-            seconds = 60 * settings.minutes
+            seconds, teacher = 60 * settings.minutes, teacher and teacher.to(device)
             planned = epochs_within(seconds, model.to(device), data, training, config, teacher)
         training = replace(training, epochs=planned)
+
+    size = training.pictures_a_pass(world())
+    batches: Iterable[Batch] = validation_loader(data, config, batch_size=size, workers=training.workers)
+    start = None
+    if teacher is not None and training.distill_only:
+        batches = AnsweredBy(teacher.to(device), batches, torch.device(device))
+        start = deep_copy(model), evaluate(model.to(device), batches).loss
 
     def during(now: Now) -> None:
         top1 = "" if now.top1 is None else f", top-1 {now.top1:.2%}"
@@ -152,19 +161,34 @@ def finetune(
     save_epochs(model, result, folder, info)
     if world() > 1:
         dist.barrier()  # it has been written
-    size = training.pictures_a_pass(world())
-    batches: Iterable[Batch] = validation_loader(data, config, batch_size=size, workers=training.workers)
-    if teacher is not None and training.distill_only:
-        batches = AnsweredBy(teacher, batches, torch.device(device))
+    if start is not None and start[1] <= result.best.loss:
+        model.load_state_dict(start[0].state_dict())
+        notes.append("distillation came no nearer to the dense network on held-back pictures: the weights before it are kept")
+        if rank() == 0:
+            save_checkpoint(model, folder / TUNED["best"], info=info | {"weights": f"{info['weights']}, which is kept"})
     return FinetuneRecord(model, result, _check(folder / TUNED["best"], model, batches, device), folder, notes)
+
+
+def _pictures(settings: FinetuneSettings, pictures: DataSettings, training: Settings) -> tuple[Data, Settings]:
+    """What to train and to evaluate on; a distillation's batches are not larger than its few pictures."""
+    only = training.distill_only
+    data, count = open_pictures(pictures, labels=not only), settings.pictures
+    if only and count is None and isinstance(data.train, Sized):
+        count = min(PICTURES, len(data.train))
+    data = few_pictures(data, count, seed=training.seed, hold_back=only)
+    if only and isinstance(data.train, Sized):
+        step = 2 * world() * training.accumulate  # pictures are mixed in pairs
+        training = replace(training, batch_size=min(training.batch_size, max(step, len(data.train) // step * step)))
+    return data, training
 
 
 def _model(origin: Origin, settings: FinetuneSettings, data: Data) -> tuple[nn.Module, dict[str, str]]:
     """The converted model to train, and what its checkpoint says of its origin."""
     work, random = origin.work, settings.weights == "none"
+    trained = "distilled" if settings.settings.distill_only else "fine-tuned"
     if origin.checkpoint is not None:
         model = load_checkpoint(origin.checkpoint)
-        info = {"weights": f"fine-tuned from {origin.checkpoint.name}"}
+        info = {"weights": f"{trained} from {origin.checkpoint.name}"}
         if not origin.scheme:  # its masks keep their score
             set_training(model, settings.training, settings.decay)
             return model, info | ({"model": work.model} if work else {})
@@ -172,7 +196,7 @@ def _model(origin: Origin, settings: FinetuneSettings, data: Data) -> tuple[nn.M
         if work is None:
             raise NmfxError("nothing to train: give a work directory or a compressed checkpoint")
         model = build_random(work.source, settings.settings.seed) if random else work.load()
-        info = {"model": work.model, "weights": f"fine-tuned from {'random' if random else work.weights}"}
+        info = {"model": work.model, "weights": f"{trained} from {'random' if random else work.weights}"}
     if origin.scheme == "dense":
         return model, info
     path = Path(origin.scheme) if origin.scheme else work.scheme_path if work else Path()

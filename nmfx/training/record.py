@@ -46,10 +46,6 @@ class Epoch:
     lr: float
     images_per_second: float
 
-    def score(self, distilled: bool) -> float:
-        """What the best epoch has most of: top-1, or, next to the dense model's answers, less loss."""
-        return -self.loss if distilled else self.top1
-
 
 @dataclass(frozen=True)
 class Finetuned:
@@ -61,8 +57,10 @@ class Finetuned:
 
     @property
     def best(self) -> Epoch:
-        """The first epoch of the highest top-1, or of the least loss where the dense model's answers were learnt alone."""
-        return max(self.epochs, key=lambda epoch: epoch.score(self.distilled))
+        """The first epoch of the highest top-1; the last one where the dense model's answers were learnt alone: its learning
+        rate has come down, and held-back pictures are too few to choose among hundreds of epochs.
+        """
+        return self.epochs[-1] if self.distilled else max(self.epochs, key=lambda epoch: epoch.top1)
 
 
 @dataclass

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, replace
@@ -39,7 +38,7 @@ from nmfx.training.optimizer import check_optimizer, make_optimizer, optimizer_s
 from nmfx.training.record import Epoch, Finetuned, Position, Progress, write_log
 from nmfx.training.state import SavedEpoch, SavedRun, check_fits, check_identity, load_into, load_state, save_state
 
-REHEARSED = 3  # updates that are timed, of which the first is slow
+REHEARSED, LONG = 3, 5.0  # updates that are timed, the first of which is slow; seconds after which no other is
 LAST, BEST, LOG = "last.safetensors", "best.safetensors", "log.csv"
 
 
@@ -66,6 +65,7 @@ class Run:
         self.model, self.settings, self.folder, self.teacher, self.identity = model, settings, folder, teacher, identity
         self.original = model  # under FSDP `model` is a copy that is shared out
         self.device, self.at = next(model.parameters()).device, Position()
+        self.saved = time.perf_counter()
         self.lr = self.speed = 0.0  # of the last update, and pictures a second of this epoch
         config, size = config or picture_config(model, data), settings.pictures_a_pass(world())
         same = {"workers": settings.workers, "batch_size": size}
@@ -121,16 +121,14 @@ class Run:
                 norm.eval()
         self.loader.set_epoch(self.at.epoch, skip=self.at.step * self.settings.accumulate)
         batches, first, start = iter(self.loader), self.at.step, time.perf_counter()
-        saved = start
         for step in range(first, self.steps):
             self.at.loss += self.update(batches)
             self.at.step = step + 1
             now = time.perf_counter()
             self.speed = (step + 1 - first) * self.settings.batch_size / (now - start)
             more = step + 1 < self.steps  # the last one is saved with its evaluation
-            if self._anyone(now - saved > self.settings.save_seconds) and more:
+            if self._anyone(now - self.saved > self.settings.save_seconds) and more:
                 self.save()
-                saved = now
             stop = False
             if progress is not None:
                 loss, lr, top1 = self.at.loss / self.at.step, self.lr, self.at.top1
@@ -212,18 +210,21 @@ class Run:
         found = evaluate(evaluated, self.validation)
         loss = self.at.loss / self.steps
         row = Epoch(self.at.epoch, loss, found.top1, found.top5, found.loss, self.lr, self.speed)
-        only = self.settings.distill_only
-        best = max((epoch.score(only) for epoch in self.at.log), default=-math.inf)
+        best = max((epoch.top1 for epoch in self.at.log), default=-1.0)
         self.at = Position(self.at.epoch + 1, log=[*self.at.log, row])
-        if row.score(only) > best:
+        last = self.at.epoch == self.settings.epochs
+        if last if self.settings.distill_only else row.top1 > best:
             self._save_best(evaluated)  # before the other, which says that it is there
-        self.save()
+        due = not self.settings.distill_only or time.perf_counter() - self.saved > self.settings.save_seconds
+        if last or self._anyone(due):  # epochs over few pictures end every few seconds
+            self.save()
         if self.folder is not None and rank() == 0:
             write_log(self.folder / LOG, self.at.log)
         return row
 
     def save(self) -> None:
         """Write the whole run; every process has to call it."""
+        self.saved = time.perf_counter()
         if self.folder is None:
             return
         optimizer, numbers = optimizer_state(self.optimizer)
@@ -328,6 +329,8 @@ def epochs_within(
         start = time.perf_counter()
         run.update(batches)
         times.append(time.perf_counter() - start)
+        if sum(times) > LONG:
+            break
     start = time.perf_counter()
     evaluate(run.evaluated(), run.validation)
     epoch = min(times) * run.steps + time.perf_counter() - start
