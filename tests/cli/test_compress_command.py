@@ -58,7 +58,7 @@ def test_without_distillation_and_without_labels(nmfx: Run, tmp_path: Path) -> N
 def test_what_cannot_be_done_is_one_line(
     argv: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str], nmfx: Run
 ) -> None:
-    with pytest.raises(SystemExit, match="[12]"):
+    with pytest.raises(SystemExit, match=r"[12]"):
         raise SystemExit(main(("compress", *argv)))
     said = capsys.readouterr().err
     assert message in said
