@@ -115,6 +115,11 @@ def test_an_inline_option_is_set_where_it_belongs() -> None:
     assert flags.limits == {"params": 0.5}
 
 
+def test_classes_are_another_word_for_an_argument_of_the_builder() -> None:
+    told = section({"name": "digits", "classes": "3"}, ModelSettings, "f.yaml")
+    assert told == ModelSettings("digits", kwargs={"num_classes": 3})
+
+
 def test_what_is_said_of_all_sites_counts_last() -> None:
     found = typed(SearchSettings, "--min-density", "0.25", "--min-density", "block3*=0.5")
     assert list(found.choices.min_density.items()) == [("block3*", 0.5), ("*", 0.25)]
