@@ -1,14 +1,16 @@
-"""Accuracy without training: python benchmarks/correction.py --data DIR [--only NAME] [--targets 0.5,0.75,0.875] [--out FILE]
+"""Accuracy without labels: python benchmarks/correction.py --data DIR [--only NAME] [--targets 0.5] [--minutes 10] [--out FILE]
 
 DIR holds `cifar10/` (JPEG pictures, train/ and test/), `imagenet500/` and `resnet20-cifar10.safetensors`,
 `resnet56-cifar10.safetensors`. Schemes are data-free knapsacks over N:16, or 2:4 everywhere (`uniform`). Fitted on training
 pictures without their labels (512 of CIFAR-10; every second class of the 500 of ImageNet), reported on others (2,000; the other
-half). Columns: dense, masked with batch norms matched, and corrected by each method.
+half). Columns: dense, masked with batch norms matched, corrected by each method, and with --minutes corrected by the first
+method and then distilled for so long, as `nmfx compress` does.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 import time
@@ -23,7 +25,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import nmfx
+from nmfx.data.config import PictureConfig
+from nmfx.data.folder import open_unlabelled
+from nmfx.data.pictures import ArrayPictures
+from nmfx.data.sample import few_pictures
+from nmfx.data.source import Data
+from nmfx.settings.stages import DISTILLATION
 from nmfx.sparsity.correction import CORRECTIONS
+from nmfx.training.masks import set_training
+from nmfx.training.trainer import epochs_within
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 Pictures = tuple[Tensor, Tensor]
@@ -98,6 +108,29 @@ def imagenet(data: Path) -> tuple[Pictures, Pictures]:
     return halves[0], halves[1]
 
 
+def few(name: str, data: Path, fit: Pictures) -> tuple[Data, PictureConfig]:
+    """The pictures to fit on, as training reads and alters them, an eighth of them held back."""
+    if name == "lite0":
+        everything = open_unlabelled(data / "imagenet500")
+        halves = {folder.name for folder in sorted((data / "imagenet500").iterdir())[::2]}
+        own = [Path(file).parent.name in halves for file, _ in everything.source.samples]
+        pictures = everything.part(torch.tensor(own).nonzero().flatten())
+        config = PictureConfig((3, 224, 224), (0.5,) * 3, (0.5,) * 3, "bicubic", 0.875)
+        return few_pictures(Data(name, 1, (), pictures, pictures), None, hold_back=True), config
+    pixels = fit[0] * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)
+    array = ArrayPictures((pixels * 255).round().to(torch.uint8), fit[1], hflip=0.5)
+    return few_pictures(Data(name, 10, (), array, array), None, hold_back=True), PictureConfig((3, 32, 32), MEAN, STD)
+
+
+def distil(masked: nn.Module, dense: nn.Module, data: Data, config: PictureConfig, minutes: float) -> int:
+    """As `nmfx finetune --distill-only`; the number of epochs that fitted."""
+    set_training(masked, DISTILLATION.training)
+    epochs = epochs_within(60 * minutes, masked, data, DISTILLATION.settings, config, dense)
+    settings = dataclasses.replace(DISTILLATION.settings, epochs=epochs)
+    nmfx.finetune(masked, data, settings=settings, config=config, teacher=dense)
+    return epochs
+
+
 @torch.no_grad()
 def accuracy(model: nn.Module, pictures: Pictures) -> float:
     """Top-1, percent."""
@@ -111,6 +144,7 @@ def main() -> None:
     parser.add_argument("--only", default="resnet20,resnet56,lite0")
     parser.add_argument("--targets", default="0.5,0.75,0.875,uniform")
     parser.add_argument("--methods", default=",".join(CORRECTIONS))
+    parser.add_argument("--minutes", type=float, default=0.0)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     for name in args.only.split(","):
@@ -133,6 +167,10 @@ def main() -> None:
                 masked, start = nmfx.transform(model, scheme, sites=sites), time.monotonic()
                 nmfx.correct(masked, batches, method=method)
                 record |= {method: accuracy(masked, report), f"{method} seconds": round(time.monotonic() - start, 1)}
+                if args.minutes and method == args.methods.split(",")[0]:
+                    start = time.monotonic()
+                    record["epochs"] = distil(masked, model, *few(name, args.data, fit), args.minutes)
+                    record |= {"distilled": accuracy(masked, report), "minutes": round((time.monotonic() - start) / 60, 1)}
             print(json.dumps(record), flush=True)
             if args.out:
                 with args.out.open("a") as file:
