@@ -70,7 +70,7 @@ def correct(
         odd = min(sparse.shapes.items() ^ target.shapes.items())[0]
         raise NmfxError(f"correct: dense has another {odd}; give the dense version of this network")
     device = next(sparse.model.parameters()).device
-    inputs = _inputs(batches, device)
+    inputs = inputs_of(batches, device)
     for site in masked_sites(model):
         if not site.spec.derived:
             sparse.weights[site.spec.name].mul_(site.mask)  # the model's own: by its score, or fixed
@@ -104,7 +104,7 @@ def correct(
     return job.records + [Corrected(name, "plain: no product reads it as it is stored") for name in specs if name not in seen]
 
 
-def _inputs(batches: Iterable[Any], device: torch.device) -> list[Any]:
+def inputs_of(batches: Iterable[Any], device: torch.device) -> list[Any]:
     """Inputs of the forward passes, without labels; fewer than 8 batches are cut into pieces, so that some can be held back."""
     if isinstance(batches, Tensor | str | dict) or not isinstance(batches, Iterable):
         raise NmfxError(f"correct: expected batches, as a list or a loader gives them, got {type(batches).__name__}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,11 +16,11 @@ from nmfx.masking.copies import deep_copy
 from nmfx.masking.owner import masks_derived, unmask
 from nmfx.masking.weight import MaskSpec
 from nmfx.models.storages import LOOKUPS, storage_of
-from nmfx.passes.lockstep import Call, Run, sharing_copy
+from nmfx.passes.lockstep import Call, Run, running, sharing_copy
 from nmfx.passes.lookahead import Follower, look_ahead
 from nmfx.passes.samples import Product, product_of
 from nmfx.passes.statistics import variance_ratio
-from nmfx.progress import Progress
+from nmfx.progress import Progress, silent
 from nmfx.sparsity.correction import CORRECTIONS, Moments, Quadratic, Scaled, Selection, fit_kept
 from nmfx.sparsity.mask import make_mask
 
@@ -275,7 +275,12 @@ class LayerwiseCorrection:
         best, used = weight, math.nan
         exact, scaled = before < EXACT, Scaled(fitted)
         for damping in () if exact else DAMPINGS:
-            found = self._solve(name, product, Quadratic.of(scaled, wanted, damping), wanted).float()
+            spec = self.sparse.specs.get(name)
+            problem = Quadratic.of(scaled, wanted, damping)
+            if spec is None or spec.derived:
+                found = problem.optimum.float()
+            else:
+                found = solve(self.method, problem, wanted, product, self.sparse.weights[name], spec)
             error = held.error(found)
             if error < after:
                 best, used, after = found, damping, error
@@ -295,26 +300,68 @@ class LayerwiseCorrection:
         self.records.append(Corrected(name, chosen, before, after))
         self.progress(len(self.records) / len(self.sparse.weights), str(self.records[-1]))
 
-    def _solve(self, name: str, product: Product, problem: Quadratic, dense: Tensor) -> Tensor:
-        """The values that `method` finds; all are kept where the weight has no mask."""
-        spec = self.sparse.specs.get(name)
-        if spec is None or spec.derived:
-            return problem.optimum
-        whole, view = self.sparse.weights[name], product.weight
-        place = view.shape, view.stride(), view.storage_offset() - whole.storage_offset()
 
-        def choose(scores: Tensor) -> Tensor:  # a product may read a part of a weight: groups are those of the whole
-            full = torch.zeros(whole.shape, dtype=scores.dtype, device=whole.device)
-            full.as_strided(*place).copy_(product.tensor(scores))
-            return product.matrix(make_mask(full, spec.pattern.n, spec.grouping).as_strided(*place))
+def solve(method: str, problem: Quadratic, dense: Tensor, product: Product, whole: Tensor, spec: MaskSpec) -> Tensor:
+    """The values that a method finds for what a product reads of a masked weight.
 
-        positions, inputs = product.columns
-        spans = [
-            (position * inputs + start, position * inputs + min(start + spec.grouping.m, inputs))
-            for position in range(positions)
-            for start in range(0, inputs, spec.grouping.m)
-        ]
-        return CORRECTIONS[self.method](problem, dense, Selection(spec.pattern.n, () if spec.grouping.flat else spans, choose))
+    Args:
+        method: one of `CORRECTIONS`.
+        problem: the loss to make small.
+        dense: the dense values, ``(groups, rows, columns)``.
+        product: reads `whole`, or a part of it.
+        whole: the weight.
+        spec: pattern and groups of the whole weight.
+
+    Returns:
+        ``(groups, rows, columns)``, float32.
+    """
+    view = product.weight
+    place = view.shape, view.stride(), view.storage_offset() - whole.storage_offset()
+
+    def choose(scores: Tensor) -> Tensor:  # a product may read a part of a weight: groups are those of the whole
+        full = torch.zeros(whole.shape, dtype=scores.dtype, device=whole.device)
+        full.as_strided(*place).copy_(product.tensor(scores))
+        return product.matrix(make_mask(full, spec.pattern.n, spec.grouping).as_strided(*place))
+
+    positions, inputs = product.columns
+    spans = [
+        (position * inputs + start, position * inputs + min(start + spec.grouping.m, inputs))
+        for position in range(positions)
+        for start in range(0, inputs, spec.grouping.m)
+    ]
+    selection = Selection(spec.pattern.n, () if spec.grouping.flat else spans, choose)
+    return CORRECTIONS[method](problem, dense, selection).float()
+
+
+@torch.no_grad()
+def products_of(network: Network, inputs: Sequence[Any], seed: int = 0) -> Iterator[tuple[str, Product, Moments]]:
+    """Each weight's first product in a forward pass: its name, the product, and moments of what it reads and gives.
+
+    Moments are centred where outputs may move by a constant. Weights of too many columns, tables that are read by index, and
+    products that give zeros are left out.
+    """
+    job = LayerwiseCorrection(network, network, "", seed, len(inputs), math.inf, silent)
+    with running(network.model, inputs, network.wanted) as runs:
+        network.look_ahead(inputs[0])
+        while True:
+            calls = [run.advance() for run in runs]
+            stop = calls[0].tag if calls[0] is not None else None
+            if stop is None or any(call is None or call.tag.key != stop.key for call in calls):
+                return
+            if stop.product is None or stop.key in job.seen:
+                continue
+            job.seen.add(stop.key)
+            moments: list[Moments] = []
+            for index, call in enumerate(calls):
+                assert call is not None  # as was seen
+                call.compute()
+                job._gather(moments, call, call, None, (index, len(calls)))
+            name = str(stop.key[0])
+            if moments and name not in network.looked_up:
+                both = moments[0] + moments[1]
+                both = both.centred() if job._moves(stop) else both
+                if both.energy:
+                    yield name, stop.product, both
 
 
 def _match(stop: Stop, inputs: Sequence[tuple[Tensor, Tensor]], shift: Tensor | float = 0.0) -> None:

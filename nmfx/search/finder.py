@@ -118,7 +118,8 @@ def find_scheme(
         latency: nanoseconds of each pattern of each site, as
             ``nmfx.runtime.measuring.latency.measure_latency(...).prices``; sites it does not know cost nothing.
         sensitivity: what the knapsack sums up: ``weight`` (squared weight error, data-free), ``activation`` (weighted by
-            activation second moments), ``gradient`` (squared directional gradients), ``measured`` (each single choice tried);
+            activation second moments), ``corrected`` (output error after `nmfx.correct`), ``gradient`` (squared directional
+            gradients), ``measured`` (each single choice tried);
             None is ``gradient`` with data and ``weight`` without.
         score: what the masks rank weights by, one of `nmfx.sparsity.score.SCORES` (see `transform`).
         data: batches ``(input, label)`` for all but ``weight`` and ``magnitude``: a few hundred training pictures,

@@ -69,6 +69,7 @@ METHODS: dict[str, Method] = {
 SENSITIVITIES: dict[str, Sensitivity] = {
     "weight": Sensitivity("nmfx.search.sensitivity.weight:squared_errors"),
     "activation": Sensitivity("nmfx.search.sensitivity.activation:output_errors", pictures=True),
+    "corrected": Sensitivity("nmfx.search.sensitivity.corrected:corrected_errors", pictures=True),
     "gradient": Sensitivity("nmfx.search.sensitivity.gradient:directional_gradients", pictures=True, labels=True),
     "measured": Sensitivity("nmfx.search.sensitivity.measured:loss_increases", pictures=True, labels=True),
 }

@@ -146,7 +146,7 @@ class SearchSettings:
     scheme: str = option("", "a scheme file", flag=None)
     data: bool = option(False, "look at training pictures: domino runs the published loop, others measure on a few", flag=None)
     sensitivity: str = option(
-        "", "what the knapsack sums up: weight, activation, gradient or measured; gradient with data, weight without"
+        "", "what the knapsack sums up: weight, activation, corrected, gradient or measured; gradient with data, weight without"
     )
     score: str = option("magnitude", f"what masks rank weights by: {', '.join(SCORES)}")
     target_latency: str | None = option(
@@ -204,7 +204,7 @@ class SearchSettings:
         if self.data and needs.pictures == "never" and not any(looks.values()):
             raise SearchError(f"method {self.method} looks at no pictures; leave `data` out")
         if self.data and needs.sums and not any(looks.values()):
-            raise SearchError("the knapsack looks at pictures with `sensitivity` activation, gradient or measured only")
+            raise SearchError("`sensitivity` weight looks at no pictures: take activation, corrected, gradient or measured")
         if self.timed and not needs.timed:
             raise SearchError(
                 f"times are the knapsack's and spdy's to budget; method {self.method} counts parameters, MACs or bytes"

@@ -62,7 +62,7 @@ def test_bounds_and_patterns(nmfx: Run) -> None:
     assert all(p.density >= (0.5 if name.startswith("block3") else 0.25) for name, p in chosen.items())
 
 
-@pytest.mark.parametrize("sensitivity", ["activation", "gradient", "measured"])
+@pytest.mark.parametrize("sensitivity", ["activation", "corrected", "gradient", "measured"])
 def test_sensitivities_look_at_pictures(sensitivity: str, nmfx: Run) -> None:
     out, _ = nmfx("search", "--method", "knapsack", "--sensitivity", sensitivity, "--data", "digits", "--pictures", "64")
     assert f"knapsack ({sensitivity}):" in out

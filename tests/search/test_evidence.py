@@ -199,7 +199,7 @@ def test_what_cannot_be_asked_says_why(name: str) -> None:
 # --- sensitivities
 
 
-@pytest.mark.parametrize("sensitivity", ["activation", "gradient", "measured"])
+@pytest.mark.parametrize("sensitivity", ["activation", "corrected", "gradient", "measured"])
 def test_a_table_is_finite_zero_for_dense_and_leaves_the_model_alone(sensitivity: str) -> None:
     model, sites = demo()
     before = {key: value.clone() for key, value in model.state_dict().items()}
@@ -233,6 +233,26 @@ def test_activation_sensitivity_is_the_output_error_of_uncorrelated_inputs() -> 
             kept = weight * make_mask(weight, pattern.n, problem.grouping(0, pattern))
             lost = torch.func.functional_call(model, {"0.weight": kept}, (x,)).detach() - dense
             assert table[0][option] == pytest.approx(float(lost.square().sum() / dense.square().sum()), rel=0.05)
+
+
+def test_corrected_sensitivity_is_what_correction_leaves() -> None:
+    """Below the error of plain masking, falling with density, and nearly nothing where inputs repeat one another."""
+    torch.manual_seed(0)
+    for layer, size in (
+        (nn.Linear(16, 8), (16,)),
+        (nn.Conv2d(16, 8, 3, padding=1, bias=False), (16, 6, 6)),
+        (nn.Conv2d(32, 8, 3, groups=2), (32, 6, 6)),
+        (nn.ConvTranspose2d(16, 8, 2, 2), (16, 5, 5)),
+    ):
+        model = nn.Sequential(layer)
+        twice = torch.randn(64, size[0] // 2, *size[1:]).repeat_interleave(2, 1)  # half of the columns are enough
+        batches = tuple((x, torch.zeros(len(x), dtype=torch.long)) for x in twice.split(8))
+        problem = make_problem(find_sites(model, twice[:1]), target=0.4, m=4)
+        tables = Tables(problem, model, calibration=Calibration(batches))
+        corrected, plain = tables.table("corrected")[0], tables.table("activation")[0]
+        assert corrected == sorted(corrected, reverse=True)
+        assert all(one < other for one, other in zip(corrected[:-1], plain[:-1], strict=True))
+        assert corrected[-2] < 0.05  # 2:4, so one of each two
 
 
 def test_gradient_sensitivity_is_its_definition() -> None:
