@@ -126,7 +126,7 @@ def distil(masked: nn.Module, dense: nn.Module, data: Data, config: PictureConfi
     """As `nmfx finetune --distill-only`; the number of epochs that fitted."""
     set_training(masked, DISTILLATION.training)
     epochs = epochs_within(60 * minutes, masked, data, DISTILLATION.settings, config, dense)
-    settings = dataclasses.replace(DISTILLATION.settings, epochs=epochs)
+    settings = dataclasses.replace(DISTILLATION.settings, epochs=epochs).at_rate_of(len(data.train))
     nmfx.finetune(masked, data, settings=settings, config=config, teacher=dense)
     return epochs
 

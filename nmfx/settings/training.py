@@ -8,6 +8,8 @@ from typing import Any, Literal
 from nmfx.errors import NmfxError
 from nmfx.settings.option import check_options, free_keys, option
 
+FULL_RATE = 1000  # updates
+
 
 @dataclass(frozen=True)
 class Augment:
@@ -111,6 +113,13 @@ class Settings:
     def mixed_augment(self) -> Augment:
         """Augmentation whose mixed labels are smoothed as others are by the loss."""
         return replace(self.augment, label_smoothing=self.smoothing or self.augment.label_smoothing)
+
+    def at_rate_of(self, pictures: int) -> Settings:
+        """For a distillation over so many pictures: below 1,000 updates the learning rate falls with the root of their number,
+        as the noise of fewer ones does not average out (docs/correction.md).
+        """
+        updates = self.epochs * max(1, pictures // self.batch_size)
+        return replace(self, lr=self.lr * min(1.0, (updates / FULL_RATE) ** 0.5))
 
     def identity(self) -> dict[str, Any]:
         """What has to agree for a run to be resumed."""

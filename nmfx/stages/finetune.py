@@ -135,6 +135,8 @@ def finetune(
             seconds, teacher = 60 * settings.minutes, teacher and teacher.to(device)
             planned = epochs_within(seconds, model.to(device), data, training, config, teacher)
         training = replace(training, epochs=planned)
+    if training.distill_only and isinstance(data.train, Sized):
+        training = training.at_rate_of(len(data.train))
 
     size = training.pictures_a_pass(world())
     batches: Iterable[Batch] = validation_loader(data, config, batch_size=size, workers=training.workers)
