@@ -36,9 +36,11 @@ a first tour, in an empty folder (real digits, two minutes; needs nmfx[demo]):
   nmfx bench --batch 1 --turns 5          its speed here, dense and sparse
   nmfx run digits --check                 the same from one recipe, a dry run
   nmfx models "timm:vit_*"                what is known of models by name
+  nmfx compress digits --data digits --minutes 0.2 -o one.nmfx  all in one
 
-your own: nmfx convert resnet50 [--weights FILE] [--classes N], and a folder of
-pictures for --data: DIR/train/CLASS/*.jpg and DIR/val/CLASS/*.jpg
+your own: nmfx compress resnet50 --data DIR [--weights FILE] [--classes N], or
+the same by steps from nmfx convert on; DIR is a folder of pictures, labelled
+where labels are needed: DIR/train/CLASS/*.jpg and DIR/val/CLASS/*.jpg
 """
 
 

@@ -64,10 +64,11 @@ def hint_scheme(work: WorkDirectory, data: DataSettings | None = None, scheme: s
     )
 
 
-def hint_scores(work: WorkDirectory, data: DataSettings, scheme: str | None) -> None:
-    """What can be done with a network that a stage has finished."""
+def hint_scores(work: WorkDirectory, data: DataSettings, scheme: str | None, *, distil: bool = False) -> None:
+    """What can be done with a network that a stage has finished; `distil` if that is a step from there."""
+    further = [(work.command("finetune", *data.flags, "--distill-only"), "nearer to dense: ten minutes, no labels")]
     export = work.command("export", scheme=scheme)
-    hint((work.command("evaluate", *data.flags), "what it scores"), (export, "write it out"))
+    hint((work.command("evaluate", *data.flags), "what it scores"), *(further if distil else []), (export, "write it out"))
 
 
 def check_kernel() -> None:

@@ -36,7 +36,7 @@ def run(args: Namespace) -> None:
         output().print(f"wrote {path}", soft_wrap=True)
         warn_random(work)
         if not args.out:
-            hint_scores(work, data, args.scheme)
+            hint_scores(work, data, args.scheme, distil=args.command == "correct" and not args.scheme)
 
 
 def _corrected(done: CorrectRecord) -> list[str]:

@@ -94,6 +94,16 @@ def test_the_last_epoch_counts_and_a_stopped_run_goes_on(few: Data, tmp_path: Pa
     assert all(torch.equal(value, state(model)[key]) for key, value in state(other).items())
 
 
+def test_masks_that_are_fixed_are_those_of_the_weights_that_were_loaded() -> None:
+    example = torch.zeros(1, 1, 8, 8)
+    model, other = (transform(load_demo(trained=trained), "2:16", example_input=example) for trained in (True, False))
+    model.load_state_dict(other.state_dict())
+    set_training(model, "fixed")
+    for one, two in zip(masked_sites(model), masked_sites(other), strict=True):
+        assert torch.equal(one.mask, two.mask)
+        assert torch.equal(one.value, two.value)
+
+
 def test_it_needs_the_dense_network(few: Data) -> None:
     with pytest.raises(NmfxError, match="give finetune"):
         finetune(corrected(), few, settings=SETTINGS)
