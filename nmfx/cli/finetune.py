@@ -72,7 +72,9 @@ def _folder(args: Namespace, work: WorkDirectory | None, *, random: bool) -> Pat
 
 def _show(record: FinetuneRecord) -> None:
     out, result, folder = output(), record.result, record.folder
-    which = f"best, epoch {result.best.epoch + 1} of {len(result.epochs)}"
+    for note in record.notes:
+        out.print(note, soft_wrap=True)
+    which = "before distillation" if record.kept else f"best, epoch {result.best.epoch + 1} of {len(result.epochs)}"
     for label, one, name in ((which, record.best, TUNED["best"]), ("last", result.evaluation, TUNED["last"])):
         scores = f"top-1 {one.top1:.2%}, top-5 {one.top5:.2%}, loss {one.loss:.4f} on {one.samples:,} validation pictures"
         if result.distilled:

@@ -65,8 +65,9 @@ def few_pictures(data: Data, count: int | None, *, seed: int = 0, hold_back: boo
     if isinstance(data.train, IterableDataset):
         raise DataError(f"{data.name}: a stream cannot be cut; choose some of its pictures beforehand")
     count = len(data.train) if count is None else count
-    if count > len(data.train) or count < 8:
-        raise DataError(f"{data.name}: {count} pictures to train on: expected 8 or more, and there are {len(data.train)}")
+    least = 16 if hold_back else 8
+    if count > len(data.train) or count < least:
+        raise DataError(f"{data.name}: {count} pictures to train on: expected {least} or more, and there are {len(data.train)}")
     chosen = order_by_turns(data.train, seed)[:count]
     if not hold_back:
         return replace(data, train=data.train.part(chosen))

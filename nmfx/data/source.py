@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,7 +83,10 @@ def open_data(
     """
     try:
         folder = Path(name)
-        if not labels and name not in BUILTIN and folder.is_dir() and not has_classes(folder, train_split, val_split):
+        if not labels and name not in BUILTIN and folder.is_dir():
+            if has_classes(folder, train_split, val_split):
+                with contextlib.suppress(DataError):  # one picture a class, no validation part
+                    return _open(name, None, (train_split, val_split), held_back, download)
             pictures = open_unlabelled(folder)
             return Data(name, 1, (), pictures, pictures.part(torch.arange(0)), note="without labels")
         return _open(name, Path(root) if root else None, (train_split, val_split), held_back, download)

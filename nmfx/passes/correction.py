@@ -62,6 +62,8 @@ def correct(
     """
     if method not in CORRECTIONS:
         raise NmfxError(f"unknown correction {method!r}{text.nearest(method, CORRECTIONS)}; known: {', '.join(CORRECTIONS)}")
+    if not isinstance(memory, int | float) or not memory > 0:
+        raise NmfxError(f"correct: memory={memory!r}: expected bytes, above 0")
     specs = {site.spec.name: site.spec for site in masked_sites(model)}
     if not specs:
         raise NmfxError("correct: the model has no masked weights; transform it first")

@@ -114,6 +114,11 @@ class Network:
         self.followers, self.live = seen.followers, seen.live
         self.keep |= {one.shortcut for one in self.followers.values() if one.shortcut is not None}
 
+    def take_shortcut(self, run: Run, key: Any) -> Tensor | None:
+        """What one run has kept of the shortcut that the product of `key` is added to; it is kept no longer."""
+        follower = self.followers.get(key)
+        return None if follower is None or follower.shortcut is None else run.kept.pop(follower.shortcut, None)
+
     def own_bias(self, product: Product) -> Tensor | None:
         """The parameter that a product adds, one number an output channel; None where it adds none of its own."""
         bias = product.bias
@@ -159,8 +164,9 @@ class LayerwiseCorrection:
         for index, most in enumerate(itertools.chain(self._fitting(), itertools.repeat(self.batches))):
             for late in range(joined, most):  # runs through what is corrected already
                 for _ in range(index):
-                    for run in (runs[late], others[late]):
-                        run.advance()
+                    for network, run in ((self.sparse, runs[late]), (self.dense, others[late])):
+                        if (call := run.advance()) is not None:
+                            network.take_shortcut(run, call.tag.key)
             joined = max(joined, most)
             if not self._stop(runs[:joined], others[:joined]):
                 return
@@ -207,12 +213,10 @@ class LayerwiseCorrection:
     def _shift(self, call: Call, target: Call, run: Run, other: Run) -> Tensor | None:
         """What a product has to give besides the dense one's output, for the sum with its shortcut to be the dense one's."""
         key = call.tag.key
-        pair = [(net.followers.get(key), one) for net, one in ((self.sparse, run), (self.dense, other))]
-        kept = [None if f is None or f.shortcut is None else one.kept.pop(f.shortcut, None) for f, one in pair]
-        follower = pair[0][0]
-        if follower is None or kept[0] is None or kept[1] is None:
+        own, wanted = self.sparse.take_shortcut(run, key), self.dense.take_shortcut(other, key)
+        if own is None or wanted is None:
             return None
-        lost: Tensor = (kept[1] - kept[0]).float()
+        follower, lost = self.sparse.followers[key], (wanted - own).float()
         if follower.norm is None:
             return lost.reshape(target.out.shape)
         weight, variance, eps = follower.scale

@@ -63,7 +63,7 @@ class Lookahead(TorchDispatchMode):
         self.live: list[int] = []
         self._index = 0
         self._open: dict[int, _Output] = {}  # by storage
-        self._made: dict[int, int] = {}  # storage -> the operation that wrote it last
+        self._made: dict[int, tuple[int, int]] = {}  # storage -> the operation that wrote it last, and how many entries
         self._memory: dict[int, tuple[StorageWeakRef, int]] = {}  # storage -> itself and its bytes
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -80,7 +80,7 @@ class Lookahead(TorchDispatchMode):
             key = storage_of(tensor)
             self._made.pop(key, None)
             if not place:  # `Run.kept` has the first
-                self._made[key] = index
+                self._made[key] = index, tensor.numel()
             if key not in inputs:
                 self._memory[key] = StorageWeakRef(tensor.untyped_storage()), tensor.untyped_storage().nbytes()
         if tag is not None:
@@ -110,8 +110,8 @@ class Lookahead(TorchDispatchMode):
                 made = self._made.get(storage_of(other))
                 alike = mine.shape == other.shape and mine.numel() == one.shape.numel()
                 straight = mine.shape == one.shape or (follower.norm is None and mine.is_contiguous() and other.is_contiguous())
-                if made is not None and made < one.index and alike and straight:
-                    follower.shortcut = made
+                if made is not None and made[0] < one.index and made[1] == other.numel() and alike and straight:
+                    follower.shortcut = made[0]
 
 
 def look_ahead(model: nn.Module, x: Any, wanted: Callable[[str, Any], Any], norms: dict[str, int]) -> Lookahead:

@@ -13,6 +13,7 @@ from nmfx.settings.option import about, is_mapping, is_settings, kinds_of, typed
 from nmfx.settings.search import SearchSettings
 from nmfx.settings.stages import (
     BenchSettings,
+    CompressSettings,
     CorrectSettings,
     DataSettings,
     EvaluateSettings,
@@ -32,9 +33,10 @@ SECTIONS: dict[str, tuple[type, str]] = {  # a recipe's section or a command: it
     "export": (ExportSettings, "export"),
     "evaluate": (EvaluateSettings, "evaluate"),
     "recalibrate": (RecalibrateSettings, "recalibrate"),
+    "compress": (CompressSettings, "compress"),
     "bench": (BenchSettings, "bench"),
 }
-ALONE = ("recalibrate", "bench")  # commands that no recipe has
+ALONE = ("recalibrate", "compress", "bench")  # commands that no recipe has
 HEAD = """# Options
 
 Every option of stages, written from the definitions in `nmfx/settings/` by `python -m nmfx.settings.reference`; a test

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -140,6 +140,14 @@ class FinetuneSettings:
 
     def __post_init__(self) -> None:
         check_options(self, "fine-tuning settings")
+
+    def check_given(self, given: Collection[str]) -> None:
+        """Refuse keys that were given beside others, and would say nothing there."""
+        if "minutes" in given and "epochs" in given:
+            raise NmfxError("`minutes` says how many epochs; leave `epochs` out")
+        alone = ("weights", "distill", "smoothing")
+        if self.settings.distill_only and (extra := next((key for key in alone if key in given), None)):
+            raise NmfxError(f"`{extra}` says nothing beside `distill_only`")
 
     @staticmethod
     def base(said: Mapping[str, Any]) -> FinetuneSettings | None:

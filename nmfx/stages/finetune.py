@@ -87,6 +87,7 @@ class FinetuneRecord:
     best: Evaluation
     folder: Path
     notes: list[str]
+    kept: bool = False  # the weights before a distillation, which came no nearer
 
 
 def finetune(
@@ -165,10 +166,14 @@ def finetune(
         dist.barrier()  # it has been written
     if start is not None and start[1] <= result.best.loss:
         model.load_state_dict(start[0].state_dict())
-        notes.append("distillation came no nearer to the dense network on held-back pictures: the weights before it are kept")
+        losses = f"loss {start[1]:.4f} before, {result.best.loss:.4f} after"
+        notes.append(f"distillation came no nearer to dense on held-back pictures ({losses}): the weights before it are kept")
         if rank() == 0:
             save_checkpoint(model, folder / TUNED["best"], info=info | {"weights": f"{info['weights']}, which is kept"})
-    return FinetuneRecord(model, result, _check(folder / TUNED["best"], model, batches, device), folder, notes)
+    if training.distill_only and origin.checkpoint is None:
+        notes.append("it started from masked weights as they are; `nmfx correct` before it brings more")
+    kept = start is not None and start[1] <= result.best.loss
+    return FinetuneRecord(model, result, _check(folder / TUNED["best"], model, batches, device), folder, notes, kept)
 
 
 def _pictures(settings: FinetuneSettings, pictures: DataSettings, training: Settings) -> tuple[Data, Settings]:

@@ -54,7 +54,7 @@ class Stamp:
             return f"changed: {', '.join(said[:3])}{f' and {len(said) - 3} more' if len(said) > 3 else ''}"
         if self.before != wanted.before:
             return "a stage before it has run again"
-        return "it was stopped, and goes on" if self.outputs is None else self.damage(folder)
+        return "it was stopped before its end" if self.outputs is None else self.damage(folder)
 
     def damage(self, folder: Path) -> str:
         """Which of its outputs is no longer there as it was written; empty when all are."""

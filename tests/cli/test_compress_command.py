@@ -45,6 +45,30 @@ def test_without_distillation_and_without_labels(nmfx: Run, tmp_path: Path) -> N
     assert load_checkpoint("two.nmfx/export/digits.safetensors") is not None
 
 
+def test_pictures_are_looked_at_before_anything_is_written(
+    nmfx: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for index in range(30):
+        for folder in ("flat", f"classes/c{index % 3}", f"ones/c{index}", "parts/train/a", "few"):
+            if folder != "few" or index < 5:
+                (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+                Image.effect_noise((8, 8), 60 + index).save(tmp_path / folder / f"{index}.png")
+    for folder, message in (("few", "expected 16 or more"), ("nowhere", "no data set or folder")):
+        assert main(("compress", "digits", "--data", folder, "--minutes", "0", "-o", "no.nmfx")) == 1
+        assert message in capsys.readouterr().err
+    assert not Path("no.nmfx").exists()
+    for folder, why in (
+        ("flat", "no class folders"),
+        ("classes", "has 3 classes, DigitsNet has 10 outputs"),
+        ("ones", "one picture cannot be both"),
+        ("parts", "no validation/"),
+    ):
+        out = nmfx("compress", "digits", "--data", folder, "--minutes", "0", "--pictures", "16", "-o", f"{folder}.nmfx")
+        assert f"no evaluation, as there are no labels to do it by: {folder}" in out
+        assert why in out
+        assert f"the result is {folder}.nmfx/export/digits.safetensors" in out
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [

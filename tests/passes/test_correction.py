@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import timm
@@ -16,6 +17,7 @@ from nmfx.demo.resnet import CifarResNet
 from nmfx.errors import NmfxError
 from nmfx.masking.sites import masked_sites
 from nmfx.passes.correction import correct
+from nmfx.passes.lockstep import Run
 
 
 class Kinds(nn.Module):
@@ -127,6 +129,9 @@ def test_bad_input_leaves_the_model_as_it_was() -> None:
         ({"batches": ["abc"]}, "expected batches of tensors"),
         ({"batches": torch.zeros(8, 3, 16, 16)}, "expected batches, as a list"),
         ({"dense": nn.Conv2d(3, 4, 3)}, "give the dense version"),
+        ({"memory": 0}, "expected bytes"),
+        ({"memory": math.nan}, "expected bytes"),
+        ({"memory": "4"}, "expected bytes"),
     ):
         given = {"batches": batches} | wrong
         with pytest.raises(NmfxError, match=message):
@@ -284,6 +289,39 @@ def test_a_product_makes_up_for_what_its_shortcut_lost(norm: bool) -> None:
     one = torch.cat([x, torch.ones(len(x), 1)], 1).double()
     best = one @ torch.linalg.lstsq(one, y.double()).solution
     assert float((found - y).square().mean()) < 1.1 * float((best - y).square().mean()) + 1e-3 * float(y.var())
+
+
+def test_nothing_is_kept_of_shortcuts_that_batches_have_passed(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, masked, _, _ = converted("residuals")
+    left: list[int] = []
+
+    def cancel(run: Run) -> None:
+        left.append(len(run.kept))
+        original(run)
+
+    original = Run.cancel
+    monkeypatch.setattr(Run, "cancel", cancel)
+    correct(masked, pictures((3, 32, 32), 128), memory=1.0)
+    assert left
+    assert not any(left)
+
+
+def test_recurrent_layers_keep_their_weights_or_come_nearer() -> None:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lstm, self.head = nn.LSTM(32, 32, batch_first=True), nn.Linear(32, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.lstm(x)[0][:, -1])
+
+    torch.manual_seed(0)
+    model, batches = Recurrent(), list(torch.randn(128, 6, 32).split(16))
+    sites = nmfx.find_sites(model, batches[0])
+    masked = nmfx.transform(model, "2:4", sites=sites)
+    before = distance(masked, model, batches)
+    correct(masked, batches)
+    assert distance(masked, model, batches) < before
 
 
 def test_biases_take_up_means() -> None:

@@ -179,3 +179,16 @@ def test_distill_only_has_settings_of_its_own_in_recipes_and_flags(said: dict[st
 def _flag(key: str, value: str) -> list[str]:
     flag = f"--{key.replace('_', '-')}"
     return [flag] if value == "true" else [] if value == "false" else [flag, value]
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ({"minutes": "1", "epochs": "2"}, "'minutes' says how many epochs; leave 'epochs' out"),
+        ({"distill_only": "true", "weights": "none"}, "'weights' says nothing beside 'distill_only"),
+        ({"distill_only": "true", "distill": "0.5"}, "'distill' says nothing beside 'distill_only"),
+    ],
+)
+def test_what_would_be_ignored_is_refused(said: dict[str, str], message: str) -> None:
+    with pytest.raises(NmfxError, match=message):
+        section(said, FinetuneSettings, "recipe")
