@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -494,7 +495,7 @@ def test_an_export_that_fails_writes_nothing(
     def cannot(model: nn.Module, path: Path, example: Any) -> None:
         raise CheckpointError(f"{path}: DigitsNet cannot be exported to ONNX: no such operator")
 
-    monkeypatch.setitem(export.FORMATS, "onnx", (".onnx", cannot))
+    monkeypatch.setitem(export.FORMATS, "onnx", replace(export.FORMATS["onnx"], function=cannot))
     nmfx("search", "--target", "0.5")
     assert "cannot be exported to ONNX" in fails("export", "--onnx")
 
