@@ -78,7 +78,9 @@ def test_a_progress_line_takes_any_name(monkeypatch: pytest.MonkeyPatch, capsys:
     monkeypatch.setenv("FORCE_COLOR", "1")
     console.errors.cache_clear()
     for name in STRANGE:
-        with console.working(f"reading {name}"), console.advancing(f"training on {name}") as advance:
+        with console.advancing(f"reading {name}"):
+            pass
+        with console.advancing(f"training on {name}") as advance:
             advance(0.5, f"{name}: half")
         console.warn(f"{name} is strange")
     shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", capsys.readouterr().err)
