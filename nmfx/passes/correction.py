@@ -34,13 +34,14 @@ def correct(
 
     Layer after layer, in the order in which they run: the inputs are those of the network corrected so far, the targets the
     dense network's outputs on the same pictures. Masks are chosen with the values; dropped weights become zero. Weights without
-    a mask are corrected too (all of them are kept), and batch norms matched on the way, as `recalibrate_bn` with `dense` does.
-    No labels and no training; one forward pass of each network, whose activations stay in memory for all pictures at once.
+    a mask are corrected too (all of them are kept), biases take up means, and batch norms are matched on the way, as
+    `recalibrate_bn` with `dense` does; a product whose output is added to a shortcut aims at the dense network's sum. No labels
+    and no training; one forward pass of each network.
 
     Args:
         model: as `transform` gives it.
         batches: inputs, or ``(input, label, ...)`` tuples, as a loader gives them: some hundreds of pictures. An input is a
-            tensor, a tuple of positional or a dict of named arguments. The last eighth (of fewer than 8 batches: of each one's
+            tensor, a tuple of positional or a dict of named arguments. Every eighth (of fewer than 8 batches: of their
             pieces) is held back and decides for each weight between corrected, damped more, and plain.
         dense: the network to come back to; by default the weights behind the masks, which are dense before any training or
             correction; give it where they are not.

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from nmfx.errors import NmfxError
 from nmfx.settings.option import check_options, free_keys, option
 
-FULL_RATE = 1000  # updates
+FULL_RATE = 1000  # updates of a distillation from which on its learning rate is the whole one
 
 
 @dataclass(frozen=True)

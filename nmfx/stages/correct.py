@@ -8,7 +8,6 @@ from pathlib import Path
 from nmfx.export.checkpoint import save_checkpoint
 from nmfx.passes.correction import correct
 from nmfx.passes.layerwise import Corrected
-from nmfx.passes.transform import transform
 from nmfx.processes import rank
 from nmfx.progress import Progress, silent
 from nmfx.settings.stages import CorrectSettings, DataSettings
@@ -55,10 +54,7 @@ def correct_weights(
     Raises:
         NmfxError: no scheme, or pictures that do not fit.
     """
-    dense = work.load()
-    sites = work.sites(dense)
-    chosen = work.scheme(sites, scheme)
-    model = transform(dense, chosen, sites=sites)
+    dense, model, chosen = work.masked(scheme)
     name, count, batches = sample_for(settings, pictures, model, work.input_size, least=8)  # the last is held back
     weights = correct(
         model.to(device), batches, dense=dense.to(device), method=settings.method, seed=settings.seed,

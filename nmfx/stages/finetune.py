@@ -162,17 +162,17 @@ def finetune(
     )  # fmt: skip
     notes = make_way(TUNED.values()) if rank() == 0 else []
     save_epochs(model, result, folder, info)
-    if world() > 1:
-        dist.barrier()  # it has been written
-    if start is not None and start[1] <= result.best.loss:
+    kept = start is not None and start[1] <= result.best.loss
+    if start is not None and kept:
         model.load_state_dict(start[0].state_dict())
         losses = f"loss {start[1]:.4f} before, {result.best.loss:.4f} after"
         notes.append(f"distillation came no nearer to dense on held-back pictures ({losses}): the weights before it are kept")
         if rank() == 0:
             save_checkpoint(model, folder / TUNED["best"], info=info | {"weights": f"{info['weights']}, which is kept"})
+    if world() > 1:
+        dist.barrier()  # it has been written
     if training.distill_only and origin.checkpoint is None:
         notes.append("it started from masked weights as they are; `nmfx correct` before it brings more")
-    kept = start is not None and start[1] <= result.best.loss
     return FinetuneRecord(model, result, _check(folder / TUNED["best"], model, batches, device), folder, notes, kept)
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from nmfx.errors import NmfxError
 from nmfx.export.checkpoint import save_checkpoint
 from nmfx.passes.statistics import batch_norms, recalibrate_bn
-from nmfx.passes.transform import transform
 from nmfx.processes import rank
 from nmfx.progress import Progress, silent
 from nmfx.settings.stages import DataSettings, RecalibrateSettings
@@ -57,10 +56,7 @@ def recalibrate(
     Raises:
         NmfxError: no scheme, no batch norms, pictures that do not fit.
     """
-    dense = work.load()
-    sites = work.sites(dense)
-    chosen = work.scheme(sites, scheme)
-    model = transform(dense, chosen, sites=sites)
+    dense, model, chosen = work.masked(scheme)
     if not (norms := batch_norms(model)):
         raise NmfxError(f"{work.model} has no batch norms to recalibrate; nmfx finetune restores its accuracy")
     name, count, batches = sample_for(settings, pictures, model, work.input_size, least=2)

@@ -30,6 +30,7 @@ from nmfx.models.census import find_sites
 from nmfx.models.example import Example, example_for
 from nmfx.models.site import Sites
 from nmfx.models.source import Source, find_source
+from nmfx.passes.transform import transform
 from nmfx.scheme import Scheme
 from nmfx.settings.stages import parse_size
 from nmfx.stages.epochs import TUNED
@@ -118,6 +119,13 @@ class WorkDirectory:
         if other is None and not self.scheme_path.is_file():
             raise NmfxError(f"{self.path} has no scheme yet; run `{self.command('search')}`, or give --scheme FILE")
         return Scheme.load(other or self.scheme_path, sites)
+
+    def masked(self, other: str | Path | None = None) -> tuple[nn.Module, nn.Module, Scheme]:
+        """The dense model, a copy of it under the scheme (see `scheme`), and the scheme."""
+        dense = self.load()
+        sites = self.sites(dense)
+        chosen = self.scheme(sites, other)
+        return dense, transform(dense, chosen, sites=sites), chosen
 
     def command(self, name: str, *options: str, scheme: str | None = None) -> str:
         """A command on this directory, as it can be typed."""
