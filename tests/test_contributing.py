@@ -71,7 +71,7 @@ IMPORTS = """
 import torch
 from torch import nn
 from nmfx.runtime.chain import link
-from nmfx.runtime.kernel.building import load_kernel
+from nmfx.runtime.kernel.library import load_kernel
 from nmfx.runtime.layers import sparse_layer
 from nmfx.runtime.layout.tiles import Tile
 from nmfx.runtime.lowering.exporting import export

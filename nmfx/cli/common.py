@@ -11,7 +11,7 @@ from dataclasses import replace
 from nmfx.cli.console import advancing, errors, hint, output, warn
 from nmfx.errors import NmfxError
 from nmfx.processes import joined, rank
-from nmfx.runtime.kernel.building import load_kernel
+from nmfx.runtime.kernel.library import load_kernel
 from nmfx.settings.flags import read_flags
 from nmfx.settings.stages import FOLDER, DataSettings
 from nmfx.stages.work import WorkDirectory, need_work

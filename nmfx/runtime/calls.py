@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from nmfx.runtime.kernel.library import loaded
 from nmfx.runtime.layers import KernelLayer
 from nmfx.runtime.layout.lanes import Window
 from nmfx.runtime.layout.plan import Step
@@ -102,6 +103,6 @@ def window_of(shape: Any, out: Any, kernel: Any, stride: Any, padding: Any, dila
     Returns:
         The window; None where lanes cannot compute it, as for large pictures, which are beyond columns of 16 bits.
     """
-    if shape[0] * shape[1] > 4096 * torch.ops.nmfx.vector_length():
+    if shape[0] * shape[1] > 4096 * loaded().vector_length:
         return None
     return Window.of(tuple(shape), tuple(out), tuple(kernel), tuple(stride), tuple(padding), tuple(dilation))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from nmfx.runtime.calls import FLATTENING, call_of
-from nmfx.runtime.kernel.building import load_kernel
+from nmfx.runtime.kernel.library import load_kernel
 from nmfx.runtime.program import Program
 
 
@@ -26,15 +26,15 @@ class Chain(nn.Module):
     def __init__(self, graph: fx.GraphModule, images: int) -> None:
         super().__init__()
         self.graph, self.images = graph, images
-        written = Program(graph, threads=1 if images else torch.get_num_threads())
-        self.program, self.constants = written.numbers(), written.constants
+        threads = 1 if images else torch.get_num_threads()
+        self.program = None if load_kernel() else Program(graph, threads=threads).native()
 
     def forward(self, *inputs: Tensor) -> Any:
         """Outputs of the part for its inputs, each ``(batch, ...)``."""
         seen = torch.compiler.is_compiling() or any(type(one) is not Tensor for one in inputs)  # they want to see operators
-        if seen or load_kernel():
+        if seen or self.program is None:
             return self.graph(*inputs)
-        outputs = torch.ops.nmfx.chain.default(inputs, self.constants, self.program, self.images)
+        outputs = self.program(inputs, self.images)
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
 
@@ -71,7 +71,7 @@ def repeated(layer: nn.Module, inputs: Sequence[Tensor], times: int) -> Callable
     for call in calls:
         call.meta = calls[0].meta
     program = Program(fx.GraphModule({"layer": layer}, graph), threads=torch.get_num_threads(), as_lanes=True)
-    return partial(torch.ops.nmfx.chain.default, program.stand_ins(inputs), program.constants, program.numbers(), 0)
+    return partial(program.native(), program.stand_ins(inputs))
 
 
 def _replace(graph: fx.GraphModule, run: list[fx.Node], name: str, images: int) -> None:

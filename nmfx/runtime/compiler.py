@@ -14,7 +14,7 @@ from nmfx.passes.baking import bake
 from nmfx.progress import Progress, silent
 from nmfx.runtime.chain import link
 from nmfx.runtime.compiled import SHAPES, CompiledModel, Lowered
-from nmfx.runtime.kernel.building import load_kernel
+from nmfx.runtime.kernel.library import load_kernel
 from nmfx.runtime.layout.tiles import LANES
 from nmfx.runtime.lowering.exporting import copy_of, export
 from nmfx.runtime.lowering.fusion import lower

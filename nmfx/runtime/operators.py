@@ -1,12 +1,12 @@
-"""The operators of the kernel in one table: what torch is told of each, and what programs and the C++ know it by.
+"""The operators of the kernel in one table: what torch is told of each, and what programs call it by.
 
-A C++ function of the same name and the same arguments computes each (kernel/). `header` writes the table down for the compiler:
-its order, which numbers the operators in programs, is nowhere else.
+A C++ function of the same name and the same arguments computes each (kernel/); its number in programs is the library's.
 """
 
 from __future__ import annotations
 
 import functools
+import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nmfx.runtime.checks import check_bias, check_packed, check_pictures, check_residual, check_window, expect
+from nmfx.runtime.kernel.library import NativeProgram, load_kernel, loaded
 from nmfx.runtime.layout.packed import unpack
 
 
@@ -47,11 +48,47 @@ class Operator:
     @property
     def code(self) -> int:
         """Its number in programs."""
-        return list(OPERATORS).index(self.name)
+        return loaded().operators[self.name]
 
     def named(self, arguments: Sequence[Any]) -> dict[str, Any]:
         """Arguments by their names."""
         return dict(zip(self.arguments, arguments, strict=True))
+
+    def encode(self, arguments: Sequence[Any], place: Callable[[Any], int], *, over: bool = False) -> list[int]:
+        """The operator and its arguments as numbers of a program.
+
+        Args:
+            place: the number that stands for a tensor, or for what stands for one.
+            over: the output may be written where the residual is.
+        """
+        numbers = [self.code]
+        for (name, kind), value in zip(self.arguments.items(), arguments, strict=True):
+            if kind.startswith("Tensor"):
+                numbers += [place(value), *[int(over)] * (name == "residual")]
+            elif "[" in kind:
+                numbers += [len(value), *value]
+            else:
+                numbers.append(bits_of(value) if kind == "float" else int(value))
+        return numbers
+
+    def with_kernel(self, *arguments: Any) -> Tensor:
+        """What the kernel computes, if there is one: a program of this step alone."""
+        if load_kernel():
+            return self.without_kernel(*arguments)
+        assert self.sizes is not None
+        self.sizes(SimpleNamespace(**self.named(arguments)), False)
+        inputs: list[Tensor] = []
+
+        def place(tensor: Tensor | None) -> int:
+            if tensor is None:
+                return -1
+            inputs.append(tensor)
+            return len(inputs) - 1
+
+        step = self.encode(arguments, place)
+        count = len(inputs)
+        numbers = [count, *[0] * count, 1, 1, *step, 0, 1, count]  # inputs of any size, one step, which leaves, and is the output
+        return NativeProgram(torch.tensor(numbers), (), 1)(inputs)[0]
 
     def without_kernel(self, *arguments: Any) -> Tensor:
         """What the kernel would compute, checked and in plain PyTorch."""
@@ -188,23 +225,15 @@ _TABLE = (
 OPERATORS = {one.name: one for one in _TABLE}
 
 
-def header() -> str:
-    """The table for the compiler (kernel/kernel.cpp): the numbers of the operators, and which of them torch calls."""
-    numbers = ", ".join(f"{one.name.upper()} = {one.code}" for one in _TABLE)
-    programs = " ".join(f"DO({one.name.upper()}, {one.name})" for one in _TABLE)
-    called = " ".join(f"DO({one.name})" for one in _TABLE if one.sizes)
-    return (
-        "// Written by nmfx/runtime/operators.py.\n#include <cstdint>\n"
-        f"enum Operator : int64_t {{ {numbers} }};\n"
-        f"#define NMFX_OPERATORS(DO) {programs}\n"
-        f"#define NMFX_TORCH_OPERATORS(DO) {called}\n"
-    )
+def bits_of(number: float) -> int:
+    """A double as the integer of the same bits."""
+    return int(struct.unpack("<q", struct.pack("<d", number))[0])
 
 
 _LIBRARY = torch.library.Library("nmfx", "DEF")
-_LIBRARY.define("chain(Tensor[] inputs, Tensor[] constants, Tensor program, int images) -> Tensor[]")
 for _one in _TABLE:
     if _one.sizes:
         _LIBRARY.define(f"{_one.name}({_one.schema}) -> Tensor")
-        _LIBRARY.impl(_one.name, _one.without_kernel, "CompositeExplicitAutograd")  # the kernel's, for CPU, goes before it
+        _LIBRARY.impl(_one.name, _one.with_kernel, "CPU")
+        _LIBRARY.impl(_one.name, _one.without_kernel, "CompositeExplicitAutograd")
         torch.library.register_fake(f"nmfx::{_one.name}", _one.without_values)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -12,11 +11,12 @@ import torch
 from torch import Tensor, fx
 
 from nmfx.runtime.calls import FLATTENING, Call, call_of, steps_by_lanes
+from nmfx.runtime.kernel.library import NativeProgram, loaded
 from nmfx.runtime.layout.lanes import Lanes, between, from_plain, sources, to_plain
 from nmfx.runtime.layout.packed import pack_for_lanes, unpack
 from nmfx.runtime.layout.plan import Copy, Plan, lay_out
 from nmfx.runtime.layout.tiles import Tile
-from nmfx.runtime.operators import OPERATORS, Operator
+from nmfx.runtime.operators import OPERATORS, Operator, bits_of
 
 
 @dataclass
@@ -54,7 +54,7 @@ class Program:
                 node = node.all_input_nodes[0]
                 self.leaving.add(node)
         self.by_lanes = steps_by_lanes(graph, alone=as_lanes)
-        self.plan = lay_out(self.by_lanes, torch.ops.nmfx.vector_length(), threads) if self.by_lanes else Plan()
+        self.plan = lay_out(self.by_lanes, loaded().vector_length, threads) if self.by_lanes else Plan()
         for node in graph.graph.nodes:
             if node.op not in ("placeholder", "output"):
                 call = call_of(graph, node)
@@ -79,6 +79,10 @@ class Program:
             written += [int(step.leaves), *step.numbers, *_list(done)]
         return torch.tensor([*written, *_list(self.outputs)], dtype=torch.int64)
 
+    def native(self) -> NativeProgram:
+        """The program as the kernel holds it."""
+        return NativeProgram(self.numbers(), self.constants, len(self.results))
+
     def _sizes(self, node: fx.Node) -> list[int]:
         """Sizes of an input, -1 for the batch and what is not fixed; empty where lanes stand in for it or nothing is known."""
         value = node.meta.get("val")
@@ -97,25 +101,20 @@ class Program:
             found.append(one)
         return found
 
-    def _add(self, operator: Operator, arguments: Iterable[Any], *, over: bool = False, leaves: bool = False) -> int:
+    def _add(self, operator: Operator, arguments: Sequence[Any], *, over: bool = False, leaves: bool = False) -> int:
         """The slot of a step with arguments as the operator's schema has them: slots for tensors that the graph makes.
 
         Args:
             over: the output may be written where the residual is.
             leaves: the result leaves the chain.
         """
-        numbers, reads = list[int](), list[int]()
-        for (name, kind), value in zip(operator.arguments.items(), arguments, strict=True):
-            if kind.startswith("Tensor"):
-                numbers.append(value if type(value) is int else self._constant(value))
-                reads += [value] * (type(value) is int)
-                numbers += [int(over)] * (name == "residual")
-            else:
-                numbers += _list(value) if "[" in kind else [_real(value) if kind == "float" else int(value)]
-        return self._append(operator, numbers, reads, leaves=leaves)
+        numbers = operator.encode(arguments, lambda value: value if type(value) is int else self._constant(value), over=over)
+        kinds = operator.arguments.values()
+        reads = [value for kind, value in zip(kinds, arguments, strict=True) if kind.startswith("Tensor") and type(value) is int]
+        return self._append(numbers, reads, leaves=leaves)
 
-    def _append(self, operator: Operator, numbers: list[int], reads: list[int], *, leaves: bool = False) -> int:
-        self.steps.append(_Written([operator.code, *numbers], reads, leaves))
+    def _append(self, numbers: list[int], reads: list[int], *, leaves: bool = False) -> int:
+        self.steps.append(_Written(numbers, reads, leaves))
         return len(self.inputs) + len(self.steps) - 1
 
     def _constant(self, value: Tensor | None) -> int:
@@ -132,8 +131,8 @@ class Program:
         operator, x, read = OPERATORS[call.operator.lanes], self._laid(source), plan.lanes[source]
         picture = [x, *read.numbers]
         if window is None:
-            numbers = [*picture, self._constant(read.mask()), read.picture[0] * read.picture[1]]
-            self.plain[node] = self._append(operator, numbers, [x], leaves=node in self.leaving)
+            numbers = [operator.code, *picture, self._constant(read.mask()), read.picture[0] * read.picture[1]]
+            self.plain[node] = self._append(numbers, [x], leaves=node in self.leaving)
             return
         out, residual = plan.out[node], plan.residual.get(node)
         lanes, reads, after = plan.lanes[out], [x], [0]
@@ -143,12 +142,12 @@ class Program:
             after = [1, reads[1], *plan.lanes[residual].numbers]
             over = residual.node in self.by_lanes and _alone(node) and plan.lanes[residual] == lanes
         mask = self._constant(lanes.mask() if out in plan.edged else None)
-        after += [mask, _real(named.get("low", -math.inf)), _real(named.get("high", math.inf)), int(over)]
+        after += [mask, bits_of(named.get("low", -math.inf)), bits_of(named.get("high", math.inf)), int(over)]
         steps = [plan.down[node], plan.step(node, window), *_list(plan.late(node, window))]
         offsets = plan.offsets(node, window)
         own = self._by_channel(node, named, offsets) if self.by_lanes[node].by_channel else self._conv(node, call, offsets)
-        numbers = [*picture, *own, *steps, *lanes.numbers, *after]
-        self.laid[out] = self._append(operator, numbers, reads, leaves=self.as_lanes and node in self.leaving)
+        numbers = [operator.code, *picture, *own, *steps, *lanes.numbers, *after]
+        self.laid[out] = self._append(numbers, reads, leaves=self.as_lanes and node in self.leaving)
 
     def _by_channel(self, node: fx.Node, named: dict[str, Any], offsets: list[int]) -> list[int]:
         """Halo, offsets, weight and planes of an operator that computes channels by themselves."""
@@ -215,8 +214,3 @@ def _list(numbers: Iterable[int]) -> list[int]:
 
 def _lists(several: Iterable[Any]) -> list[int]:
     return [number for numbers in several for number in _list(numbers)]
-
-
-def _real(number: float) -> int:
-    """A double as the integer of the same bits."""
-    return int(struct.unpack("<q", struct.pack("<d", number))[0])

@@ -23,7 +23,7 @@ from nmfx.errors import ModelError, NmfxError
 from nmfx.runtime.calls import steps_by_lanes
 from nmfx.runtime.chain import Chain, link
 from nmfx.runtime.compiled import CompiledModel, Lowered
-from nmfx.runtime.kernel.building import load_kernel
+from nmfx.runtime.kernel.library import load_kernel
 from nmfx.runtime.layers import DEPTHWISE, Depthwise, SparseConv2d, SparseLinear, sparse_layer
 from nmfx.runtime.layout.tiles import Tile
 from nmfx.runtime.lowering.exporting import Domain, copy_of, export

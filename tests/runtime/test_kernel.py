@@ -14,7 +14,7 @@ import torch
 from networks import lanes_case
 from torch.nn import functional as F
 
-from nmfx.runtime.kernel.building import load_kernel
+from nmfx.runtime.kernel.library import load_kernel
 from nmfx.runtime.layout.packed import pack, unpack
 from nmfx.runtime.operators import OPERATORS
 

@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 import nmfx
 from nmfx.runtime.calls import steps_by_lanes
 from nmfx.runtime.chain import link
-from nmfx.runtime.kernel.building import load_kernel
+from nmfx.runtime.kernel.library import load_kernel
 from nmfx.runtime.layers import sparse_layer
 from nmfx.runtime.layout.lanes import NO_PIXEL, Lanes, Window, between, from_plain, sources, to_plain
 from nmfx.runtime.layout.packed import pack_for_lanes

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nmfx.runtime.kernel.building import load_kernel
+from nmfx.runtime.kernel.library import load_kernel
 from nmfx.runtime.layout.packed import pack
 
 ROOT = Path(__file__).parents[2]

@@ -16,7 +16,7 @@ from children import Answer, apart
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from nmfx.runtime.kernel.building import cache_folder
+from nmfx.runtime.measuring.timing import cache_folder
 from nmfx.runtime.measuring import timing
 from nmfx.runtime.measuring.timing import Times, measure, same_pace
 

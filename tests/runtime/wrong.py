@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
 from nmfx.runtime.chain import Chain, link
-from nmfx.runtime.kernel.building import load_kernel
+from nmfx.runtime.kernel.library import load_kernel
 from nmfx.runtime.layers import Depthwise, sparse_layer
 from nmfx.runtime.layout.packed import pack
 from nmfx.runtime.layout.tiles import Tile

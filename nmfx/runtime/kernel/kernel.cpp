@@ -1,55 +1,73 @@
-// Several operators by one call, and what torch is told of all of them.
+// Several operators by one call, and the functions of nmfx_kernel.h.
 
-#include <ATen/core/grad_mode.h>
-#include <ATen/ops/cat.h>
-#include <ATen/ops/narrow.h>
-#include <torch/library.h>
-
-#include <vector>
+#include "nmfx_kernel.h"
 
 #include "lanes_operators.h"
 #include "operators.h"
 #include "program.h"
 #include "rearrange.h"
-#include "table.h"  // of nmfx/runtime/operators.py, written where the kernel is built
+
+// What programs can call, by their numbers; a new one goes to the end.
+#define NMFX_OPERATORS(DO)                                                                                              \
+  DO(sparse_conv2d) DO(sparse_linear) DO(depthwise_conv2d) DO(max_pool2d) DO(average) DO(flatten) DO(rearrange) \
+  DO(lanes_conv2d) DO(lanes_by_channel) DO(lanes_average)
+
+struct nmfx_program {
+  std::vector<int64_t> numbers;
+  std::vector<Tensor> constants;
+  Known known;
+};
 
 namespace {
 
-at::Tensor step(Program& p) {
+enum Code : int64_t {
+#define CODE(name) CODE_##name,
+  NMFX_OPERATORS(CODE)
+#undef CODE
+};
+constexpr const char* NAMES[] = {
+#define NAME(name) #name,
+    NMFX_OPERATORS(NAME)
+#undef NAME
+};
+
+Tensor step(Program& p) {
   switch (p.number()) {
-#define CALL(NUMBER, name) case NUMBER: return p.call(&name);
+#define CALL(name) case CODE_##name: return p.call(&name);
     NMFX_OPERATORS(CALL)
 #undef CALL
-    default: TORCH_CHECK(false, "nmfx runtime: a program of another version");
+    default: check(false, "a program of this version");
   }
+  return {};
 }
 
 // One pass: the inputs are the first slots, each step fills the next, and slots that nobody reads any more are emptied. Before
 // a step stands whether its result leaves the chain.
-std::vector<at::Tensor> pass(const std::vector<at::Tensor>& inputs, const std::vector<at::Tensor>& constants,
-                             const at::Tensor& program) {
-  const int64_t* numbers = program.const_data_ptr<int64_t>();
-  std::vector<at::Tensor> slots(inputs);
+std::vector<Tensor> pass(nmfx_program& program, const std::vector<Tensor>& inputs) {
+  known = &program.known;
+  std::vector<Tensor> slots(inputs);
   const struct Closing {
     ~Closing() { pool.rest(); }
   } closing;
-  Program p{numbers, numbers + program.numel(), constants, slots};
+  const int64_t* numbers = program.numbers.data();
+  Program p{numbers, numbers + program.numbers.size(), program.constants, slots};
   p.check_inputs();
   const int64_t steps = p.number();
-  check(0 <= steps && steps <= program.numel(), "a program that is whole");
+  check(0 <= steps && steps <= static_cast<int64_t>(program.numbers.size()), "a program that is whole");
   slots.reserve(inputs.size() + steps);  // steps hold references into it
   for (int64_t i = 0; i < steps; ++i) {
     const bool leaves = p.number() != 0;
     const int64_t* kind = p.at;
-    pool.open = !leaves;  // what leaves the chain is PyTorch's
+    pool.open = !leaves;  // what leaves the chain is the caller's
     slots.push_back(step(p));
-    p.leaves.push_back(*kind == FLATTEN ? kind[1] >= 0 && p.leaves[kind[1]] : leaves);  // which shares the memory of what it flattens
+    const bool flat = *kind == CODE_flatten;  // which shares the memory of what it flattens
+    p.leaves.push_back(flat ? kind[1] >= 0 && p.leaves[kind[1]] : leaves);
     for (const int64_t place : p.numbers()) {
       p.slot(place);
-      slots[place] = at::Tensor();
+      slots[place] = Tensor();
     }
   }
-  std::vector<at::Tensor> outputs;
+  std::vector<Tensor> outputs;
   for (const int64_t place : p.numbers()) {
     outputs.push_back(p.slot(place));
     check(p.leaves[place], "outputs that may leave the chain");
@@ -58,43 +76,116 @@ std::vector<at::Tensor> pass(const std::vector<at::Tensor>& inputs, const std::v
   return outputs;
 }
 
+// A sample of a batch and those after it.
+Tensor part_of(const Tensor& whole, int64_t start, int64_t count) {
+  Tensor part = whole;
+  part.shape[0] = count;
+  part.data = static_cast<char*>(part.data) + start * part.steps[0] * BYTES[int(part.type)];
+  return part;
+}
+
 // The steps of a program, one after the other; with `images` > 0 in passes of so many, each of which stays on one thread.
-std::vector<at::Tensor> chain(at::TensorList inputs, at::TensorList constants, const at::Tensor& program, int64_t images) {
-  check(packed_in_order(program, at::kLong), "a program of int64");
+std::vector<Tensor> chain(nmfx_program& program, const std::vector<Tensor>& inputs, int64_t images) {
   check(!inputs.empty() && inputs[0].dim() > 0, "inputs with a batch");
-  const std::vector<at::Tensor> own = constants.vec();
   const int64_t batch = inputs[0].size(0);
-  for (const at::Tensor& input : inputs) images = input.dim() > 1 && input.size(0) == batch ? images : 0;
+  for (const Tensor& input : inputs) images = input.dim() > 1 && input.size(0) == batch ? images : 0;
   const int64_t passes = 0 < images && images < batch ? (batch + images - 1) / images : 1;
-  if (passes < 2) return pass(inputs.vec(), own, program);
-  std::vector<std::vector<at::Tensor>> parts(passes);
-  at::parallel_for(0, passes, 1, [&](int64_t begin, int64_t end) {
-    at::NoGradGuard guard;
+  if (passes < 2) return pass(program, inputs);
+  std::vector<std::vector<Tensor>> parts(passes);
+  parallel_for(0, passes, 1, [&](int64_t begin, int64_t end) {
     for (int64_t part = begin; part < end; ++part) {
-      std::vector<at::Tensor> mine;
+      std::vector<Tensor> mine;
       const int64_t start = part * images;
-      for (const at::Tensor& input : inputs) mine.push_back(input.narrow(0, start, std::min(images, batch - start)));
-      parts[part] = pass(mine, own, program);
+      for (const Tensor& input : inputs) mine.push_back(part_of(input, start, std::min(images, batch - start)));
+      parts[part] = pass(program, mine);
     }
   });
-  std::vector<at::Tensor> outputs;
+  std::vector<Tensor> outputs;
   for (size_t i = 0; i < parts[0].size(); ++i) {
-    std::vector<at::Tensor> pieces;
-    for (const auto& part : parts) pieces.push_back(part[i]);
-    outputs.push_back(at::cat(pieces));
+    std::vector<int64_t> sizes(parts[0][i].sizes().begin(), parts[0][i].sizes().end());
+    check(!sizes.empty(), "outputs with a batch");
+    sizes[0] = 0;
+    for (const auto& part : parts) {
+      check(same(part[i].sizes().slice(1), parts[0][i].sizes().slice(1)), "outputs of one size");
+      sizes[0] += part[i].size(0);
+    }
+    outputs.push_back(Tensor::empty({sizes.data(), sizes.size()}, parts[0][i].type));
+    char* to = static_cast<char*>(outputs.back().data);
+    for (const auto& part : parts) {
+      part[i].copy_to(to);
+      to += part[i].numel() * BYTES[int(part[i].type)];
+    }
   }
   return outputs;
 }
 
+thread_local std::string said;  // the error of the last call that failed
+
+template <class F>
+nmfx_status guarded(const F& f) noexcept {
+  try {
+    f();
+    return NMFX_OK;
+  } catch (const Refused& error) {
+    said = error.what();
+    return NMFX_REFUSED;
+  } catch (const std::exception&) {  // bad_alloc, or length_error of a vector
+    said = "nmfx runtime: not enough memory for these sizes";
+    return NMFX_NO_MEMORY;
+  }
+}
+
 }  // namespace
 
-TORCH_LIBRARY_FRAGMENT(nmfx, m) {
-  m.def("vector_length() -> int", [] { return VL; });
+extern "C" {
+
+int32_t nmfx_version(void) { return NMFX_VERSION; }
+int64_t nmfx_vector_length(void) { return VL; }
+const char* nmfx_operator_name(int64_t code) { return 0 <= code && code < int64_t(std::size(NAMES)) ? NAMES[code] : nullptr; }
+const char* nmfx_error(void) { return said.c_str(); }
+
+nmfx_program* nmfx_program_new(const int64_t* numbers, int64_t count, const DLTensor* constants, int64_t constant_count) {
+  std::unique_ptr<nmfx_program> made;
+  const nmfx_status status = guarded([&] {
+    check(0 <= count && count <= MOST && (numbers || !count), "the numbers of a program");
+    check(0 <= constant_count && constant_count <= LONGEST && (constants || !constant_count), "the constants of a program");
+    made = std::make_unique<nmfx_program>();
+    made->numbers.assign(numbers, numbers + count);
+    for (int64_t i = 0; i < constant_count; ++i) {
+      const Tensor given = tensor_of(constants[i]);
+      Tensor own = Tensor::empty(given.sizes(), given.type);
+      given.copy_to(static_cast<char*>(own.data));
+      own.constant = true;
+      made->constants.push_back(own);
+    }
+  });
+  return status == NMFX_OK ? made.release() : nullptr;
 }
 
-TORCH_LIBRARY_IMPL(nmfx, CPU, m) {
-#define CALL(name) m.impl(#name, &Guarded<&name>::call);
-  NMFX_TORCH_OPERATORS(CALL)
-#undef CALL
-  m.impl("chain", &Guarded<&chain>::call);
+void nmfx_program_free(nmfx_program* program) { delete program; }
+
+nmfx_status nmfx_program_run(nmfx_program* program, const DLTensor* inputs, int64_t input_count, int64_t images,
+                             int64_t threads, DLManagedTensor** outputs, int64_t output_count) {
+  return guarded([&] {
+    check(program && 0 <= input_count && input_count <= LONGEST && (inputs || !input_count), "a program and its inputs");
+    check(1 <= threads && threads <= 4096 && 0 <= images, "threads of 1 to 4,096, and passes of no fewer images than 0");
+    check(0 <= output_count && (outputs || !output_count), "room for outputs");
+    std::vector<Tensor> given;
+    for (int64_t i = 0; i < input_count; ++i) given.push_back(tensor_of(inputs[i]));
+    allowed = threads;
+    const std::vector<Tensor> made = chain(*program, given, images);
+    check(output_count == static_cast<int64_t>(made.size()), "room for ", made.size(), " outputs, got ", output_count);
+    struct Back {
+      void operator()(DLManagedTensor* one) const { one->deleter(one); }
+    };
+    std::vector<std::unique_ptr<DLManagedTensor, Back>> leaving;
+    for (const Tensor& one : made) leaving.emplace_back(Leaving::of(one));
+    for (int64_t i = 0; i < output_count; ++i) outputs[i] = leaving[i].release();
+  });
 }
+
+void nmfx_use_openmp(void (*parallel)(void (*)(void*), void*, unsigned, unsigned), int (*number)(void), int (*team)(void)) {
+  openmp = parallel && number && team ? OpenMP{parallel, number, team} : OpenMP{};
+}
+
+}  // extern "C"

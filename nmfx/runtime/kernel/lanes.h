@@ -13,7 +13,6 @@
 
 #pragma once
 
-#include <ATen/Parallel.h>
 
 #include "products.h"
 

@@ -9,7 +9,7 @@ namespace {
 
 // A picture as lanes and how it is laid out.
 struct Laid {
-  at::Tensor tensor;
+  Tensor tensor;
   Lanes lanes;
 
   int64_t images() const { return tensor.size(1); }
@@ -21,7 +21,7 @@ struct Laid {
 
 // Rows within a lane, and lanes with what is before them within a channel: what `Writer` writes by.
 void check_lanes(const Lanes& lanes) {
-  const int64_t all[] = {lanes.rows, lanes.width, lanes.pitch, lanes.length, lanes.before, lanes.vectors, lanes.strips, lanes.left,
+  const std::array<int64_t, 9> all{lanes.rows, lanes.width, lanes.pitch, lanes.length, lanes.before, lanes.vectors, lanes.strips, lanes.left,
                          lanes.right};
   check(within(all, 0, LONGEST) && lanes.rows && lanes.width && lanes.strips && lanes.width <= lanes.pitch &&
             product({lanes.rows - 1, lanes.pitch}) + lanes.width <= lanes.length && lanes.before + lanes.length <= lanes.vectors &&
@@ -30,16 +30,16 @@ void check_lanes(const Lanes& lanes) {
 }
 
 // Whether pictures of all strips are one behind the other, each strip anywhere.
-bool strips_in_order(const at::Tensor& x) {
+bool strips_in_order(const Tensor& x) {
   const int64_t channel = x.size(3) * x.size(4), strip = x.size(1) * x.size(2) * channel;
   return x.stride(4) == 1 && x.stride(3) == x.size(4) && x.stride(2) == channel && x.stride(1) == x.size(2) * channel &&
          (x.size(0) == 1 || x.stride(0) >= strip);
 }
 
-Laid laid(const at::Tensor& x, const Lanes& lanes) {
+Laid laid(const Tensor& x, const Lanes& lanes) {
   check_lanes(lanes);
-  check(x.dim() == 5 && sound(x, at::kFloat) && x.size(0) == lanes.strips && x.size(2) > 0 && x.size(3) == lanes.vectors &&
-            x.size(4) == VL && strips_in_order(x) && x.stride(0) % VL == 0 && aligned(x.const_data_ptr(), VL * sizeof(float)),
+  check(x.dim() == 5 && sound(x, Type::FLOAT) && x.size(0) == lanes.strips && x.size(2) > 0 && x.size(3) == lanes.vectors &&
+            x.size(4) == VL && strips_in_order(x) && x.stride(0) % VL == 0 && aligned(x.data, VL * sizeof(float)),
         "a picture as these lanes");
   return {x, lanes};
 }
@@ -47,20 +47,20 @@ Laid laid(const at::Tensor& x, const Lanes& lanes) {
 // How an operator by lanes reads: rows and vectors of a step, and vectors that each strip begins late.
 struct Stride {
   int64_t down, across;
-  at::IntArrayRef late;
+  Sizes late;
 };
 
 // What follows a product: `mask` is (rows, 1, VL) or (1, width, VL), or missing where nobody looks between the pixels.
 struct After {
   std::optional<Laid> residual;
-  std::optional<at::Tensor> mask;
+  std::optional<Tensor> mask;
   double low, high;
   bool over;  // the output is written where the residual is
 };
 
 // Of a tensor (rows, 1, VL) or (1, width, VL).
-Mask mask_of(const at::Tensor& mask, const Lanes& lanes) {
-  check(packed_in_order(mask, at::kInt) && mask.dim() == 3 && mask.size(2) == VL && aligned(mask.const_data_ptr(), VL * 4) &&
+Mask mask_of(const Tensor& mask, const Lanes& lanes) {
+  check(packed_in_order(mask, Type::INT) && mask.dim() == 3 && mask.size(2) == VL && aligned(mask.data, VL * 4) &&
             (mask.size(0) == lanes.rows || mask.size(0) == 1) && (mask.size(1) == lanes.width || mask.size(1) == 1),
         "a mask of these lanes");
   return {mask.const_data_ptr<int32_t>(), mask.size(0) > 1 ? mask.size(1) * VL : 0, mask.size(1) > 1 ? VL : 0};
@@ -95,8 +95,8 @@ struct LanesIO {
               within(stride.late, -LONGEST, LONGEST),
           "as many strips");
     check_lanes(lanes);
-    if (!after.over) return laid(output_strips({lanes.strips, x.images(), channels, lanes.vectors, VL}, x.tensor), lanes);
-    check(after.residual && !after.residual->tensor.is_alias_of(x.tensor), "a residual to write over");
+    if (!after.over) return laid(output_strips({lanes.strips, x.images(), channels, lanes.vectors, VL}), lanes);
+    check(after.residual && !after.residual->tensor.overlaps(x.tensor), "a residual to write over");
     return laid(after.residual->tensor, lanes);
   }
   // What is read, from where windows are set on and so much further (`reach`), lies within so many vectors.
@@ -113,8 +113,8 @@ struct LanesIO {
   }
 };
 
-at::Tensor lanes_conv2d(const Laid& x, const at::Tensor& values, const at::Tensor& columns, const at::Tensor& pointers,
-                        const at::Tensor& starts, const std::optional<at::Tensor>& bias, int64_t channels, int64_t out_channels,
+Tensor lanes_conv2d(const Laid& x, const Tensor& values, const Tensor& columns, const Tensor& pointers,
+                        const Tensor& starts, const std::optional<Tensor>& bias, int64_t channels, int64_t out_channels,
                         int64_t width, int64_t groups, int64_t chunk, int64_t vectors, const Stride& stride, const Lanes& lanes,
                         const After& after) {
   check(1 <= vectors && vectors <= WIDEST, "1 to 8 vectors");
@@ -129,7 +129,7 @@ at::Tensor lanes_conv2d(const Laid& x, const at::Tensor& values, const at::Tenso
   std::vector<Weights> weights;
   for (int64_t g = 0; g < groups; ++g) weights.push_back(packs.of(g));
   const auto run = stride.across == 2 ? lanes_convolve<2> : lanes_convolve<1>;
-  at::parallel_for(0, x.images() * count * groups * parts, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, x.images() * count * groups * parts, 1, [&](int64_t begin, int64_t end) {
     for (int64_t item = begin; item < end;) {  // a piece's groups and parts of the rows are one thread's, where it has several
       const int64_t whole = item / parts, next = std::min(end, (whole + 1) * parts);
       const int64_t first = rows * (item % parts) / parts, last = rows * (next - whole * parts) / parts;
@@ -143,14 +143,14 @@ at::Tensor lanes_conv2d(const Laid& x, const at::Tensor& values, const at::Tenso
 }
 
 // Whether every vector of a halo comes from the picture, under a mask that is there.
-void check_halo(const Laid& x, const Lanes& local, const std::optional<at::Tensor>& pixels,
-                const std::optional<at::Tensor>& sources, int64_t planes) {
+void check_halo(const Laid& x, const Lanes& local, const std::optional<Tensor>& pixels,
+                const std::optional<Tensor>& sources, int64_t planes) {
   check_lanes(local);
-  check(planes == 1 && pixels && packed_in_order(*pixels, at::kInt) && aligned(pixels->const_data_ptr(), VL * 4) && sources &&
-            packed_in_order(*sources, at::kInt) && sources->numel() == product({x.lanes.strips, local.vectors, 4}),
+  check(planes == 1 && pixels && packed_in_order(*pixels, Type::INT) && aligned(pixels->data, VL * 4) && sources &&
+            packed_in_order(*sources, Type::INT) && sources->numel() == product({x.lanes.strips, local.vectors, 4}),
         "a mask and sources for a halo");
   const Known::Numbers asked{x.lanes.strips, x.lanes.before, x.lanes.vectors, local.vectors, pixels->numel()};
-  known.reach({&*sources}, asked, [&] {
+  known->reach({&*sources}, asked, [&] {
     const auto* all = reinterpret_cast<const Local::Source*>(sources->const_data_ptr<int32_t>());
     bool fits = true;
     for (int64_t k = 0; k < x.lanes.strips * local.vectors; ++k) {
@@ -168,14 +168,14 @@ void check_halo(const Laid& x, const Lanes& local, const std::optional<at::Tenso
 // Every channel by itself: a depthwise convolution, or without a weight the largest of pictures without negative pixels. Its
 // halo is made on the way as `local` and `sources` (strips, vectors, 4) say, with the mask `pixels`, or is in memory. There are
 // `planes` of the input, the phases of a stride, for each channel of the output.
-at::Tensor lanes_by_channel(const Laid& x, const std::optional<Lanes>& local, const std::optional<at::Tensor>& pixels,
-                            const std::optional<at::Tensor>& sources, const at::Tensor& offsets,
-                            const std::optional<at::Tensor>& weight, const std::optional<at::Tensor>& bias, int64_t planes,
+Tensor lanes_by_channel(const Laid& x, const std::optional<Lanes>& local, const std::optional<Tensor>& pixels,
+                            const std::optional<Tensor>& sources, const Tensor& offsets,
+                            const std::optional<Tensor>& weight, const std::optional<Tensor>& bias, int64_t planes,
                             const Stride& stride, const Lanes& lanes, const After& after) {
   check(planes > 0 && x.channels() % planes == 0, "as many planes of every channel");
   const int64_t channels = x.channels() / planes, taps = offsets.numel();
-  check(packed_in_order(offsets, at::kInt) && taps > 0, "offsets of taps");
-  check(!weight || (packed_in_order(*weight, at::kFloat) && weight->numel() == channels * taps),
+  check(packed_in_order(offsets, Type::INT) && taps > 0, "offsets of taps");
+  check(!weight || (packed_in_order(*weight, Type::FLOAT) && weight->numel() == channels * taps),
         "a float32 weight (channels, 1, height, width) of these channels, got ", channels);
   if (local) check_halo(x, *local, pixels, sources, planes);
   const LanesIO io(x, channels, lanes, stride, after);
@@ -184,7 +184,7 @@ at::Tensor lanes_by_channel(const Laid& x, const std::optional<Lanes>& local, co
   const float* start = bias_of(bias, channels);
   const float* weights = weight ? weight->const_data_ptr<float>() : nullptr;
   const Pieces pieces(lanes, WIDEST);
-  at::parallel_for(0, lanes.strips * x.images() * channels, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, lanes.strips * x.images() * channels, 1, [&](int64_t begin, int64_t end) {
     float* room = local ? plane_scratch.get(local->floats()) : nullptr;
     for (int64_t item = begin; item < end; ++item) {
       const int64_t strip = item / channels / x.images(), image = item / channels % x.images(), channel = item % channels;
@@ -210,14 +210,14 @@ at::Tensor lanes_by_channel(const Laid& x, const std::optional<Lanes>& local, co
 }
 
 // The mean of every plane: (batch, channels, 1, 1).
-at::Tensor lanes_average(const Laid& x, const at::Tensor& mask, int64_t pixels) {
+Tensor lanes_average(const Laid& x, const Tensor& mask, int64_t pixels) {
   check(0 < pixels && pixels <= MOST, "planes with pixels");
   const Lanes& lanes = x.lanes;
   const int64_t channels = x.channels();
-  at::Tensor y = output({x.images(), channels, 1, 1}, x.tensor);
+  Tensor y = output({x.images(), channels, 1, 1});
   const Mask held = mask_of(mask, lanes);
   float* to = y.mutable_data_ptr<float>();
-  at::parallel_for(0, y.numel(), 256, [&](int64_t begin, int64_t end) {
+  parallel_for(0, y.numel(), 256, [&](int64_t begin, int64_t end) {
     for (int64_t item = begin; item < end; ++item) {
       vec sums = {};
       for (int64_t strip = 0; strip < lanes.strips; ++strip) {

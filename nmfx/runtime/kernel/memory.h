@@ -2,15 +2,12 @@
 
 #pragma once
 
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/from_blob.h>
 
 #include <algorithm>
 #include <new>
 #include <vector>
 
-#include "checks.h"
+#include "tensor.h"
 
 #ifdef __linux__
 #include <sys/mman.h>
@@ -75,18 +72,16 @@ struct Pool {
 thread_local Pool pool;
 
 // An output that nobody has written yet: of the pool within a chain.
-at::Tensor output(at::IntArrayRef sizes, const at::Tensor& like) {
-  if (!pool.open) return at::empty(sizes, like.options());
-  int64_t size = 1;
-  for (const int64_t one : sizes) size = product({size, one});
-  const Pool::Buffer buffer = pool.take(size);
-  return at::from_blob(buffer.data, sizes, [buffer](void*) { pool.free.push_back(buffer); }, like.options());
+inline Tensor output(Sizes sizes) {
+  if (!pool.open) return Tensor::empty(sizes);
+  const Pool::Buffer buffer = pool.take(product(sizes));
+  return Tensor::of(buffer.data, {buffer.data, [buffer](void*) { pool.free.push_back(buffer); }}, Type::FLOAT, sizes);
 }
 
 // The same of strips, the first of the sizes: each has its share of the buffer, however much of it is used, so that a thread that
 // works on one strip always writes lines that it wrote before.
-at::Tensor output_strips(std::vector<int64_t> sizes, const at::Tensor& like) {
-  if (!pool.open) return at::empty(sizes, like.options());
+inline Tensor output_strips(Sizes sizes) {
+  if (!pool.open) return Tensor::empty(sizes);
   constexpr int64_t PAGE = 1024;  // floats
   int64_t size = 1;
   std::vector<int64_t> strides(sizes.size());
@@ -96,7 +91,7 @@ at::Tensor output_strips(std::vector<int64_t> sizes, const at::Tensor& like) {
   }
   const Pool::Buffer buffer = pool.take((strides[0] + PAGE - 1) / PAGE * PAGE * sizes[0]);
   strides[0] = buffer.size / sizes[0] / PAGE * PAGE;
-  return at::from_blob(buffer.data, sizes, strides, [buffer](void*) { pool.free.push_back(buffer); }, like.options());
+  return Tensor::of(buffer.data, {buffer.data, [buffer](void*) { pool.free.push_back(buffer); }}, Type::FLOAT, sizes, strides);
 }
 
 }  // namespace

@@ -1,8 +1,7 @@
-// What torch calls: operators on tensors, checked.
+// Operators on tensors, checked.
 
 #pragma once
 
-#include <ATen/ops/flatten.h>
 
 #include <cmath>
 
@@ -52,43 +51,42 @@ Reach packs_reach(const Packs& packs, int64_t groups, int64_t count, const int32
   return reach;
 }
 
-Packs packs_of(const at::Tensor& values, const at::Tensor& columns, const at::Tensor& pointers, const at::Tensor* starts,
+Packs packs_of(const Tensor& values, const Tensor& columns, const Tensor& pointers, const Tensor* starts,
                int64_t out, int64_t groups, int64_t width, int64_t chunk) {
   check(0 < chunk && chunk <= 65536 && 0 < width && width <= LONGEST, "chunks of up to 65,536 columns, and a width");
   check(groups > 0 && 0 < out && out <= LONGEST && out % groups == 0, "output channels that divide by the groups");
-  check(line(values, at::kFloat) && line(columns, at::kShort) && line(pointers, at::kInt),
+  check(line(values, Type::FLOAT) && line(columns, Type::SHORT) && line(pointers, Type::INT),
         "contiguous values of float32, columns of int16, pointers of int32");
   const int64_t rows = out / groups, chunks = (width + chunk - 1) / chunk;
   check(pointers.numel() == product({out, chunks}) + 1 && columns.numel() == values.numel(), "packed weights of this shape");
-  check(!starts || (line(*starts, at::kInt) && starts->numel() == product({groups, chunks})), "a start of every chunk");
+  check(!starts || (line(*starts, Type::INT) && starts->numel() == product({groups, chunks})), "a start of every chunk");
   Packs packs{values.const_data_ptr<float>(), reinterpret_cast<const uint16_t*>(columns.const_data_ptr<int16_t>()),
               pointers.const_data_ptr<int32_t>(), rows, width, chunk, chunks, {}};
   const Known::Numbers asked{out, groups, width, chunk, values.numel(), starts != nullptr};
   const auto read = [&] { return packs_reach(packs, groups, values.numel(), starts ? starts->const_data_ptr<int32_t>() : nullptr); };
-  packs.reach = starts ? known.reach({&columns, &pointers, starts}, asked, read) : known.reach({&columns, &pointers}, asked, read);
+  packs.reach = starts ? known->reach({&columns, &pointers, starts}, asked, read) : known->reach({&columns, &pointers}, asked, read);
   return packs;
 }
 
-const float* bias_of(const std::optional<at::Tensor>& bias, int64_t rows) {
+const float* bias_of(const std::optional<Tensor>& bias, int64_t rows) {
   if (!bias) return nullptr;
-  check(line(*bias, at::kFloat) && bias->numel() == rows, "a contiguous float32 bias of every row");
+  check(line(*bias, Type::FLOAT) && bias->numel() == rows, "a contiguous float32 bias of every row");
   return bias->const_data_ptr<float>();
 }
 
 // Pictures that have pixels, one behind the other.
-at::Tensor pictures_of(const at::Tensor& input) {
-  check(input.dim() == 4 && sound(input, at::kFloat), "float32 pictures (batch, channels, height, width)");
+Tensor pictures_of(const Tensor& input) {
+  check(input.dim() == 4 && sound(input, Type::FLOAT), "float32 pictures (batch, channels, height, width)");
   check(within(input.sizes().slice(1), 1, LONGEST) && input.size(0) <= LONGEST, "pictures with channels and pixels, got ",
         input.sizes());
   product({input.size(0), input.size(1), input.size(2), input.size(3)});
-  const at::Tensor x = input.contiguous();
-  const int64_t row = x.size(3), plane = x.size(2) * row;  // where a size is 1, its stride can be any: channels last at 1x1
-  return x.as_strided(x.sizes(), {x.size(1) * plane, plane, row, 1});
+  const Tensor x = input.contiguous();
+  return x.as(x.sizes());  // where a size is 1, its stride can be any: channels last at 1x1
 }
 
 // Padding: of both sides alike (height, width), or of each (top, left, bottom, right).
-Shape shape_of(const at::Tensor& x, int64_t groups, at::IntArrayRef kernel, at::IntArrayRef stride, at::IntArrayRef padding,
-               at::IntArrayRef dilation) {
+Shape shape_of(const Tensor& x, int64_t groups, Sizes kernel, Sizes stride, Sizes padding,
+               Sizes dilation) {
   check(kernel.size() == 2 && within(kernel, 1, LONGEST), "a kernel of two sizes");
   check(stride.size() == 2 && within(stride, 1, WIDEST_STEP), "two strides of 1 to ", WIDEST_STEP);
   check((padding.size() == 2 || padding.size() == 4) && within(padding, 0, LONGEST), "padding of two or four numbers");
@@ -105,30 +103,30 @@ Shape shape_of(const at::Tensor& x, int64_t groups, at::IntArrayRef kernel, at::
 }
 
 // The residual as the output is laid out; undefined when there is none.
-at::Tensor residual_of(const Residual& residual, at::IntArrayRef sizes) {
+Tensor residual_of(const Residual& residual, Sizes sizes) {
   const auto& one = residual.tensor;
   if (!one) return {};
-  check(sound(*one, at::kFloat) && one->sizes() == sizes, "a float32 residual of the output's shape ", sizes);
+  check(sound(*one, Type::FLOAT) && same(one->sizes(), sizes), "a float32 residual of the output's shape ", sizes);
   return one->contiguous();
 }
 
-at::Tensor sparse_conv2d(const at::Tensor& input, const at::Tensor& values, const at::Tensor& columns, const at::Tensor& pointers,
-                         const std::optional<at::Tensor>& bias, const Residual& residual, int64_t out_channels, int64_t width,
-                         at::IntArrayRef kernel, at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
+Tensor sparse_conv2d(const Tensor& input, const Tensor& values, const Tensor& columns, const Tensor& pointers,
+                         const std::optional<Tensor>& bias, const Residual& residual, int64_t out_channels, int64_t width,
+                         Sizes kernel, Sizes stride, Sizes padding, Sizes dilation,
                          int64_t groups, double low, double high, int64_t chunk, int64_t vectors) {
   check(1 <= vectors && vectors <= WIDEST, "1 to 8 vectors");
   check(groups > 0 && input.dim() == 4 && input.size(1) % groups == 0, "channels that divide by the groups");
-  const at::Tensor x = pictures_of(input);
+  const Tensor x = pictures_of(input);
   const Shape s = shape_of(x, groups, kernel, stride, padding, dilation);
   check(product({s.c, s.kh, s.kw}) == width, "pictures of the weight's channels, got ", x.size(1));
   const Packs packs = packs_of(values, columns, pointers, nullptr, out_channels, groups, width, chunk);
   const std::array<int64_t, 4> sizes{s.n, out_channels, s.oh, s.ow};
   product({s.n, out_channels, s.oh, s.ow});
-  const at::Tensor added = residual_of(residual, sizes);
+  const Tensor added = residual_of(residual, sizes);
   const auto& own = residual.tensor;
-  check(!residual.over || (own && own->is_contiguous() && !own->is_alias_of(input)), "a residual to write over");
+  check(!residual.over || (own && own->is_contiguous() && !own->overlaps(input)), "a residual to write over");
   const float* start = bias_of(bias, out_channels);
-  at::Tensor y = residual.over ? *own : output(sizes, x);
+  Tensor y = residual.over ? *own : output(sizes);
   const Clamp limits{static_cast<float>(low), static_cast<float>(high)};
   for (int64_t g = 0; g < groups; ++g) {
     const Pictures io{x.const_data_ptr<float>(), x.size(1), g * s.c, added.defined() ? added.const_data_ptr<float>() : nullptr,
@@ -139,28 +137,28 @@ at::Tensor sparse_conv2d(const at::Tensor& input, const at::Tensor& values, cons
 }
 
 // A kernel for each channel, dense: its plane is padded and split once, and every weight is a shift of it.
-at::Tensor depthwise_conv2d(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
-                            const Residual& residual, at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
+Tensor depthwise_conv2d(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+                            const Residual& residual, Sizes stride, Sizes padding, Sizes dilation,
                             double low, double high) {
-  const at::Tensor x = pictures_of(input);
-  check(weight.dim() == 4 && sound(weight, at::kFloat) && weight.size(0) == x.size(1) && weight.size(1) == 1,
+  const Tensor x = pictures_of(input);
+  check(weight.dim() == 4 && sound(weight, Type::FLOAT) && weight.size(0) == x.size(1) && weight.size(1) == 1,
         "a float32 weight (channels, 1, height, width) of these channels, got ", x.size(1));
-  const at::Tensor kernels = weight.contiguous();
+  const Tensor kernels = weight.contiguous();
   const Shape s = shape_of(x, x.size(1), kernels.sizes().slice(2), stride, padding, dilation);
   const int64_t channels = x.size(1), plane = s.oh * s.ow, taps = s.kh * s.kw;
   const std::array<int64_t, 4> sizes{s.n, channels, s.oh, s.ow};
   product({s.n, channels, s.oh, s.ow});
-  const at::Tensor added = residual_of(residual, sizes);
+  const Tensor added = residual_of(residual, sizes);
   const Clamp limits{static_cast<float>(low), static_cast<float>(high)};
   const float *from = x.const_data_ptr<float>(), *weights = kernels.const_data_ptr<float>(), *start = bias_of(bias, channels);
   const float* extra = added.defined() ? added.const_data_ptr<float>() : nullptr;
-  at::Tensor y = output(sizes, x);
+  Tensor y = output(sizes);
   float* to = y.mutable_data_ptr<float>();
   const int64_t pitch = Halo::pitch_of(s), lanes = (s.oh - 1) * pitch + s.ow;
   const Halo halo(s, 0, lanes);
   std::vector<int64_t> offsets(taps);
   for (int64_t tap = 0; tap < taps; ++tap) offsets[tap] = halo.offset(s, tap / s.kw, tap % s.kw);
-  at::parallel_for(0, s.n * channels, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, s.n * channels, 1, [&](int64_t begin, int64_t end) {
     float* padded = plane_scratch.get(halo.floats(s) + WIDEST * VL);
     float* sums = sums_scratch.get(lanes + WIDEST * VL);
     std::memset(padded, 0, (halo.floats(s) + WIDEST * VL) * sizeof(float));
@@ -186,28 +184,28 @@ at::Tensor depthwise_conv2d(const at::Tensor& input, const at::Tensor& weight, c
   return y;
 }
 
-at::Tensor sparse_linear(const at::Tensor& input, const at::Tensor& values, const at::Tensor& columns,
-                         const at::Tensor& pointers, const std::optional<at::Tensor>& bias, int64_t out_features, int64_t width,
+Tensor sparse_linear(const Tensor& input, const Tensor& values, const Tensor& columns,
+                         const Tensor& pointers, const std::optional<Tensor>& bias, int64_t out_features, int64_t width,
                          double low, double high, int64_t chunk, int64_t vectors) {
   check(1 <= vectors && vectors <= WIDEST, "1 to 8 vectors");
-  check(input.dim() >= 1 && sound(input, at::kFloat), "float32 tokens (..., features)");
-  check(input.size(-1) == width, "tokens of ", width, " features, got ", input.size(-1));
+  check(input.dim() >= 1 && sound(input, Type::FLOAT), "float32 tokens (..., features)");
+  check(input.size(input.dim() - 1) == width, "tokens of ", width, " features, got ", input.size(input.dim() - 1));
   const Packs packs = packs_of(values, columns, pointers, nullptr, out_features, 1, width, chunk);
   const int64_t tokens = input.numel() / width;
   product({tokens, std::max(width, out_features)});
   const float* start = bias_of(bias, out_features);
   std::vector<int64_t> shape(input.sizes().begin(), input.sizes().end());
   shape.back() = out_features;
-  const at::Tensor x = input.contiguous();
-  at::Tensor y = output(shape, x);
+  const Tensor x = input.contiguous();
+  Tensor y = output(Sizes(shape.data(), shape.size()));
   const Clamp limits{static_cast<float>(low), static_cast<float>(high)};
   project(x.const_data_ptr<float>(), tokens, packs.of(0), start, limits, y.mutable_data_ptr<float>(), vectors);
   return y;
 }
 
 // PyTorch's own takes longer on this layout than all sparse convolutions of a ResNet together.
-at::Tensor max_pool2d(const at::Tensor& input, at::IntArrayRef kernel, at::IntArrayRef stride, at::IntArrayRef padding) {
-  const at::Tensor x = pictures_of(input);
+Tensor max_pool2d(const Tensor& input, Sizes kernel, Sizes stride, Sizes padding) {
+  const Tensor x = pictures_of(input);
   check(kernel.size() == 2 && within(kernel, 1, LONGEST), "a kernel of two sizes");
   check(stride.size() == 2 && within(stride, 1, WIDEST_STEP), "two strides of 1 to ", WIDEST_STEP);
   check(padding.size() == 2 && within(padding, 0, LONGEST), "padding of two numbers");
@@ -216,11 +214,11 @@ at::Tensor max_pool2d(const at::Tensor& input, at::IntArrayRef kernel, at::IntAr
   check(h + 2 * ph >= kh && w + 2 * pw >= kw && 2 * ph <= kh && 2 * pw <= kw,
         "pictures no smaller than the kernel, padding of half of it at most");
   product({x.size(0), x.size(1), oh, ow});
-  at::Tensor y = output({x.size(0), x.size(1), oh, ow}, x);
+  Tensor y = output({x.size(0), x.size(1), oh, ow});
   const float* from = x.const_data_ptr<float>();
   float* to = y.mutable_data_ptr<float>();
   const int64_t phase = (w + 2 * pw + sw - 1) / sw;
-  at::parallel_for(0, x.size(0) * x.size(1), 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, x.size(0) * x.size(1), 1, [&](int64_t begin, int64_t end) {
     const int64_t lines = (w + VL) + phase * sw + SLACK;
     float* highest = plane_scratch.get(lines);  // the largest of kh rows
     float* phases = highest + (w + VL) / VL * VL;  // the same, spread
@@ -261,19 +259,20 @@ at::Tensor max_pool2d(const at::Tensor& input, at::IntArrayRef kernel, at::IntAr
 }
 
 // (batch, ...) to (batch, features), over the same memory.
-at::Tensor flatten(const at::Tensor& input) {
+Tensor flatten(const Tensor& input) {
   check(input.dim() > 1, "a batch to flatten");
-  return at::flatten(input, 1);
+  const Tensor x = input.contiguous();
+  return x.as({x.size(0), x.size(0) ? x.numel() / x.size(0) : product(x.sizes().slice(1))});
 }
 
 // The mean of every plane: (batch, channels, 1, 1).
-at::Tensor average(const at::Tensor& input) {
-  const at::Tensor x = pictures_of(input);
+Tensor average(const Tensor& input) {
+  const Tensor x = pictures_of(input);
   const int64_t plane = x.size(2) * x.size(3);
-  at::Tensor y = output({x.size(0), x.size(1), 1, 1}, x);
+  Tensor y = output({x.size(0), x.size(1), 1, 1});
   const float* from = x.const_data_ptr<float>();
   float* to = y.mutable_data_ptr<float>();
-  at::parallel_for(0, y.numel(), std::max<int64_t>(1, 16384 / plane), [&](int64_t begin, int64_t end) {
+  parallel_for(0, y.numel(), std::max<int64_t>(1, 16384 / plane), [&](int64_t begin, int64_t end) {
     for (int64_t item = begin; item < end; ++item) {
       const float* own = from + item * plane;
       vec sums = {};

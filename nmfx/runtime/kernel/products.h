@@ -6,7 +6,8 @@
 
 #pragma once
 
-#include <ATen/Parallel.h>
+#include "parallel.h"
+
 
 #include <cstring>
 #include <type_traits>
@@ -122,7 +123,7 @@ struct Tiling {
     tiles = (vectors + most - 1) / most;
     parts = parts_of(images * tiles, rows);
   }
-  static int64_t threads() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
+  static int64_t threads() { return inside ? 1 : allowed; }
   static int64_t parts_of(int64_t tiles, int64_t rows) {
     const int64_t threads = Tiling::threads();
     int64_t parts = 1;
@@ -134,7 +135,7 @@ struct Tiling {
   // work(image, tile, part begin, part end), each tile's parts in one go where a thread has several.
   template <class Work>
   void run(const Work& work) const {
-    at::parallel_for(0, images * tiles * parts, 1, [&](int64_t begin, int64_t end) {
+    parallel_for(0, images * tiles * parts, 1, [&](int64_t begin, int64_t end) {
       for (int64_t item = begin; item < end;) {
         const int64_t tile = item / parts, next = std::min(end, (tile + 1) * parts);
         work(tile / tiles, tile % tiles, item % parts, next - tile * parts);

@@ -12,8 +12,8 @@ namespace {
 
 struct Program {
   const int64_t *at, *end;
-  const std::vector<at::Tensor>& constants;
-  std::vector<at::Tensor>& slots;
+  const std::vector<Tensor>& constants;
+  std::vector<Tensor>& slots;
   size_t inputs = slots.size();
   std::vector<bool> leaves = std::vector<bool>(inputs, true);  // whether the memory of a slot may leave the chain
 
@@ -21,22 +21,22 @@ struct Program {
     check(at < end, "a program that is whole");
     return *at++;
   }
-  at::IntArrayRef numbers() {
+  Sizes numbers() {
     const int64_t count = number();
     check(0 <= count && count <= end - at, "a program that is whole");
     at += count;
     return {at - count, static_cast<size_t>(count)};
   }
-  const at::Tensor& in(const std::vector<at::Tensor>& all, int64_t place) {
+  const Tensor& in(const std::vector<Tensor>& all, int64_t place) {
     check(0 <= place && place < static_cast<int64_t>(all.size()) && all[place].defined(), "places that a program has filled");
     return all[place];
   }
-  const at::Tensor& slot(int64_t place) { return in(slots, place); }
+  const Tensor& slot(int64_t place) { return in(slots, place); }
   // Inputs as the program is for: of each its sizes, those below zero free; none where any will do.
   void check_inputs() {
     check(number() == static_cast<int64_t>(inputs), "as many inputs as the program has");
     for (size_t i = 0; i < inputs; ++i) {
-      const at::IntArrayRef wanted = numbers(), found = slots[i].sizes();
+      const Sizes wanted = numbers(), found = slots[i].sizes();
       bool fits = wanted.empty() || wanted.size() == found.size();
       for (size_t d = 0; fits && d < wanted.size(); ++d) fits = wanted[d] < 0 || wanted[d] == found[d];
       check(fits, "an input of the sizes ", wanted, " that the chain is for (-1 are free), got ", found);
@@ -44,11 +44,11 @@ struct Program {
   }
 
   // A tensor: its slot, or below -1 a constant; -1 stands for none where there may be none.
-  void read(at::Tensor& one) {
+  void read(Tensor& one) {
     const int64_t place = number();
     one = place < 0 ? in(constants, -2 - place) : slot(place);
   }
-  void read(std::optional<at::Tensor>& one) {
+  void read(std::optional<Tensor>& one) {
     check(at < end, "a program that is whole");
     if (*at == -1) {
       one = std::nullopt;
@@ -60,7 +60,7 @@ struct Program {
   void read(int64_t& one) { one = number(); }
   void read(bool& one) { one = number() != 0; }
   void read(double& one) { one = std::bit_cast<double>(number()); }
-  void read(at::IntArrayRef& several) { several = numbers(); }
+  void read(Sizes& several) { several = numbers(); }
   // Whether to write over the slot named at `place`, which must be the chain's own.
   bool over(const int64_t* place) {
     const bool writes = number() != 0;
@@ -83,7 +83,7 @@ struct Program {
   }
   void read(Stride& one) { one = {number(), number(), numbers()}; }
   void read(Laid& one) {
-    at::Tensor picture;
+    Tensor picture;
     Lanes lanes;
     read(picture);
     read(lanes);
@@ -101,7 +101,7 @@ struct Program {
 
   // An operator with its arguments, which the program has in their order.
   template <class... A>
-  at::Tensor call(at::Tensor (*function)(A...)) {
+  Tensor call(Tensor (*function)(A...)) {
     std::tuple<std::decay_t<A>...> arguments;
     std::apply([&](auto&... each) { (read(each), ...); }, arguments);
     return std::apply(function, arguments);

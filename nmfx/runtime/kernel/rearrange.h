@@ -21,8 +21,8 @@ SCALAR void pick(const float* from, const int32_t* places, int64_t count, float*
 }
 
 // The last strip that an index names, and the last float within a strip; strips only where there are `several`.
-Reach named_by(const at::Tensor& index, bool several) {
-  return known.reach({&index}, {several}, [&] {
+Reach named_by(const Tensor& index, bool several) {
+  return known->reach({&index}, {several}, [&] {
     Reach last{0, -1};
     const int32_t* places = index.const_data_ptr<int32_t>();
     for (int64_t k = 0; k < index.numel(); ++k) {
@@ -34,12 +34,15 @@ Reach named_by(const at::Tensor& index, bool several) {
   });
 }
 
-at::Tensor rearrange(const at::Tensor& input, const at::Tensor& index, at::IntArrayRef sizes, bool plain) {
-  check(packed_in_order(index, at::kInt) && index.dim() == 2 && index.size(0) > 0 && sizes.size() == 2 &&
+// Pictures that lie one behind the other, as strips.
+Tensor one_strip(const Tensor& x) { return x.as({1, x.size(0), x.size(1), x.size(2), x.size(3)}); }
+
+Tensor rearrange(const Tensor& input, const Tensor& index, Sizes sizes, bool plain) {
+  check(packed_in_order(index, Type::INT) && index.dim() == 2 && index.size(0) > 0 && sizes.size() == 2 &&
             within(sizes, 1, LONGEST) && (!plain || index.size(0) == 1),
         "an index of int32");
-  const at::Tensor x = input.dim() == 4 ? pictures_of(input).unsqueeze(0) : input;
-  check(x.dim() == 5 && sound(x, at::kFloat) && within(x.sizes().slice(2), 1, LONGEST) && x.size(0) > 0 && strips_in_order(x),
+  const Tensor x = input.dim() == 4 ? one_strip(pictures_of(input)) : input;
+  check(x.dim() == 5 && sound(x, Type::FLOAT) && within(x.sizes().slice(2), 1, LONGEST) && x.size(0) > 0 && strips_in_order(x),
         "pictures or lanes of float32");
   const int64_t images = x.size(1), channels = x.size(2), strips = index.size(0), floats = index.size(1);
   const int64_t planes = floats / product({sizes[0], sizes[1]}), of_channel = product({x.size(3), x.size(4)});
@@ -48,8 +51,8 @@ at::Tensor rearrange(const at::Tensor& input, const at::Tensor& index, at::IntAr
   check(last.least < x.size(0) && last.most < of_channel, "an index into pictures of this size, got ", input.sizes());
   check((x.size(0) - 1) * x.stride(0) + of_channel <= INT32_MAX, "a batch that int32 can count");
   product({strips, images, channels, floats});
-  at::Tensor y = plain ? output({images, channels * planes, sizes[0], sizes[1]}, x)
-                       : output_strips({strips, images, channels * planes, sizes[0], sizes[1]}, x);
+  Tensor y = plain ? output({images, channels * planes, sizes[0], sizes[1]})
+                       : output_strips({strips, images, channels * planes, sizes[0], sizes[1]});
   const float* source = x.const_data_ptr<float>();
   float* target = y.mutable_data_ptr<float>();
   const int64_t from_strip = x.stride(0), from_channel = x.stride(2), to_strip = plain ? 0 : y.stride(0);
@@ -59,7 +62,7 @@ at::Tensor rearrange(const at::Tensor& input, const at::Tensor& index, at::IntAr
       if (place >= 0) place = static_cast<int32_t>(place / IN_STRIP * from_strip + place % IN_STRIP);
     }
   }
-  at::parallel_for(0, strips * images * channels, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, strips * images * channels, 1, [&](int64_t begin, int64_t end) {
     for (int64_t item = begin; item < end; ++item) {
       const int64_t strip = item / (images * channels), channel = item % (images * channels);
       const float* from = source + channel * from_channel;

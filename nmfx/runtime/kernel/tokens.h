@@ -7,15 +7,14 @@
 namespace {
 
 inline void transpose4(const float* from, int64_t from_pitch, float* to, int64_t to_pitch) {
-  typedef int mask __attribute__((vector_size(16)));
   const quad a = *reinterpret_cast<const quad*>(from), b = *reinterpret_cast<const quad*>(from + from_pitch);
   const quad c = *reinterpret_cast<const quad*>(from + 2 * from_pitch), d = *reinterpret_cast<const quad*>(from + 3 * from_pitch);
-  const quad ab0 = __builtin_shuffle(a, b, mask{0, 4, 1, 5}), ab1 = __builtin_shuffle(a, b, mask{2, 6, 3, 7});
-  const quad cd0 = __builtin_shuffle(c, d, mask{0, 4, 1, 5}), cd1 = __builtin_shuffle(c, d, mask{2, 6, 3, 7});
-  *reinterpret_cast<quad*>(to) = __builtin_shuffle(ab0, cd0, mask{0, 1, 4, 5});
-  *reinterpret_cast<quad*>(to + to_pitch) = __builtin_shuffle(ab0, cd0, mask{2, 3, 6, 7});
-  *reinterpret_cast<quad*>(to + 2 * to_pitch) = __builtin_shuffle(ab1, cd1, mask{0, 1, 4, 5});
-  *reinterpret_cast<quad*>(to + 3 * to_pitch) = __builtin_shuffle(ab1, cd1, mask{2, 3, 6, 7});
+  const quad ab0 = SHUFFLE(a, b, 0, 4, 1, 5), ab1 = SHUFFLE(a, b, 2, 6, 3, 7);
+  const quad cd0 = SHUFFLE(c, d, 0, 4, 1, 5), cd1 = SHUFFLE(c, d, 2, 6, 3, 7);
+  *reinterpret_cast<quad*>(to) = SHUFFLE(ab0, cd0, 0, 1, 4, 5);
+  *reinterpret_cast<quad*>(to + to_pitch) = SHUFFLE(ab0, cd0, 2, 3, 6, 7);
+  *reinterpret_cast<quad*>(to + 2 * to_pitch) = SHUFFLE(ab1, cd1, 0, 1, 4, 5);
+  *reinterpret_cast<quad*>(to + 3 * to_pitch) = SHUFFLE(ab1, cd1, 2, 3, 6, 7);
 }
 
 // to[j * to_pitch + i] = from[i * from_pitch + j]

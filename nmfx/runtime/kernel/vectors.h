@@ -9,6 +9,10 @@
 #include <utility>
 #include <vector>
 
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 namespace {
 
 #if defined(__AVX512F__)
@@ -18,6 +22,24 @@ constexpr int64_t VL = 8;
 #else
 constexpr int64_t VL = 4;
 #endif
+
+// Places within two vectors: GCC 11 has another name than GCC 12 and Clang.
+#if defined(__clang__) || __GNUC__ >= 12
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, decltype(a == b){__VA_ARGS__})
+#endif
+#if defined(__AVX512F__)
+#define EVENS 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30
+#define ODDS 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31
+#elif defined(__AVX__)
+#define EVENS 0, 2, 4, 6, 8, 10, 12, 14
+#define ODDS 1, 3, 5, 7, 9, 11, 13, 15
+#else
+#define EVENS 0, 2, 4, 6
+#define ODDS 1, 3, 5, 7
+#endif
+
 typedef float vec __attribute__((vector_size(VL * 4)));
 typedef float loose __attribute__((vector_size(VL * 4), aligned(4), may_alias));
 typedef float tight __attribute__((vector_size(VL * 4), may_alias));
@@ -57,13 +79,11 @@ inline void copy_exact(float* to, const float* from, int64_t n) {
 
 // even[i] = from[2 i] and odd[i] = from[2 i + 1], of n floats; no odd ones for a null pointer.
 inline void split(const float* from, int64_t n, float* even, float* odd) {
-  places evens, odds;
-  for (int i = 0; i < VL; ++i) evens[i] = 2 * i, odds[i] = 2 * i + 1;
   int64_t i = 0;
   for (; i + 2 * VL <= n; i += 2 * VL) {
     const vec a = load(from + i), b = load(from + i + VL);
-    store(even + i / 2, __builtin_shuffle(a, b, evens));
-    if (odd) store(odd + i / 2, __builtin_shuffle(a, b, odds));
+    store(even + i / 2, SHUFFLE(a, b, EVENS));
+    if (odd) store(odd + i / 2, SHUFFLE(a, b, ODDS));
   }
   for (; i < n; i += 2) {
     even[i / 2] = from[i];
@@ -95,7 +115,20 @@ struct Shift {
     from += static_cast<int>(by);
     inside = (from >= 0) & (from < static_cast<int>(VL));
   }
-  vec operator()(vec v) const { return reinterpret_cast<vec>(reinterpret_cast<places>(__builtin_shuffle(v, from)) & inside); }
+  vec operator()(vec v) const { return reinterpret_cast<vec>(reinterpret_cast<places>(permuted(v)) & inside); }
+
+ private:
+  vec permuted(vec v) const {
+#if defined(__AVX512F__)
+    return reinterpret_cast<vec>(_mm512_permutexvar_ps(reinterpret_cast<__m512i>(from), reinterpret_cast<__m512>(v)));
+#elif defined(__AVX2__)
+    return reinterpret_cast<vec>(_mm256_permutevar8x32_ps(reinterpret_cast<__m256>(v), reinterpret_cast<__m256i>(from)));
+#else
+    vec moved = {};
+    for (int i = 0; i < VL; ++i) moved[i] = v[from[i] & (VL - 1)];
+    return moved;
+#endif
+  }
 };
 
 // NaN wins, as in PyTorch.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from nmfx.errors import ModelError
-from nmfx.runtime.kernel.building import quiet
+from nmfx.runtime.kernel.library import quiet
 from nmfx.runtime.lowering.samples import samples_apart
 
 EXPORTING = threading.RLock()  # torch.export, and copies of what it made, are for one thread at a time

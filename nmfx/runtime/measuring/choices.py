@@ -14,7 +14,7 @@ from nmfx.progress import Progress, silent
 from nmfx.runtime.calls import window_of
 from nmfx.runtime.chain import repeated
 from nmfx.runtime.checks import output_size
-from nmfx.runtime.kernel.building import load_kernel
+from nmfx.runtime.kernel.library import load_kernel
 from nmfx.runtime.layers import DEPTHWISE, Fused, dense_layers, layer_for
 from nmfx.runtime.layout.tiles import LANES, SPARSE, TILES
 from nmfx.runtime.lowering.fusion import Sites

@@ -13,7 +13,7 @@ from nmfx.passes.baking import bake
 from nmfx.progress import Progress, silent
 from nmfx.runtime.compiled import Lowered
 from nmfx.runtime.compiler import compile, fastest, with_and_without_lanes
-from nmfx.runtime.kernel.building import load_kernel, quiet
+from nmfx.runtime.kernel.library import load_kernel, quiet
 from nmfx.runtime.lowering.exporting import copy_of, export
 from nmfx.runtime.lowering.fusion import lower
 from nmfx.runtime.measuring.choices import TimedSite, inputs_of, install_layers, time_site

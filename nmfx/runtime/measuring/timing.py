@@ -23,7 +23,7 @@ from nmfx.files.atomic import write_atomic
 from nmfx.files.drafts import locked
 from nmfx.files.parsing import Form, Seconds, read_json
 from nmfx.progress import Progress
-from nmfx.runtime.kernel.building import cache_folder, kernel_digest, processor
+from nmfx.runtime.kernel.library import kernel_digest, processor
 
 ROUNDS, TURN_SECONDS = 7, 0.004  # turns of each candidate, and the shortest time of one
 NETWORK_SECONDS = 0.1  # the shortest time of a turn of a whole network
@@ -40,6 +40,12 @@ SETTINGS = (
     "OMP_PROC_BIND",
 )
 log = logging.getLogger(__name__)
+
+
+def cache_folder() -> Path:
+    """Where measured times are kept: $NMFX_CACHE, or nmfx/ in the user's cache folder."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("NMFX_CACHE") or Path(base) / "nmfx")
 
 
 def portion(progress: Progress, number: int, parts: int) -> Progress:
