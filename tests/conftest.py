@@ -1,7 +1,6 @@
 """Every test starts from the same seed, on one thread, and leaves the user's caches alone.
 
-Measured times are of this run. Built kernels are kept for the next one, in $NMFX_TEST_CACHE or `build/test-cache`: one takes a
-minute to build.
+Measured times are of this run.
 """
 
 from __future__ import annotations
@@ -18,16 +17,10 @@ import torch
 
 torch.set_num_threads(1)
 
-KERNELS = Path(os.environ.get("NMFX_TEST_CACHE") or Path(__file__).parents[1] / "build" / "test-cache") / "kernels"
-
-
 def pytest_configure(config: pytest.Config) -> None:
     """Before anything of nmfx runs: a cache folder of this process, which those that it starts inherit."""
     folder = Path(tempfile.mkdtemp(prefix="nmfx-tests-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    KERNELS.mkdir(0o755, parents=True, exist_ok=True)
-    (folder / "cache").mkdir(0o755)
-    (folder / "cache" / "kernels").symlink_to(KERNELS)
     os.environ["NMFX_CACHE"] = str(folder / "cache")
 
 

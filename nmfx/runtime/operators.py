@@ -87,7 +87,7 @@ class Operator:
 
         step = self.encode(arguments, place)
         count = len(inputs)
-        numbers = [count, *[0] * count, 1, 1, *step, 0, 1, count]  # inputs of any size, one step, which leaves, and is the output
+        numbers = [count, *[0] * count, 1, 1, *step, 0, 1, count]  # inputs of any size, one step, which leaves, the output
         return NativeProgram(torch.tensor(numbers), (), 1)(inputs)[0]
 
     def without_kernel(self, *arguments: Any) -> Tensor:

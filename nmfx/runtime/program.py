@@ -109,8 +109,8 @@ class Program:
             leaves: the result leaves the chain.
         """
         numbers = operator.encode(arguments, lambda value: value if type(value) is int else self._constant(value), over=over)
-        kinds = operator.arguments.values()
-        reads = [value for kind, value in zip(kinds, arguments, strict=True) if kind.startswith("Tensor") and type(value) is int]
+        kinds = zip(operator.arguments.values(), arguments, strict=True)
+        reads = [value for kind, value in kinds if kind.startswith("Tensor") and type(value) is int]
         return self._append(numbers, reads, leaves=leaves)
 
     def _append(self, numbers: list[int], reads: list[int], *, leaves: bool = False) -> int:

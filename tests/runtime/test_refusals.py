@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from kernels import build_kernel
 
 from nmfx.runtime.kernel.library import load_kernel
 from nmfx.runtime.layout.packed import pack
@@ -42,15 +43,11 @@ def test_wrong_calls_stay_within_their_tensors(tmp_path: Path) -> None:
                  for name in ("libasan.so", "libstdc++.so")] if shutil.which("gcc") else []  # fmt: skip
     if len(libraries) < 2 or not all(os.path.isabs(one) for one in libraries):
         pytest.skip("no address sanitiser")
-    compiler = tmp_path / "c++"  # which takes ten times as long with the sanitiser's memory under it
-    compiler.write_text('#!/bin/sh\nexec env -u LD_PRELOAD -u ASAN_OPTIONS g++ "$@"\n')
-    compiler.chmod(0o755)
+    build_kernel(tmp_path, "-march=native", "-fsanitize=address", "-O1", "-g")
     run(
-        CXX=str(compiler),
         LD_PRELOAD=" ".join(libraries),
         ASAN_OPTIONS="detect_leaks=0:allocator_may_return_null=1",
-        NMFX_CXXFLAGS="-march=native -fsanitize=address -O1 -g",
-        NMFX_CACHE=os.environ.get("NMFX_SANITISED", str(tmp_path)),
+        NMFX_TEST_KERNEL=str(tmp_path),
         NMFX_EXAMPLES="3000",
     )
 

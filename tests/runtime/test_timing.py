@@ -16,9 +16,8 @@ from children import Answer, apart
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from nmfx.runtime.measuring.timing import cache_folder
 from nmfx.runtime.measuring import timing
-from nmfx.runtime.measuring.timing import Times, measure, same_pace
+from nmfx.runtime.measuring.timing import Times, cache_folder, measure, same_pace
 
 WAYS = ("dense", "sparse")
 

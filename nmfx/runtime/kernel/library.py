@@ -27,7 +27,6 @@ VERSION, DIMS = 1, 8  # NMFX_VERSION, NMFX_DIMS
 FOLDER = Path(__file__).parent / "lib"
 VARIANTS = ("avx512", "avx2", "neon")  # the best first
 KINDS = {torch.float32: (2, 32), torch.int16: (0, 16), torch.int32: (0, 32), torch.int64: (0, 64)}  # DLPack's code and bits
-OUTPUTS = 4096  # of a program, at most
 log = logging.getLogger(__name__)
 
 
@@ -81,8 +80,9 @@ class Library:
         c.nmfx_program_run.argtypes = [ctypes.c_void_p, tensors, number, number, number, ctypes.c_void_p, number]
         c.nmfx_use_openmp.argtypes, c.nmfx_use_openmp.restype = [ctypes.c_void_p] * 3, None
         self.vector_length: int = c.nmfx_vector_length()
-        names = iter(lambda code=iter(range(OUTPUTS)): c.nmfx_operator_name(next(code)), None)  # type: ignore[misc]
-        self.operators = {name.decode(): code for code, name in enumerate(names)}
+        self.operators: dict[str, int] = {}
+        while name := c.nmfx_operator_name(len(self.operators)):
+            self.operators[name.decode()] = len(self.operators)
 
     def use_openmp(self) -> bool:
         """Share the threads of the OpenMP that torch runs on; false where it has none that is known."""
@@ -172,6 +172,15 @@ def _given(tensors: Sequence[Tensor]) -> Any:
         one.data, one.device_type, one.ndim, one.lanes, (one.code, one.bits) = t.data_ptr(), 1, t.dim(), 1, kind
         one.shape, one.strides = (ctypes.c_int64 * t.dim())(*shape), (ctypes.c_int64 * t.dim())(*strides)
     return made
+
+
+def variants() -> dict[str, Library]:
+    """The variants of this installation that this processor can run, by name, the best first."""
+    found = {}
+    for name in VARIANTS:
+        with contextlib.suppress(OSError, AttributeError, NmfxError):
+            found[name] = Library(FOLDER / f"nmfx_kernel_{name}.so")
+    return found
 
 
 def load_kernel() -> str:

@@ -74,7 +74,7 @@ struct Tensor {
   Type type = Type::FLOAT;
   bool there = false, constant = false;  // constant: of a program, whose numbers never change
   int dims = 0;
-  int64_t shape[DIMS], steps[DIMS];
+  int64_t shape[DIMS]{}, steps[DIMS]{};
 
   bool defined() const { return there; }
   int64_t dim() const { return dims; }
