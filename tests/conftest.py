@@ -37,6 +37,7 @@ def quick_times(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(timing, "ROUNDS", 1)
     monkeypatch.setattr(timing, "TURN_SECONDS", 0.0)
+    monkeypatch.setattr(timing, "QUICK_SECONDS", 0.0)
     monkeypatch.setattr(timing, "CHANGED", math.inf)
     for module in (compiler, latency):
         monkeypatch.setattr(module, "NETWORK_SECONDS", 0.0)

@@ -51,7 +51,10 @@ def _show(found: Bench, label: str, args: Namespace) -> None:
             spread = "" if narrow or one is None else f" ({_ms(one.spread[0])}-{_ms(one.spread[1])})"
             cells.append("-" if one is None else f"{_ms(one.median)}{spread}")
         times.add_row(engine, *cells, style="bold green" if engine == NMFX else "")
-    times.add_row("nmfx, times best dense", *(f"{found.speedup(*one):.2f}x" for one in combinations))
+    for kind, int8 in (("fp32", False), ("int8", True)):
+        speedups = [found.speedup(*one, int8=int8) for one in combinations]
+        if any(speedups):
+            times.add_row(f"nmfx, times best {kind}", *("-" if one is None else f"{one:.2f}x" for one in speedups))
     out.print(times)
     for engine, reason in found.missing.items():
         out.print(f"no {engine}: {reason}", soft_wrap=True)

@@ -19,12 +19,18 @@ from nmfx.runtime.layout.tiles import LANES
 from nmfx.runtime.lowering.exporting import copy_of, export
 from nmfx.runtime.lowering.fusion import lower
 from nmfx.runtime.measuring.choices import Choice, TimedSite, install_layers, time_sites
-from nmfx.runtime.measuring.timing import NETWORK_SECONDS, Times, measure, on_threads, portion
+from nmfx.runtime.measuring.timing import HOPELESS, NETWORK_SECONDS, QUICK_ROUNDS, Times, measure, on_threads, portion
 
 
 @torch.inference_mode(False)  # whose tensors have no versions
 def compile(
-    model: nn.Module, example_input: Tensor, *, batch: int | None = None, shapes: int = SHAPES, progress: Progress = silent
+    model: nn.Module,
+    example_input: Tensor,
+    *,
+    batch: int | None = None,
+    shapes: int = SHAPES,
+    tune: str = "quick",
+    progress: Progress = silent,
 ) -> CompiledModel:
     """Lower a converted, baked or plain model for this machine.
 
@@ -34,10 +40,12 @@ def compile(
 
     Args:
         example_input: a batch of the size and shape to be fast for.
-        batch: samples of a pass, where samples do not see each other; None measures 1, 2, 4, ... up to the example's, and one
-            at a time on each thread.
+        batch: samples of a pass, where samples do not see each other; None measures the example's and 1, on all threads or
+            one on each.
         shapes: how many other sizes and batches a lowering is made and kept for, when they come; 0 refuses them, and the
             model's dense weights are not kept.
+        tune: ``quick`` times few ways to compute a site in short turns, those among which the fastest is within a few percent;
+            ``full`` all of them in long turns, and passes of 2, 4, ... samples too, which takes several times as long.
         progress: called with the share done and the site.
 
     Returns:
@@ -58,6 +66,8 @@ def compile(
     counts = [type(count) is int for count in (1 if batch is None else batch, shapes)]
     if not all(counts) or (batch is not None and batch < 1) or shapes < 0:
         raise ModelError(f"compile: expected passes of 1 sample or more, and shapes of 0 or more, got {batch!r} and {shapes!r}")
+    if tune not in ("quick", "full"):
+        raise ModelError(f"compile: expected tune='quick' or 'full', got {tune!r}")
     if torch.is_autocast_enabled("cpu"):
         raise ModelError("compile: compiled models compute in float32; leave autocast around compile and its calls")
     example = example_input.detach().cpu().clone(memory_format=torch.contiguous_format)
@@ -67,25 +77,27 @@ def compile(
         graph, domain = export(plain, example)
     sites = lower(graph)
     found = list[Lowered]()
-    passes = _passes(len(example), batch, domain.apart, alone=not kernel)
+    quick = tune == "quick"
+    passes = _passes(len(example), batch, domain.apart, alone=not kernel, quick=quick)
     for number, (size, alone) in enumerate(passes):
         with on_threads(1 if alone else torch.get_num_threads()):
-            times = Times()
+            times = Times(quick=quick)
             timed = time_sites(copy_of(graph), sites, example[:size], times, portion(progress, number, len(passes)))
             times.save()
             for mine, choices in with_and_without_lanes(graph, timed, images=size if alone else 0):
                 found.append(Lowered(mine, domain, choices, len(example) if alone else size, size if alone else 0))
-    return CompiledModel(fastest(found, example), kernel=kernel, original=plain, shapes=shapes)
+    return CompiledModel(fastest(found, example, quick=quick), kernel=kernel, original=plain, shapes=shapes)
 
 
-def _passes(count: int, batch: int | None, apart: bool, *, alone: bool) -> list[tuple[int, bool]]:
+def _passes(count: int, batch: int | None, apart: bool, *, alone: bool, quick: bool) -> list[tuple[int, bool]]:
     """The ways to try to cut a batch of `count`: samples of a pass, and whether each pass stays on one thread."""
     threads = torch.get_num_threads()
     if batch is not None or not apart:
         return [(batch if batch and apart else count, False)]
-    sizes = [2**i for i in range(count.bit_length()) if 2**i <= count]
-    ways = [(size, False) for size in sizes]
-    return [*ways, (1, True)] if alone and 1 < threads <= count else ways
+    each = [(1, True)] if alone and 1 < threads <= count else []
+    if quick:
+        return [*(each or [(1, False)]), (count, False)] if count > 1 else [(1, False)]
+    return [*((2**i, False) for i in range(count.bit_length()) if 2**i <= count), *each]
 
 
 def with_and_without_lanes(
@@ -107,9 +119,13 @@ def with_and_without_lanes(
 
 
 @torch.no_grad()
-def fastest(models: Sequence[Lowered], example: Tensor) -> Lowered:
+def fastest(models: Sequence[Lowered], example: Tensor, *, quick: bool = False) -> Lowered:
     """The fastest of several lowerings of one model, measured on `example`."""
     if len(models) == 1:
         return models[0]
-    took = measure({str(index): partial(one, example) for index, one in enumerate(models)}, seconds=NETWORK_SECONDS)
+    runs = {str(index): partial(one, example) for index, one in enumerate(models)}
+    if quick:
+        took = measure(runs, rounds=QUICK_ROUNDS, seconds=NETWORK_SECONDS / 4, hopeless=HOPELESS, enough=NETWORK_SECONDS)
+    else:
+        took = measure(runs, seconds=NETWORK_SECONDS)
     return models[min(range(len(models)), key=lambda index: took[str(index)])]

@@ -47,6 +47,7 @@ class Program:
         self.results = next(node for node in graph.graph.nodes if node.op == "output").all_input_nodes
         self.plain: dict[fx.Node, int] = {node: place for place, node in enumerate(self.inputs)}
         self.laid: dict[Copy, int] = {}
+        self.packed: dict[tuple[int, ...], list[int]] = {}  # weights by lanes: the numbers of a convolution's arguments
         self.given: dict[fx.Node, Copy] = {}
         self.leaving = set(self.results)
         for node in self.results:
@@ -91,13 +92,13 @@ class Program:
         return [-1 if dim == 0 or not isinstance(size, int) else size for dim, size in enumerate(value.shape)]
 
     def stand_ins(self, inputs: Iterable[Tensor]) -> list[Tensor]:
-        """Random inputs as lanes in the place of those that the program reads so, for measuring."""
+        """Inputs as lanes in the place of those that the program reads so, for measuring."""
         found = []
         for node, one in zip(self.inputs, inputs, strict=True):
             if node in self.given:
                 copy = self.given[node]
                 lanes, planes = self.plan.lanes[copy], max(1, len(copy.phases))
-                one = torch.rand(lanes.strips, one.shape[0], one.shape[1] * planes, lanes.vectors, lanes.size)
+                one = torch.full((lanes.strips, one.shape[0], one.shape[1] * planes, lanes.vectors, lanes.size), 0.5)
             found.append(one)
         return found
 
@@ -163,12 +164,16 @@ class Program:
         named, tile = call.named, cast(Tile, call.lanes)
         groups, out = named["groups"], named["out_channels"]
         shape = (out, named["width"] // math.prod(named["kernel"]), *named["kernel"])
-        weight = unpack(named["values"], named["columns"], named["pointers"], shape, groups, named["chunk"])
         pitch = self.plan.planes(node) * self.plan.lanes[self.plan.source[node]].vectors
-        packed, starts = pack_for_lanes(weight, groups, offsets, pitch, chunk=tile.chunk, zeros=tile.zeros)
-        constants = (packed.values, packed.columns, packed.pointers, starts, named["bias"])
-        channels = shape[1] * groups * self.plan.planes(node)
-        return [*map(self._constant, constants), channels, out, packed.width, groups, packed.chunk, tile.vectors]
+        key = (id(named["values"]), pitch, *offsets)
+        if key not in self.packed:  # a layer that is called several times is packed once
+            weight = unpack(named["values"], named["columns"], named["pointers"], shape, groups, named["chunk"])
+            packed, starts = pack_for_lanes(weight, groups, offsets, pitch, chunk=tile.chunk, zeros=tile.zeros)
+            constants = (packed.values, packed.columns, packed.pointers, starts, named["bias"])
+            channels = shape[1] * groups * self.plan.planes(node)
+            sizes = [channels, out, packed.width, groups, packed.chunk, tile.vectors]
+            self.packed[key] = [*map(self._constant, constants), *sizes]
+        return self.packed[key]
 
     def _laid(self, copy: Copy) -> int:
         """The slot of a picture as lanes; a step that makes it is added if there is none."""

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal
 
 from nmfx.errors import NmfxError
@@ -212,6 +213,14 @@ class EvaluateSettings:
         check_options(self, "evaluation settings")
 
 
+ENGINE_PACKAGES = {  # what nmfx bench times networks beside (nmfx/runtime/measuring/engines.py), and what it needs
+    "onnxruntime": ("onnxruntime",),
+    "openvino": ("openvino",),
+    "onnxruntime-int8": ("onnxruntime", "onnx"),
+    "openvino-int8": ("openvino", "nncf"),
+}
+
+
 @dataclass(frozen=True)
 class BenchSettings:
     """How a network is timed. A model by name is timed under a scheme that is searched first."""
@@ -221,10 +230,15 @@ class BenchSettings:
     batch: str = option("1,8", "batch sizes", metavar="B,B,...")
     threads: str = option("", "numbers of threads; 1 and all", metavar="T,T,...")
     turns: int = option(15, "turns of every engine", least=1, most=100_000)
+    engines: str = option(
+        "", "dense engines beside PyTorch: onnxruntime, onnxruntime-int8, openvino, openvino-int8, or none; those installed",
+        metavar="E,E,...",
+    )  # fmt: skip
+    tune: Literal["quick", "full"] = option("quick", "how nmfx chooses: by short turns of few ways, or by long ones of all")
 
     def __post_init__(self) -> None:
         check_options(self, "bench settings")
-        _ = self.batches, self.thread_counts
+        _ = self.batches, self.thread_counts, self.engine_names
 
     @property
     def batches(self) -> tuple[int, ...]:
@@ -235,6 +249,19 @@ class BenchSettings:
     def thread_counts(self) -> tuple[int, ...]:
         """``threads`` as numbers; none: 1 and all."""
         return _numbers(self.threads, "threads") if self.threads else ()
+
+    @property
+    def engine_names(self) -> tuple[str, ...]:
+        """``engines`` as names; none: those that are installed."""
+        if not self.engines:
+            return tuple(name for name, packages in ENGINE_PACKAGES.items() if all(map(find_spec, packages)))
+        if self.engines == "none":
+            return ()
+        names = tuple(dict.fromkeys(self.engines.split(",")))
+        for name in names:
+            if name not in ENGINE_PACKAGES:
+                raise NmfxError(f"engines {self.engines}: expected names of {', '.join(ENGINE_PACKAGES)} with commas, or none")
+        return names
 
 
 def _numbers(listed: str, key: str) -> tuple[int, ...]:

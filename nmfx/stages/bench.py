@@ -73,16 +73,17 @@ def load_pair(what: str, model: ModelSettings, settings: BenchSettings, scheme: 
 
 
 def time_pair(pair: Pair, settings: BenchSettings, progress: Progress = silent) -> tuple[Bench, list[str]]:
-    """Time it on PyTorch, torch.compile, ONNX Runtime and nmfx; what was measured, and notes on what was left out."""
+    """Time it on PyTorch, torch.compile, other engines and nmfx; what was measured, and notes on what was left out."""
     with tempfile.TemporaryDirectory() as folder:
         path, notes = Path(folder) / "dense.onnx", list[str]()
         progress(0.0, "exporting the dense model to ONNX")
         try:
             save_onnx(bake(pair.dense), path, Example((pair.pictures,)))
         except NmfxError as error:
-            notes.append(f"no ONNX Runtime in the table: {error}")
+            notes.append(f"PyTorch alone in the table: {error}")
         found = bench(
             pair.dense, pair.converted, pair.pictures, batches=settings.batches, threads=settings.thread_counts,
-            turns=settings.turns, onnx=None if notes else path, progress=progress,
+            turns=settings.turns, onnx=None if notes else path, engines=settings.engine_names, tune=settings.tune,
+            progress=progress,
         )  # fmt: skip
     return found, notes

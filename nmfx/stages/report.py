@@ -40,7 +40,9 @@ def speeds_of(found: Bench) -> list[Speed]:
     """How many times as fast as the best dense engine each engine is, for the figure."""
     speeds = []
     for one in found.timings:
-        best, (low, high) = found.best_dense(one.batch, one.threads).median, one.spread
+        dense, (low, high) = found.best_dense(one.batch, one.threads), one.spread
+        assert dense is not None  # PyTorch
+        best = dense.median
         group = f"batch {one.batch}, {one.threads} thread{'s' * (one.threads > 1)}"
         speeds.append(Speed(one.engine, group, best / one.median, best / high, best / low))
     return speeds

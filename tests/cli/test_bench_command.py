@@ -50,11 +50,15 @@ def test_bench_of_a_work_directory_and_of_a_checkpoint(work: Path, nmfx: Run, mo
     monkeypatch.setattr("nmfx.runtime.measuring.bench.SETTLE", 0.0)
     freeze = latency.compile_frozen  # half a minute of compiling: once
     monkeypatch.setattr(latency, "compile_frozen", lambda model, x: freeze(model, x) if len(x) == 1 else model)
-    out, _ = nmfx("bench", str(work), "--turns", "1", "--batch", "1,2", "--threads", "1", "--sites", "--figure", "speed.png")
+    engines_of = ("--engines", "onnxruntime,onnxruntime-int8")
+    argv = ("--turns", "1", "--batch", "1,2", "--threads", "1", "--sites", "--figure", "speed.png", *engines_of)
+    out, _ = nmfx("bench", str(work), *argv)
     rows = {match[1]: match[2] for match in re.finditer(r"^(\S[^(\n]*?)  +(\S.*)$", out, re.M)}
-    engines = ["PyTorch", "PyTorch, channels last", "torch.compile, frozen", "ONNX Runtime", "masked, eager", "nmfx"]
+    engines = ["PyTorch", "PyTorch, channels last", "torch.compile, frozen", "ONNX Runtime", "ONNX Runtime, int8"]
+    engines += ["masked, eager", "nmfx"]
     assert [name for name in rows if name in engines] == engines
-    assert len(re.findall(r"\d+\.\d\dx", rows["nmfx, times best dense"])) == 2
+    assert len(re.findall(r"\d+\.\d\dx", rows["nmfx, times best fp32"])) == 2
+    assert len(re.findall(r"\d+\.\d\dx", rows["nmfx, times best int8"])) == 2
     difference = re.search(r"differ from the masked model's by (\S+) of", out)
     assert difference is not None
     assert float(difference[1]) < 1e-5
@@ -64,8 +68,10 @@ def test_bench_of_a_work_directory_and_of_a_checkpoint(work: Path, nmfx: Run, mo
     assert Path("speed.png").stat().st_size > 10_000
     nmfx("export")
     monkeypatch.setattr(latency, "compile_frozen", lambda model, x: None)
-    out, _ = nmfx("bench", "digits.nmfx/export/digits.safetensors", "--turns", "1", "--batch", "1", "--threads", "1")
+    out, _ = nmfx("bench", "digits.nmfx/export/digits.safetensors", "--turns", "1", "--batch", "1", "--threads", "1",
+                  "--engines", "openvino-int8", "--tune", "full")  # fmt: skip
     assert "batch 1, 1 thread" in out
+    assert "OpenVINO, int8" in out
 
 
 def test_search_for_a_latency(nmfx: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,6 +133,7 @@ def test_prices_never_rise_as_weights_are_dropped(monkeypatch: pytest.MonkeyPatc
     [
         (["digits.nmfx"], "has no scheme yet; run `nmfx search digits.nmfx`, or give --scheme FILE"),
         (["digits.nmfx", "--batch", "1,x"], "--batch 1,x: expected whole numbers"),
+        (["digits.nmfx", "--engines", "tflite"], "expected names of onnxruntime, openvino,"),
         (["nowhere.safetensors"], "no such file"),
         (["resnet5000"], "resnet5000"),
         (["digits", "--figure", "a.bmp"], "a.bmp"),

@@ -25,7 +25,7 @@ from nmfx.runtime.chain import Chain, link
 from nmfx.runtime.compiled import CompiledModel, Lowered
 from nmfx.runtime.kernel.library import NativeProgram, load_kernel
 from nmfx.runtime.layers import DEPTHWISE, Depthwise, SparseConv2d, SparseLinear, sparse_layer
-from nmfx.runtime.layout.tiles import Tile
+from nmfx.runtime.layout.tiles import FEW, TILES, Tile
 from nmfx.runtime.lowering.exporting import Domain, copy_of, export
 from nmfx.runtime.lowering.fusion import Sites, lower
 from nmfx.runtime.measuring.choices import Choice, time_sites
@@ -393,3 +393,15 @@ def test_architectures_at_other_sizes_channels_and_batches(name: str) -> None:
     right = [shape for shape in shapes if right_or_refused(compiled, converted, torch.randn(shape))]
     assert shapes[1] in right
     assert shapes[2] in right
+
+
+def test_tuning_quickly_or_fully_changes_no_outputs() -> None:
+    assert FEW[True] <= set(TILES)
+    assert FEW[False] <= {tile for tile in TILES if not tile.lanes}
+    model, x = settled(Odd()), torch.randn(2, 3, 17, 23)
+    quick, full = (nmfx.compile(model, x, tune=tune) for tune in ("quick", "full"))
+    for one, other in zip(quick(x).values(), full(x).values(), strict=True):
+        close(one, other)
+    assert len(quick.choices) == len(full.choices)
+    with pytest.raises(ModelError, match="expected tune='quick' or 'full', got 'best'"):
+        nmfx.compile(model, x, tune="best")

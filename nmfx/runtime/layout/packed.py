@@ -49,14 +49,14 @@ def pack(weight: Tensor, groups: int = 1, *, chunk: int = 64, vectors: int = 8, 
     width = math.prod(weight.shape[1:])
     chunks = -(-width // chunk)
     lines = F.pad(weight.detach().float().reshape(out, width), (0, chunks * chunk - width))
-    lines = lines.reshape(groups, rows, chunks, chunk).transpose(1, 2)  # groups chunks rows chunk
+    lines = lines.reshape(groups, rows, chunks, chunk).transpose(1, 2).contiguous()  # groups chunks rows chunk
     kept = lines != 0
     if zeros:
-        kept = (torch.arange(chunks * chunk) < width).reshape(1, chunks, 1, chunk).expand(kept.shape)
-    places = torch.arange(chunk, dtype=torch.int32).to(torch.int16)  # wrap above 32,767: the kernel reads them unsigned
-    counts = F.pad(kept.sum(3).flatten().cumsum(0), (1, 0)).int()
-    columns = places.expand(kept.shape)[kept]
-    return Packed(lines[kept].contiguous(), columns, counts, tuple(weight.shape), groups, chunk, vectors)
+        kept = (torch.arange(chunks * chunk) < width).reshape(1, chunks, 1, chunk).expand(lines.shape).contiguous()
+    places = kept.flatten().nonzero()[:, 0]
+    counts = F.pad(torch.bincount(places // chunk, minlength=out * chunks).cumsum(0), (1, 0)).int()
+    columns = (places % chunk).int().to(torch.int16)  # wrap above 32,767: the kernel reads them unsigned
+    return Packed(lines.flatten()[places], columns, counts, tuple(weight.shape), groups, chunk, vectors)
 
 
 @torch.no_grad()

@@ -33,9 +33,24 @@ class Tile:
 _PLAIN = ((64, 8), (96, 8), (128, 8), (256, 8), (128, 4), (192, 4), (256, 4), (512, 4))
 _LANES = ((64, 8), (128, 8), (256, 8), (512, 8), (1024, 8), (128, 6), (256, 6), (512, 6), (256, 4), (512, 4))
 _WITH_ZEROS = ((128, 8), (256, 4), (256, 3), (1024, 4))
-TILES = tuple(  # to try
+TILES = tuple(  # to try, all of them
     Tile(*sizes, lanes=lanes, zeros=zeros)
     for lanes, plain in ((False, _PLAIN), (True, _LANES))
     for zeros, all_sizes in ((False, plain), (True, _WITH_ZEROS))
     for sizes in all_sizes
 )
+
+# Those that come within two percent of all (benchmarks/tuning.py), for sites that lanes can compute and for others.
+_FEW_LANES = ((64, 8), (128, 8), (256, 6), (512, 6))
+_FEW_WITH_ZEROS = ((128, 8), (256, 4))
+FEW = {
+    True: frozenset((
+        *(Tile(*sizes, lanes=True) for sizes in _FEW_LANES),
+        *(Tile(*sizes, lanes=True, zeros=True) for sizes in _FEW_WITH_ZEROS),
+        *(Tile(*sizes) for sizes in ((128, 8), (512, 4))),
+    )),
+    False: frozenset((
+        *(Tile(*sizes) for sizes in ((64, 8), (128, 8), (256, 4), (512, 4))),
+        *(Tile(*sizes, zeros=True) for sizes in _FEW_WITH_ZEROS),
+    )),
+}  # fmt: skip

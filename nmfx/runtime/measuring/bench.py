@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -16,11 +16,13 @@ from nmfx.errors import NmfxError
 from nmfx.progress import Progress, silent
 from nmfx.runtime.compiler import compile
 from nmfx.runtime.measuring.choices import Choice
+from nmfx.runtime.measuring.engines import ENGINES
 from nmfx.runtime.measuring.latency import COMPILED, dense_runs
 from nmfx.runtime.measuring.timing import mean_seconds, on_threads, portion
 
 Run = Callable[[], object]
 NMFX, MASKED = "nmfx", "masked, eager"
+INT8 = frozenset(one.label for one in ENGINES.values() if one.int8)
 TURN = 0.1  # seconds of one engine in one turn, at least
 SETTLE = 0.15  # and before that, until the threads of the one before it no longer wait for work: ONNX Runtime's do so for 75 ms
 
@@ -66,16 +68,16 @@ class Bench:
         wanted = (engine, batch, threads)
         return next((one for one in self.timings if (one.engine, one.batch, one.threads) == wanted), None)
 
-    def best_dense(self, batch: int, threads: int) -> Timing:
-        """The timing of the fastest dense engine, by medians."""
+    def best_dense(self, batch: int, threads: int, *, int8: bool = False) -> Timing | None:
+        """The timing of the fastest dense engine in fp32, or in int8, by medians; None if there was none."""
         found = [one for one in self.timings if (one.batch, one.threads) == (batch, threads)]
-        return min((one for one in found if one.engine not in (NMFX, MASKED)), key=lambda one: one.median)
+        dense = [one for one in found if one.engine not in (NMFX, MASKED) and (one.engine in INT8) == int8]
+        return min(dense, key=lambda one: one.median, default=None)
 
-    def speedup(self, batch: int, threads: int) -> float:
-        """How many times as fast nmfx is as the fastest dense engine, by medians."""
-        ours = self.of(NMFX, batch, threads)
-        assert ours is not None
-        return self.best_dense(batch, threads).median / ours.median
+    def speedup(self, batch: int, threads: int, *, int8: bool = False) -> float | None:
+        """How many times as fast nmfx is as the fastest dense engine in fp32, or in int8; None if there was none."""
+        ours, best = self.of(NMFX, batch, threads), self.best_dense(batch, threads, int8=int8)
+        return best.median / ours.median if best and ours else None
 
 
 def bench(
@@ -87,6 +89,8 @@ def bench(
     threads: tuple[int, ...] = (),
     turns: int = 15,
     onnx: Path | None = None,
+    engines: Sequence[str] = tuple(ENGINES),
+    tune: str = "quick",
     progress: Progress = silent,
 ) -> Bench:
     """Time a dense model and its converted counterpart on `example` repeated to each batch size.
@@ -96,9 +100,11 @@ def bench(
         converted: the same network, masked.
         example: pictures ``(batch, channels, height, width)``, of which the first is used.
         batches: batch sizes to time.
-        threads: numbers of threads of torch and of ONNX Runtime; 1 and torch's own when empty.
+        threads: numbers of threads of every engine; 1 and torch's own when empty.
         turns: turns of each engine, of `TURN` seconds or more.
-        onnx: the dense model as ONNX with a free batch size; None leaves ONNX Runtime out.
+        onnx: the dense model as ONNX with a free batch size; None leaves the engines out that need it.
+        engines: names of `ENGINES` to time beside PyTorch's own.
+        tune: as `nmfx.compile` has it.
         progress: called with the share done and what is being done.
 
     Returns:
@@ -116,21 +122,23 @@ def bench(
         say = portion(progress, number, len(combinations))
         with on_threads(count), torch.no_grad():
             say(0.0, "compiling with torch.compile")
-            engines = dense_runs(dense, x)
-            if COMPILED not in engines:
+            runs = dense_runs(dense, x)
+            if COMPILED not in runs:
                 missing[COMPILED] = "it cannot compile this model"
-            if onnx is not None:
+            for number, engine in enumerate(ENGINES[name] for name in engines if onnx is not None):
+                say(0.2 + 0.3 * number / len(engines), f"opening {engine.label}")
                 try:
-                    engines["ONNX Runtime"] = _onnx_engine(onnx, x, count)
-                except (NmfxError, RuntimeError, ValueError) as error:
-                    missing["ONNX Runtime"] = " ".join(str(error).split())[:200]
-            engines[MASKED] = partial(converted, x)
+                    assert onnx is not None
+                    runs[engine.label] = engine.open(onnx, x, count)
+                except NmfxError as error:
+                    missing[engine.label] = str(error)
+            runs[MASKED] = partial(converted, x)
             say(0.5, "compiling with nmfx")
-            ours = compile(converted.eval(), x)
-            engines[NMFX] = partial(ours, x)
+            ours = compile(converted.eval(), x, tune=tune)
+            runs[NMFX] = partial(ours, x)
             choices[batch, count] = ours.choices
             difference = max(difference, _difference(ours(x), converted(x)))
-            found = in_turns(engines, turns, say)
+            found = in_turns(runs, turns, say)
             timings += [Timing(name, batch, count, seconds) for name, seconds in found.items()]
     return Bench(tuple(timings), choices, missing, difference)
 
@@ -144,19 +152,6 @@ def in_turns(runs: Mapping[str, Run], turns: int, progress: Progress) -> dict[st
             found[name].append(mean_seconds(run, TURN))
         progress(0.6 + 0.4 * (turn + 1) / turns, "measuring")
     return {name: tuple(seconds) for name, seconds in found.items()}
-
-
-def _onnx_engine(path: Path, x: Tensor, threads: int) -> Run:
-    try:
-        import onnxruntime
-    except ImportError:
-        raise NmfxError("pip install 'nmfx[onnx]'") from None
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    feed = {session.get_inputs()[0].name: x.numpy()}
-    return lambda: session.run(None, feed)
 
 
 def _difference(found: object, wanted: object) -> float:

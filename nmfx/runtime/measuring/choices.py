@@ -16,12 +16,13 @@ from nmfx.runtime.chain import repeated
 from nmfx.runtime.checks import output_size
 from nmfx.runtime.kernel.library import load_kernel
 from nmfx.runtime.layers import DEPTHWISE, Fused, dense_layers, layer_for
-from nmfx.runtime.layout.tiles import LANES, SPARSE, TILES
+from nmfx.runtime.layout.tiles import FEW, LANES, SPARSE, TILES
 from nmfx.runtime.lowering.fusion import Sites
 from nmfx.runtime.measuring.timing import Times
 
 REPEATS = 4  # calls of a sparse way in one timed chain: in a network, too, one call from Python runs many operators
 BEFORE_OTHERS = 1.5  # lanes may take this many times as long: between operators by lanes nothing is laid out anew
+MUCH = 1e8  # multiply-adds of a way that is timed by single calls when few are tried: some 2 ms
 ZEROS_FROM = 0.4  # density from which the kernel is also tried with zeros stored: rows then share what they read
 
 
@@ -97,7 +98,7 @@ def time_sites(
         graph: changed in place.
         sites: of the graph, as `lower` gave them.
         example: the input of the graph, whose inner results the sites are timed on.
-        times: what was measured before, and takes what is measured now.
+        times: what was measured before, and takes what is measured now; a quick one tries few ways.
         progress: called with the share done and the site's name.
 
     Returns:
@@ -136,19 +137,24 @@ def time_site(node: fx.Node, fused: Fused, inputs: tuple[Tensor, ...], times: Ti
     zeros = fused.is_conv and kept >= ZEROS_FROM * fused.weight.numel()
     fitting = [tile for tile in TILES if tile.chunk < 2 * fused.weight[0].numel() or tile.chunk <= 128]
     tiles = [tile for tile in fitting if tile.lanes <= lanes and tile.zeros <= zeros and kernel and not fused.depthwise]
+    repeats = REPEATS
+    if times.quick:
+        tiles = [tile for tile in tiles if tile in FEW[lanes]] or tiles[:1]
+        channels = inputs[0].shape[1 if fused.is_conv else -1]
+        repeats = 1 if kept * inputs[0].numel() / channels > MUCH else REPEATS
     names = [*dense_layers(fused, lanes=lanes), *map(str, tiles)]
     chained = {name for name in names if kernel and (DEPTHWISE in name or name.startswith(SPARSE))}
     geometry = (fused.geometry, fused.groups, fused.residual, fused.low, fused.high, fused.bias is not None)
     seen = [(tuple(one.shape), one.stride()) for one in inputs]
-    what = ("site", tuple(fused.weight.shape), kept, geometry, seen, names, REPEATS)
+    what = ("site", tuple(fused.weight.shape), kept, geometry, seen, names, repeats)
 
     def candidates() -> dict[str, Callable[[], Any]]:
         layers = {name: layer_for(fused, name) for name in names}
-        chains = {name: repeated(layers[name], inputs, REPEATS) for name in names if name in chained}
+        chains = {name: repeated(layers[name], inputs, repeats) for name in names if name in chained}
         return {name: partial(layer, *inputs) for name, layer in layers.items()} | chains
 
     took = times.get(what, names, candidates)
-    return TimedSite(node, fused, {name: seconds / (REPEATS if name in chained else 1) for name, seconds in took.items()})
+    return TimedSite(node, fused, {name: seconds / (repeats if name in chained else 1) for name, seconds in took.items()})
 
 
 def _has_lanes(fused: Fused, inputs: tuple[Tensor, ...]) -> bool:

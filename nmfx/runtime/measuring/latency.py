@@ -148,7 +148,7 @@ def measured_seconds(model: nn.Module, example: Tensor, beside: Latency | None =
         beside: measure the dense run as well, in turns, and say how long the model would have taken when that one took its
             `baseline`: a machine that others use is not always as fast.
     """
-    compiled = compile(model, example, batch=len(example))
+    compiled = compile(model, example, batch=len(example), tune="full")
     runs: dict[str, Callable[[], object]] = {"compiled": lambda: compiled(example)}
     if beside is None or beside.run is None:
         return measure(runs, seconds=NETWORK_SECONDS)["compiled"]

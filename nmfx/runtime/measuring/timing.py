@@ -26,6 +26,8 @@ from nmfx.progress import Progress
 from nmfx.runtime.kernel.library import kernel_digest, processor
 
 ROUNDS, TURN_SECONDS = 7, 0.004  # turns of each candidate, and the shortest time of one
+QUICK_ROUNDS, QUICK_SECONDS = 3, 0.001  # the same where few are tried
+ENOUGH = 0.03  # seconds of turns of one candidate, then
 NETWORK_SECONDS = 0.1  # the shortest time of a turn of a whole network
 HOPELESS = 1.6  # times the fastest: more than what a choice between ways to compute a site forgives
 PACE_ROUNDS, PACE_SECONDS = 5, 0.001  # of the small computation that says how fast the machine is
@@ -70,6 +72,7 @@ def measure(
     rounds: int | None = None,
     seconds: float | None = None,
     hopeless: float = math.inf,
+    enough: float = math.inf,
 ) -> dict[str, float]:
     """The fastest of `rounds` turns of each candidate, in seconds a call; all take turns, so that noise meets all of them.
 
@@ -78,18 +81,21 @@ def measure(
         seconds: length of a turn, of 50 calls at most; `TURN_SECONDS` when None, `NETWORK_SECONDS` for whole networks, whose
             caches and threads need longer to settle.
         hopeless: a candidate that takes this many times as long as the fastest has one turn only.
+        enough: seconds after which a candidate, which has had a turn, has no other.
     """
     seconds = TURN_SECONDS if seconds is None else seconds
-    best = {}
+    best, spent = {}, dict.fromkeys(candidates, 0.0)
     for name, run in candidates.items():
         run()
         best[name] = mean_seconds(run, 0.0)
     for turn in range(ROUNDS if rounds is None else rounds):
         limit = hopeless * min(best.values())
         for name, run in candidates.items():
-            if not turn or best[name] <= limit:
+            if not turn or (best[name] <= limit and spent[name] < enough):
+                start = time.perf_counter()
                 run()
                 best[name] = min(best[name], mean_seconds(run, seconds, most=50))
+                spent[name] += time.perf_counter() - start
     return best
 
 
@@ -118,12 +124,16 @@ class _Kept(Form, frozen=True):
 class Times:
     """Measured seconds for this machine, kernel, torch and number of threads, remembered on disk.
 
-    They are forgotten when the machine's pace is no longer what it was: when a small computation takes `CHANGED` times as long
-    as it did then, or as little.
+    Quick ones are measured in fewer and shorter turns. They are forgotten when the machine's pace is no longer what it was:
+    when a small computation takes `CHANGED` times as long as it did then, or as little.
     """
 
-    def __init__(self) -> None:
-        self.machine = machine() | {"threads": str(torch.get_num_threads()), "measured": f"{ROUNDS} x {TURN_SECONDS} s"}
+    def __init__(self, *, quick: bool = False) -> None:
+        self.quick = quick
+        self.rounds, self.seconds = (QUICK_ROUNDS, QUICK_SECONDS) if quick else (ROUNDS, TURN_SECONDS)
+        self.machine = machine() | {
+            "threads": str(torch.get_num_threads()), "measured": f"{self.rounds} x {self.seconds} s"
+        }  # fmt: skip
         self.path = cache_folder() / "times" / f"{_digest(self.machine)[:24]}.json"
         self.pace = measure_pace()
         self.new: dict[str, dict[str, float]] = {}
@@ -141,7 +151,10 @@ class Times:
         key = _digest(what)[:24]
         found = self.known.get(key)
         if found is None or found.keys() != set(names):
-            found = self.known[key] = self.new[key] = measure(candidates(), hopeless=HOPELESS)
+            found = self.known[key] = self.new[key] = measure(
+                candidates(), rounds=self.rounds, seconds=self.seconds, hopeless=HOPELESS,
+                enough=ENOUGH if self.quick else math.inf,
+            )  # fmt: skip
         return found
 
     def save(self) -> None:
