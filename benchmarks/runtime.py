@@ -1,6 +1,7 @@
 """The speed of nmfx.compile: python benchmarks/runtime.py [--only GLOB] [--turns 15] [--out benchmarks/runtime.json]
 
-Each case times a network dense (PyTorch, channels last, torch.compile with frozen weights, ONNX Runtime) and sparse (masked,
+Each case times a network dense (PyTorch, channels last, torch.compile with frozen weights, ONNX Runtime and
+OpenVINO where installed, in fp32 and int8) and sparse (masked,
 and by nmfx) in one run, in turns, on one thread and on all, batch 1 and 8. `latency *` searches for a speed (ResNet-50: twice
 that of the best dense run) and compares with the parameter budget that happens to be as fast. `roofline` measures what the
 machine can do. Run it on a machine that does nothing else.
@@ -29,6 +30,7 @@ from nmfx.models.example import Example
 from nmfx.runtime.measuring.bench import NMFX, bench
 from nmfx.runtime.measuring.latency import measured_seconds
 from nmfx.search.finder import find_scheme
+from nmfx.settings.stages import BenchSettings
 from nmfx.stages import latency
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -78,18 +80,24 @@ def run(name: str, turns: int, batches: tuple[int, ...], threads: tuple[int, ...
     with tempfile.TemporaryDirectory() as folder:
         save_onnx(model, path := Path(folder) / "dense.onnx", Example((x,)))
         converted = nmfx.transform(model, scheme, sites=sites)
-        found = bench(model, converted, x, batches=batches, threads=threads, turns=turns, onnx=path)
+        engines = BenchSettings().engine_names
+        found = bench(model, converted, x, batches=batches, threads=threads, turns=turns, onnx=path, engines=engines)
     record: dict[str, Any] = {"case": name, "sparsity": totals.sparsity, "mac_sparsity": totals.mac_sparsity}
     record |= {"difference": found.difference, "missing": dict(found.missing), "rows": []}
     for batch, count in found.choices:
         rows = [one for one in found.timings if (one.batch, one.threads) == (batch, count)]
-        best, ours = found.best_dense(batch, count), found.of(NMFX, batch, count)
+        ours = found.of(NMFX, batch, count)
         assert ours is not None
         times = {one.engine: [round(1e3 * s, 3) for s in (one.median, *one.spread)] for one in rows}
-        record["rows"].append({"batch": batch, "threads": count, "ms": times, "best dense": best.engine})
-        record["rows"][-1]["speedup"] = round(best.median / ours.median, 3)
-        said = f"{best.engine} {best.median * 1e3:.2f} ms, nmfx {ours.median * 1e3:.2f} ms, {best.median / ours.median:.2f}x"
-        print(f"{name}: batch {batch}, {count} threads: {said}", flush=True)
+        record["rows"].append({"batch": batch, "threads": count, "ms": times})
+        said = [f"nmfx {ours.median * 1e3:.2f} ms"]
+        for int8 in (False, True):
+            best = found.best_dense(batch, count, int8=int8)
+            if best:
+                times_faster = best.median / ours.median
+                record["rows"][-1]["against the best int8" if int8 else "against the best fp32"] = round(times_faster, 3)
+                said.append(f"{best.engine} {best.median * 1e3:.2f} ms ({times_faster:.2f}x)")
+        print(f"{name}: batch {batch}, {count} threads: {', '.join(said)}", flush=True)
     return record
 
 
