@@ -21,6 +21,8 @@ from nmfx.runtime.lowering.fusion import lower
 from nmfx.runtime.measuring.choices import Choice, TimedSite, install_layers, time_sites
 from nmfx.runtime.measuring.timing import HOPELESS, NETWORK_SECONDS, QUICK_ROUNDS, Times, measure, on_threads, portion
 
+SURELY = 1.2  # times as long
+
 
 @torch.inference_mode(False)  # whose tensors have no versions
 def compile(
@@ -84,7 +86,7 @@ def compile(
             times = Times(quick=quick)
             timed = time_sites(copy_of(graph), sites, example[:size], times, portion(progress, number, len(passes)))
             times.save()
-            for mine, choices in with_and_without_lanes(graph, timed, images=size if alone else 0):
+            for mine, choices in with_and_without_lanes(graph, timed, images=size if alone else 0, surely=quick):
                 found.append(Lowered(mine, domain, choices, len(example) if alone else size, size if alone else 0))
     return CompiledModel(fastest(found, example, quick=quick), kernel=kernel, original=plain, shapes=shapes)
 
@@ -101,14 +103,16 @@ def _passes(count: int, batch: int | None, apart: bool, *, alone: bool, quick: b
 
 
 def with_and_without_lanes(
-    graph: fx.GraphModule, timed: Sequence[TimedSite], *, images: int = 0
+    graph: fx.GraphModule, timed: Sequence[TimedSite], *, images: int = 0, surely: bool = False
 ) -> Iterator[tuple[fx.GraphModule, tuple[Choice, ...]]]:
     """Copies of a lowered graph with the fastest layers, chained: one without lanes, and one with them if a site has any.
 
     Args:
         images: samples that stay on one thread within a chain; 0 is all at once.
+        surely: leave the one without out where its sites take so much longer that the rest cannot make up for it.
     """
-    for lanes in (False, True):
+    without, with_them = (sum(one.choice(lanes=lanes).seconds for one in timed) for lanes in (False, True))
+    for lanes in (True,) if surely and without > SURELY * with_them else (False, True):
         choices = tuple(one.choice(lanes=lanes) for one in timed)
         if not lanes or any(LANES in choice.chosen for choice in choices):
             mine = copy_of(graph)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nmfx.runtime.layout.packed import pack
+from nmfx.runtime.layout.packed import Packed, pack
 from nmfx.runtime.layout.tiles import LANES, SPARSE, TILES, Tile
 from nmfx.runtime.operators import OPERATORS, padded
 
@@ -49,10 +50,15 @@ class Fused:
         """Whether each group has one output channel of one input channel, so that sparse rows would share nothing."""
         return self.is_conv and tuple(self.weight.shape[:2]) == (self.groups, 1)
 
-    @property
+    @functools.cached_property
     def kept(self) -> int:
         """Weights that are not zero."""
         return int(self.weight.count_nonzero())
+
+    @functools.lru_cache(maxsize=1)  # noqa: B019 - ways by lanes differ in what a chain makes of the same one
+    def packed(self, chunk: int, *, zeros: bool) -> Packed:
+        """The weight as the kernel reads it (`pack`)."""
+        return pack(self.weight, self.groups, chunk=chunk, zeros=zeros)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -179,7 +185,7 @@ def dense_layers(fused: Fused, *, lanes: bool = False) -> dict[str, nn.Module]:
 def sparse_layer(fused: Fused, tile: Tile, plain: Tile | None = None) -> KernelLayer:
     """The sparse layer of a site; a tile by lanes counts in chains that have lanes, and `plain` elsewhere."""
     cut = (plain or Tile()) if tile.lanes else tile
-    packed = pack(fused.weight, fused.groups, chunk=cut.chunk, zeros=cut.zeros)
+    packed = fused.packed(cut.chunk, zeros=cut.zeros)
     tensors = {"values": packed.values, "columns": packed.columns, "pointers": packed.pointers, "bias": fused.bias}
     options = fused.options | {"width": packed.width, "chunk": cut.chunk, "vectors": cut.vectors}
     if not fused.is_conv:

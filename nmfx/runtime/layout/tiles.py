@@ -47,7 +47,7 @@ FEW = {
     True: frozenset((
         *(Tile(*sizes, lanes=True) for sizes in _FEW_LANES),
         *(Tile(*sizes, lanes=True, zeros=True) for sizes in _FEW_WITH_ZEROS),
-        *(Tile(*sizes) for sizes in ((128, 8), (512, 4))),
+        Tile(128, 8),
     )),
     False: frozenset((
         *(Tile(*sizes) for sizes in ((64, 8), (128, 8), (256, 4), (512, 4))),

@@ -26,8 +26,8 @@ from nmfx.progress import Progress
 from nmfx.runtime.kernel.library import kernel_digest, processor
 
 ROUNDS, TURN_SECONDS = 7, 0.004  # turns of each candidate, and the shortest time of one
-QUICK_ROUNDS, QUICK_SECONDS = 3, 0.001  # the same where few are tried
-ENOUGH = 0.03  # seconds of turns of one candidate, then
+QUICK_ROUNDS, QUICK_SECONDS = 2, 0.001  # the same where few are tried
+ENOUGH = 0.01  # seconds of turns of one candidate, then
 NETWORK_SECONDS = 0.1  # the shortest time of a turn of a whole network
 HOPELESS = 1.6  # times the fastest: more than what a choice between ways to compute a site forgives
 PACE_ROUNDS, PACE_SECONDS = 5, 0.001  # of the small computation that says how fast the machine is
@@ -81,7 +81,8 @@ def measure(
         seconds: length of a turn, of 50 calls at most; `TURN_SECONDS` when None, `NETWORK_SECONDS` for whole networks, whose
             caches and threads need longer to settle.
         hopeless: a candidate that takes this many times as long as the fastest has one turn only.
-        enough: seconds after which a candidate, which has had a turn, has no other.
+        enough: seconds after which a candidate, which has had a turn, has no other; a call of a fifth of that needs none before
+            it to settle.
     """
     seconds = TURN_SECONDS if seconds is None else seconds
     best, spent = {}, dict.fromkeys(candidates, 0.0)
@@ -93,7 +94,8 @@ def measure(
         for name, run in candidates.items():
             if not turn or (best[name] <= limit and spent[name] < enough):
                 start = time.perf_counter()
-                run()
+                if best[name] < enough / 5:  # what takes longer settles while it runs
+                    run()
                 best[name] = min(best[name], mean_seconds(run, seconds, most=50))
                 spent[name] += time.perf_counter() - start
     return best
