@@ -221,6 +221,8 @@ def parse(value: Any, kind: Any, where: str, said: Option = Option()) -> Any:
     if kind is Any:
         return plain(value)
     if origin in (Union, UnionType):
+        if value == "false" and NoneType in args and any(map(is_settings, args)):
+            return None  # a section that is left out
         return _one_of(value, [arg for arg in args if arg is not NoneType], where, said)
     if origin is Literal:
         if value not in args:

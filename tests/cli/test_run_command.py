@@ -47,6 +47,7 @@ def test_a_recipe_from_the_model_to_the_scores(nmfx: Run) -> None:
     assert stages(out) == {
         "build": "skipped, its output is there and still valid",
         "search": "skipped, its output is there and still valid",
+        "correct": "there is no output yet",
         "finetune": "there is no output yet",
         "export": "there is no output yet",
         "evaluate": "there is no output yet",
@@ -114,7 +115,7 @@ def test_a_recipe_exports_onnx_that_answers_as_the_checkpoint(nmfx: Run) -> None
 
 
 def test_a_recipe_distils_from_the_dense_network(nmfx: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    Path("soft.yaml").write_text(QUICK.format(epochs=2) + "  distill: 0.9\n  temperature: 2\n")
+    Path("soft.yaml").write_text(QUICK.format(epochs=2) + "  distill: 0.9\n  temperature: 2\ncorrect: false\n")
     nmfx("run", "soft.yaml")
     nmfx("run", recipe(2, "hard"))
     soft, hard = (load_file(f"{name}.nmfx/export/digits.safetensors") for name in ("soft", "hard"))

@@ -125,7 +125,7 @@ def test_the_packaged_recipe_runs_after_digits(nmfx: Run) -> None:
     assert said["start"] == next(line.split()[1:4] for line in first.splitlines() if line.startswith("exported "))
     starting = read_checkpoint("digits.nmfx/export/digits.safetensors")[0].scheme
     check_sparser(read_checkpoint("sparser.nmfx/export/digits.safetensors")[0].scheme, starting, 0.92)
-    assert nmfx("run", "sparser.yaml").count("skipped") == 5
+    assert nmfx("run", "sparser.yaml").count("skipped") == 6
     Path("quick.yaml").write_text("base: digits\nfinetune:\n  epochs: 2\n")
     nmfx(*quick, "--until", "export")
     assert "build: changed: content of weights" in nmfx("run", "sparser.yaml", "--until", "build")

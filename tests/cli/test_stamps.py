@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 RECIPE = """model: {name: demo:digits}
 search: {target: 0.75, method: domino}
 data: {name: digits}
+correct: false
 finetune: {epochs: 1, batch_size: 64, lr: 0.02}
 export: {baked: true}
 """

@@ -31,11 +31,11 @@ ALL = ["build", "search", "finetune", "export", "evaluate"]
 
 
 def quick(**settings: object) -> Recipe:
-    """The packaged digits recipe, one epoch."""
+    """The packaged digits recipe, one epoch, without correction."""
     recipe = load_recipe("digits")
     assert recipe.finetune is not None
     tuned = replace(recipe.finetune, settings=replace(recipe.finetune.settings, **{"epochs": 1, **settings}))  # type: ignore
-    return replace(recipe, finetune=tuned)
+    return replace(recipe, finetune=tuned, correct=None)
 
 
 def run(recipe: Recipe, folder: Path) -> list[str]:
@@ -78,6 +78,25 @@ def test_weights_are_corrected_before_they_train_and_without_training(tmp_path: 
     assert run(quick(), folder) == ALL[2:]
     with pytest.raises(NmfxError, match="correct needs a data section"):
         replace(plain, data=None)
+
+
+@pytest.mark.parametrize(
+    ("written", "corrects"),
+    [
+        ("base: digits", True),
+        ("base: digits\ncorrect: false", False),
+        ("base: digits\nmodel: {weights: none}", False),
+        ("base: digits\nfinetune: {weights: none}", False),
+        ("base: digits\nfinetune: null", True),
+        ("base: digits\nsearch: {method: null, target: null, pattern: dense}", False),
+        ("base: digits\nmodel: {weights: none}\ncorrect: {method: sweep}", True),  # as it was asked for
+        ("base: digits\ndata: null\nfinetune: null", False),
+    ],
+)
+def test_weights_that_mean_something_are_corrected_where_there_is_data(written: str, corrects: bool, tmp_path: Path) -> None:
+    path = tmp_path / "own.yaml"
+    path.write_text(written)
+    assert ("correct" in Pipeline(load_recipe(path), tmp_path / "run").stages) == corrects
 
 
 def test_an_output_that_is_gone_or_altered_is_made_again(tmp_path: Path) -> None:
