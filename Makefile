@@ -1,5 +1,5 @@
 # make demo: the main job on real digits, from nothing, in a minute.   make test: lint, types, import contract, tests.
-# make kernel: build the kernel anew.   make wheel: a wheel with it, in dist/.
+# make kernel: build the kernel anew.   make wheel: a wheel with it, in dist/.   make kernel-test: its own tests, all of them.
 # make oldest: the main road, files, passes, data and training on the lowest versions of pyproject.toml, with Python 3.10.
 # make fuzz: 29,000 damaged files of every kind that nmfx reads, in a quarter of an hour.
 VENV ?= .venv
@@ -10,7 +10,7 @@ PYTHON310 ?= $(shell for one in python3.10 $(HOME)/.pyenv/versions/3.10.*/bin/py
     $$one -c '' 2>/dev/null && echo $$one && break; done)
 OLDEST := $(VENV)-oldest
 
-.PHONY: demo test lint slow oldest fuzz kernel wheel
+.PHONY: demo test lint slow oldest fuzz kernel kernel-test wheel
 
 demo: $(VENV)/.ready
 	$(BIN)/python examples/digits.py
@@ -18,6 +18,9 @@ demo: $(VENV)/.ready
 kernel:
 	cmake -S nmfx/runtime/kernel -B build/kernel
 	cmake --build build/kernel -j2
+
+kernel-test: $(VENV)/.ready
+	$(BIN)/python -m pytest -m 'slow or not slow' --timeout=3600 tests/runtime/test_kernel_alone.py
 
 wheel:
 	$(PYTHON) -m venv build/wheel-venv

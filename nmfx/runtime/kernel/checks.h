@@ -27,7 +27,8 @@ struct Reach {
 // The values of tensors that a program indexes by are read through once, where they are its own and never change.
 class Known {
  public:
-  using Numbers = std::array<int64_t, 6>;
+  enum Asked : int64_t { WEIGHTS, OFFSETS, HALO, INDEX };  // of the same values, different things
+  using Numbers = std::array<int64_t, 7>;  // what is asked first
 
   template <class Read>
   Reach reach(std::initializer_list<const Tensor*> tensors, const Numbers& asked, const Read& read) {
@@ -55,7 +56,7 @@ thread_local Known* known;  // of the program that runs
 
 // Where numbers of a tensor lie that index as they are; nothing is reached by those below zero.
 inline Reach reach_of(const Tensor& numbers) {
-  return known->reach({&numbers}, {numbers.numel()}, [&] {
+  return known->reach({&numbers}, {Known::OFFSETS}, [&] {
     const int32_t* at = numbers.const_data_ptr<int32_t>();
     const auto [least, most] = std::minmax_element(at, at + numbers.numel());
     return Reach{*least, *most};

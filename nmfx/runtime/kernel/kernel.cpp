@@ -2,6 +2,8 @@
 
 #include "nmfx_kernel.h"
 
+#include <cstdio>
+
 #include "lanes_operators.h"
 #include "operators.h"
 #include "program.h"
@@ -56,12 +58,8 @@ std::vector<Tensor> pass(nmfx_program& program, const std::vector<Tensor>& input
   check(0 <= steps && steps <= static_cast<int64_t>(program.numbers.size()), "a program that is whole");
   slots.reserve(inputs.size() + steps);  // steps hold references into it
   for (int64_t i = 0; i < steps; ++i) {
-    const bool leaves = p.number() != 0;
-    const int64_t* kind = p.at;
-    pool.open = !leaves;  // what leaves the chain is the caller's
+    pool.open = p.number() == 0;  // what leaves the chain is the caller's
     slots.push_back(step(p));
-    const bool flat = *kind == CODE_flatten;  // which shares the memory of what it flattens
-    p.leaves.push_back(flat ? kind[1] >= 0 && p.leaves[kind[1]] : leaves);
     for (const int64_t place : p.numbers()) {
       p.slot(place);
       slots[place] = Tensor();
@@ -69,8 +67,9 @@ std::vector<Tensor> pass(nmfx_program& program, const std::vector<Tensor>& input
   }
   std::vector<Tensor> outputs;
   for (const int64_t place : p.numbers()) {
-    outputs.push_back(p.slot(place));
-    check(p.leaves[place], "outputs that may leave the chain");
+    const Tensor& one = p.slot(place);
+    check(!one.pooled && !one.constant, "outputs that may leave the chain");
+    outputs.push_back(one.memory ? one : one.copied());  // an input is the caller's
   }
   check(p.at == p.end, "a program that is whole");
   return outputs;
@@ -119,7 +118,7 @@ std::vector<Tensor> chain(nmfx_program& program, const std::vector<Tensor>& inpu
   return outputs;
 }
 
-thread_local std::string said;  // the error of the last call that failed
+thread_local char said[1024];  // the error of the last call that failed, for which there is always room
 
 template <class F>
 nmfx_status guarded(const F& f) noexcept {
@@ -127,10 +126,10 @@ nmfx_status guarded(const F& f) noexcept {
     f();
     return NMFX_OK;
   } catch (const Refused& error) {
-    said = error.what();
+    std::snprintf(said, sizeof said, "%s", error.what());
     return NMFX_REFUSED;
   } catch (const std::exception&) {  // bad_alloc, or length_error of a vector
-    said = "nmfx runtime: not enough memory for these sizes";
+    std::snprintf(said, sizeof said, "nmfx runtime: not enough memory for these sizes");
     return NMFX_NO_MEMORY;
   }
 }
@@ -142,7 +141,7 @@ extern "C" {
 int32_t nmfx_version(void) { return NMFX_VERSION; }
 int64_t nmfx_vector_length(void) { return VL; }
 const char* nmfx_operator_name(int64_t code) { return 0 <= code && code < int64_t(std::size(NAMES)) ? NAMES[code] : nullptr; }
-const char* nmfx_error(void) { return said.c_str(); }
+const char* nmfx_error(void) { return said; }
 
 nmfx_program* nmfx_program_new(const int64_t* numbers, int64_t count, const DLTensor* constants, int64_t constant_count) {
   std::unique_ptr<nmfx_program> made;
@@ -152,11 +151,8 @@ nmfx_program* nmfx_program_new(const int64_t* numbers, int64_t count, const DLTe
     made = std::make_unique<nmfx_program>();
     made->numbers.assign(numbers, numbers + count);
     for (int64_t i = 0; i < constant_count; ++i) {
-      const Tensor given = tensor_of(constants[i]);
-      Tensor own = Tensor::empty(given.sizes(), given.type);
-      given.copy_to(static_cast<char*>(own.data));
-      own.constant = true;
-      made->constants.push_back(own);
+      made->constants.push_back(tensor_of(constants[i]).copied());
+      made->constants.back().constant = true;
     }
   });
   return status == NMFX_OK ? made.release() : nullptr;
@@ -179,6 +175,7 @@ nmfx_status nmfx_program_run(nmfx_program* program, const DLTensor* inputs, int6
       void operator()(DLManagedTensor* one) const { one->deleter(one); }
     };
     std::vector<std::unique_ptr<DLManagedTensor, Back>> leaving;
+    leaving.reserve(made.size());  // what is handed to it has no other owner
     for (const Tensor& one : made) leaving.emplace_back(Leaving::of(one));
     for (int64_t i = 0; i < output_count; ++i) outputs[i] = leaving[i].release();
   });

@@ -178,7 +178,7 @@ struct Local {
       vec v = {};
       if (source.lanes != NONE) {
         const float* at = own + source.strip * strip_floats + source.vector * VL;
-        v = reinterpret_cast<vec>(*reinterpret_cast<const places*>(at) & *reinterpret_cast<const places*>(mask + source.mask));
+        v = reinterpret_cast<vec>(reinterpret_cast<places>(load(at)) & *reinterpret_cast<const places*>(mask + source.mask));
         if (source.lanes != lanes_by) shift = Shift(lanes_by = source.lanes);
         v = shift(v);
       }

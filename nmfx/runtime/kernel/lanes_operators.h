@@ -149,7 +149,7 @@ void check_halo(const Laid& x, const Lanes& local, const std::optional<Tensor>& 
   check(planes == 1 && pixels && packed_in_order(*pixels, Type::INT) && aligned(pixels->data, VL * 4) && sources &&
             packed_in_order(*sources, Type::INT) && sources->numel() == product({x.lanes.strips, local.vectors, 4}),
         "a mask and sources for a halo");
-  const Known::Numbers asked{x.lanes.strips, x.lanes.before, x.lanes.vectors, local.vectors, pixels->numel()};
+  const Known::Numbers asked{Known::HALO, x.lanes.strips, x.lanes.before, x.lanes.vectors, local.vectors, pixels->numel()};
   known->reach({&*sources}, asked, [&] {
     const auto* all = reinterpret_cast<const Local::Source*>(sources->const_data_ptr<int32_t>());
     bool fits = true;
@@ -224,8 +224,8 @@ Tensor lanes_average(const Laid& x, const Tensor& mask, int64_t pixels) {
         const float* own = x.data() + strip * x.strip_floats() + item * lanes.floats() + lanes.before * VL;
         for (int64_t row = 0; row < lanes.rows; ++row) {
           for (int64_t at = 0; at < lanes.width; ++at) {
-            const places pixel = *reinterpret_cast<const places*>(own + (row * lanes.pitch + at) * VL);
-            sums += reinterpret_cast<vec>(pixel & held.at(row, at));
+            const vec pixel = load(own + (row * lanes.pitch + at) * VL);
+            sums += reinterpret_cast<vec>(reinterpret_cast<places>(pixel) & held.at(row, at));
           }
         }
       }

@@ -25,13 +25,17 @@ struct Pool {
   static constexpr int64_t IDLE = 32;  // passes after which a buffer is given back
   static constexpr int64_t HUGE_PAGE = 1 << 21;  // bytes
   int64_t passes = 0;
+  size_t made = 0;  // buffers, those in use with them
   std::vector<Buffer> free;
   bool open = false;
 
   static std::align_val_t alignment(int64_t floats) {
     return std::align_val_t(floats * static_cast<int64_t>(sizeof(float)) >= HUGE_PAGE ? HUGE_PAGE : 64);
   }
-  static void release(const Buffer& buffer) { ::operator delete(buffer.data, alignment(buffer.size)); }
+  void release(const Buffer& buffer) {
+    ::operator delete(buffer.data, alignment(buffer.size));
+    --made;
+  }
   ~Pool() {
     for (const Buffer& buffer : free) release(buffer);
   }
@@ -62,7 +66,9 @@ struct Pool {
     }
     const int64_t bytes = size * static_cast<int64_t>(sizeof(float)), unit = bytes >= HUGE_PAGE ? HUGE_PAGE : 64;
     const int64_t room = (bytes + unit - 1) / unit * unit / static_cast<int64_t>(sizeof(float));
+    free.reserve(made + 1);  // so that giving it back needs no memory
     void* data = ::operator new(room * sizeof(float), alignment(room));
+    ++made;
 #ifdef __linux__
     if (bytes >= HUGE_PAGE) madvise(data, room * sizeof(float), MADV_HUGEPAGE);
 #endif
@@ -71,11 +77,17 @@ struct Pool {
 };
 thread_local Pool pool;
 
+inline Tensor pooled(const Pool::Buffer& buffer, Sizes sizes, Sizes strides = {}) {
+  const auto back = [buffer](void*) { pool.free.push_back(buffer); };
+  Tensor made = Tensor::of(buffer.data, {buffer.data, back}, Type::FLOAT, sizes, strides);
+  made.pooled = true;
+  return made;
+}
+
 // An output that nobody has written yet: of the pool within a chain.
 inline Tensor output(Sizes sizes) {
   if (!pool.open) return Tensor::empty(sizes);
-  const Pool::Buffer buffer = pool.take(product(sizes));
-  return Tensor::of(buffer.data, {buffer.data, [buffer](void*) { pool.free.push_back(buffer); }}, Type::FLOAT, sizes);
+  return pooled(pool.take(product(sizes)), sizes);
 }
 
 // The same of strips, the first of the sizes: each has its share of the buffer, however much of it is used, so that a thread that
@@ -91,7 +103,7 @@ inline Tensor output_strips(Sizes sizes) {
   }
   const Pool::Buffer buffer = pool.take((strides[0] + PAGE - 1) / PAGE * PAGE * sizes[0]);
   strides[0] = buffer.size / sizes[0] / PAGE * PAGE;
-  return Tensor::of(buffer.data, {buffer.data, [buffer](void*) { pool.free.push_back(buffer); }}, Type::FLOAT, sizes, strides);
+  return pooled(buffer, sizes, {strides.data(), strides.size()});
 }
 
 }  // namespace

@@ -62,7 +62,7 @@ Packs packs_of(const Tensor& values, const Tensor& columns, const Tensor& pointe
   check(!starts || (line(*starts, Type::INT) && starts->numel() == product({groups, chunks})), "a start of every chunk");
   Packs packs{values.const_data_ptr<float>(), reinterpret_cast<const uint16_t*>(columns.const_data_ptr<int16_t>()),
               pointers.const_data_ptr<int32_t>(), rows, width, chunk, chunks, {}};
-  const Known::Numbers asked{out, groups, width, chunk, values.numel(), starts != nullptr};
+  const Known::Numbers asked{Known::WEIGHTS, out, groups, width, chunk, values.numel(), starts != nullptr};
   const auto read = [&] { return packs_reach(packs, groups, values.numel(), starts ? starts->const_data_ptr<int32_t>() : nullptr); };
   packs.reach = starts ? known->reach({&columns, &pointers, starts}, asked, read) : known->reach({&columns, &pointers}, asked, read);
   return packs;

@@ -6,12 +6,11 @@
 
 #pragma once
 
-#include "parallel.h"
-
-
 #include <cstring>
 #include <type_traits>
 
+#include "parallel.h"
+#include "tensor.h"
 #include "vectors.h"
 
 namespace {
@@ -121,6 +120,7 @@ struct Tiling {
   Tiling(int64_t lanes, int64_t most, int64_t rows, int64_t images = 1) : lanes(lanes), images(images) {
     vectors = (lanes + VL - 1) / VL;
     tiles = (vectors + most - 1) / most;
+    check(tiles < LONGEST, "pictures that can be cut into tiles");
     parts = parts_of(images * tiles, rows);
   }
   static int64_t threads() { return inside ? 1 : allowed; }

@@ -15,7 +15,6 @@ struct Program {
   const std::vector<Tensor>& constants;
   std::vector<Tensor>& slots;
   size_t inputs = slots.size();
-  std::vector<bool> leaves = std::vector<bool>(inputs, true);  // whether the memory of a slot may leave the chain
 
   int64_t number() {
     check(at < end, "a program that is whole");

@@ -22,7 +22,7 @@ SCALAR void pick(const float* from, const int32_t* places, int64_t count, float*
 
 // The last strip that an index names, and the last float within a strip; strips only where there are `several`.
 Reach named_by(const Tensor& index, bool several) {
-  return known->reach({&index}, {several}, [&] {
+  return known->reach({&index}, {Known::INDEX, several}, [&] {
     Reach last{0, -1};
     const int32_t* places = index.const_data_ptr<int32_t>();
     for (int64_t k = 0; k < index.numel(); ++k) {

@@ -65,14 +65,16 @@ constexpr Type type_of = std::is_same_v<T, float>     ? Type::FLOAT
                          : std::is_same_v<T, int16_t> ? Type::SHORT
                          : std::is_same_v<T, int32_t> ? Type::INT
                                                       : Type::LONG;
-constexpr int64_t ALIGNMENT = 64;
+constexpr std::align_val_t ALIGNMENT{64};
 
 struct Tensor {
   static constexpr int DIMS = NMFX_DIMS;
   void* data = nullptr;
   std::shared_ptr<void> memory;  // keeps the data; without it the caller does
   Type type = Type::FLOAT;
-  bool there = false, constant = false;  // constant: of a program, whose numbers never change
+  bool there = false;
+  bool constant = false;  // of a program, whose numbers never change
+  bool pooled = false;    // memory that stays with its thread
   int dims = 0;
   int64_t shape[DIMS]{}, steps[DIMS]{};
 
@@ -141,18 +143,19 @@ struct Tensor {
   }
   static Tensor empty(Sizes sizes, Type type = Type::FLOAT) {
     const int64_t bytes = std::max<int64_t>(1, product(sizes)) * BYTES[int(type)];
-    const auto alignment = std::align_val_t(ALIGNMENT);
-    void* data = ::operator new(bytes, alignment);
-    return of(data, std::shared_ptr<void>(data, [alignment](void* p) { ::operator delete(p, alignment); }), type, sizes);
+    void* data = ::operator new(bytes, ALIGNMENT);
+    return of(data, std::shared_ptr<void>(data, [](void* p) { ::operator delete(p, ALIGNMENT); }), type, sizes);
   }
-  Tensor contiguous() const {
-    if (is_contiguous()) return *this;
+  Tensor copied() const {
     Tensor made = empty(sizes(), type);
     copy_to(static_cast<char*>(made.data));
     return made;
   }
+  Tensor contiguous() const { return is_contiguous() ? *this : copied(); }
   // All elements, one behind the other.
-  void copy_to(char* to) const { copy(static_cast<const char*>(data), 0, to); }
+  void copy_to(char* to) const {
+    if (numel()) copy(static_cast<const char*>(data), 0, to);  // else there may be no memory
+  }
 
  private:
   void copy(const char* from, int dim, char*& to) const {

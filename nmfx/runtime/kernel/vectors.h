@@ -132,7 +132,7 @@ struct Shift {
 };
 
 // NaN wins, as in PyTorch.
-inline vec larger(vec a, vec b) { return (b > a) | (b != b) ? b : a; }
+inline vec larger(vec a, vec b) { return ((b > a) | (b != b)) ? b : a; }
 
 inline vec clamp(vec v, const Clamp& limits) {
   const vec low = limits.low - vec{}, high = limits.high - vec{};
