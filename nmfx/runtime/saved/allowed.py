@@ -59,11 +59,9 @@ def _sizes(function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
     """Arithmetic of sizes that stays within 64 bits, so that no graph can make numbers without end."""
 
     def checked(one: Any, other: Any) -> Any:
-        if not isinstance(one, int | torch.SymInt) or not isinstance(other, int | torch.SymInt):
-            raise NmfxError(f"expected sizes, got {type(one).__name__} and {type(other).__name__}")
+        expect(all(isinstance(each, int | torch.SymInt) for each in (one, other)), "two sizes")
         found = function(one, other)
-        if isinstance(found, int) and abs(found) > LARGEST:
-            raise NmfxError("a size beyond 64 bits")
+        expect(not isinstance(found, int) or abs(found) <= LARGEST, "sizes within 64 bits")
         return found
 
     checked.__name__ = checked.__qualname__ = function.__name__
