@@ -390,6 +390,13 @@ def test_the_command_exports_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     x = torch.rand(1, 1, 8, 8)
     found, wanted = nmfx.load_compiled(folder / "digits.nmfxc")(x), nmfx.load_checkpoint(folder / "digits.safetensors")(x)
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    assert main(["inspect", str(folder / "digits.nmfxc")]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "float32 1x8x8 in batches of 1" in said
+    assert "chosen on: " in said
+    for words in (["bench"], ["evaluate", "--data", "digits"], ["convert", "digits", "--force", "--weights"]):
+        assert main([words[0], *words[1:], str(folder / "digits.nmfxc")]) == 1
+        assert "a compiled model, not a checkpoint" in " ".join(capsys.readouterr().err.split())
     assert main(["export", "--compiled"]) == 1
     assert "exists already" in " ".join(capsys.readouterr().err.split())
     assert main(["export", "--compiled", "--force"]) == 0

@@ -56,10 +56,7 @@ def load_compiled(path: str | Path) -> CompiledModel:
             nmfx does.
     """
     path = Path(path)
-    content, tensors = read_sealed(path, "a compiled model", VERSION)
-    if content.get("kind") != KIND:
-        raise CheckpointError(f"{path}: not a compiled model, but another file of nmfx; nmfx.load_checkpoint loads checkpoints")
-    header = parsing.convert(content, Compiled, f"{path}: its header is damaged", CheckpointError)
+    header, tensors = read_compiled(path)
     kernel = load_kernel()
     try:
         graph = _Reader(header, tensors).read()
@@ -81,6 +78,18 @@ def load_compiled(path: str | Path) -> CompiledModel:
         )
     lowered = Loaded(graph, domain, tuple(header.choices), header.batch, header.images, str(path))
     return CompiledModel(lowered, kernel=kernel, shapes=0, machine=header.machine)
+
+
+def read_compiled(path: Path) -> tuple[Compiled, Tensors]:
+    """Header and tensors of a compiled file, after checking that not a bit has changed since it was written.
+
+    Raises:
+        CheckpointError: no such file; truncated, altered, foreign, of another version, or with a header that is damaged.
+    """
+    content, tensors = read_sealed(path, "a compiled model", VERSION)
+    if content.get("kind") != KIND:
+        raise CheckpointError(f"{path}: not a compiled model, but another file of nmfx; nmfx.load_checkpoint loads checkpoints")
+    return parsing.convert(content, Compiled, f"{path}: its header is damaged", CheckpointError), tensors
 
 
 @dataclass(frozen=True)
