@@ -271,6 +271,7 @@ WRONG: dict[str, tuple[Change, str]] = {
     "operator that writes": (lambda c, t: calls(c, "aten.hardswish.default").update(operator="aten.relu_.default"), "no operator"),
     "operator that reads files": (lambda c, t: calls(c, "aten.hardswish.default").update(operator="aten.from_file.default"), "no operator"),
     "operator by lanes": (lambda c, t: calls(c, "nmfx.average.default").update(operator="nmfx.rearrange.default"), "no operator"),
+    "operator with weights": (lambda c, t: calls(c, "nmfx.average.default").update(operator="nmfx.sparse_linear.default"), "no operator"),
     "no argument": (lambda c, t: calls(c, "aten.hardswish.default").update(args=[]), "no argument self"),
     "another argument": (lambda c, t: calls(c, "aten.hardswish.default").update(kwargs={"out": 1}), "expected arguments self"),
     "twice": (lambda c, t: calls(c, "aten.hardswish.default").update(kwargs={"self": {"is": "node", "of": 0}}), "expected arguments self"),

@@ -128,5 +128,8 @@ def _is_allowed(name: str) -> bool:
     space, _, rest = name.partition(".")
     if space == "nmfx":
         one = OPERATORS.get(rest.removesuffix(".default"))
-        return one is not None and one.sizes is not None and rest.endswith(".default")
+        takes = (
+            [] if one is None or one.sizes is None else [kind for kind in one.arguments.values() if kind.startswith("Tensor")]
+        )
+        return len(takes) == 1 and rest.endswith(".default")  # with weights they are layers
     return space == "aten" and rest in ATEN

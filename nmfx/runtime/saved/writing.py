@@ -34,8 +34,9 @@ MOST_BATCH = 4096  # the largest batch that is asked for whether the graph is fo
 
 def save(compiled: CompiledModel, path: Path, *, force: bool) -> None:
     """Write a compiled model (see `CompiledModel.save`)."""
-    lowered = compiled._first
-    writer = _Writer()
+    from nmfx.runtime.saved.reading import REFUSALS, Reader  # which makes compiled models
+
+    lowered, writer = compiled._first, _Writer()
     try:
         outputs = writer.write(lowered.graph)
         domain = lowered.domain
@@ -56,9 +57,9 @@ def save(compiled: CompiledModel, path: Path, *, force: bool) -> None:
     except CheckpointError as error:
         raise CheckpointError(f"{path}: cannot be saved: {error}") from error
     content = msgspec.to_builtins(header)
-    try:
-        msgspec.convert(content, Compiled)  # what is written can be read
-    except msgspec.ValidationError as error:
+    try:  # what is written can be read
+        Reader(msgspec.convert(content, Compiled), dict(writer.tensors)).read()
+    except (msgspec.ValidationError, *REFUSALS, CheckpointError) as error:
         raise CheckpointError(f"{path}: cannot be saved: {error}") from error
     write_sealed(path, content, writer.tensors, force=force)
 
