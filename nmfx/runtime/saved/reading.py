@@ -129,6 +129,8 @@ class Reader:
 
     def read(self) -> fx.GraphModule:
         """The lowered graph, without chains."""
+        # Copies begin where vectors do, as those in a file need not: libraries may add up in another order elsewhere.
+        self.tensors = {name: value.clone() for name, value in self.tensors.items()}
         for name, order in self.header.orders.items():
             value = self._tensor(name)
             if sorted(order) != list(range(value.dim())):
