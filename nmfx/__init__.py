@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from nmfx.passes.transform import transform as transform
     from nmfx.passes.verification import verify as verify
     from nmfx.runtime.compiler import compile as compile
+    from nmfx.runtime.saved.reading import load_compiled as load_compiled
     from nmfx.scheme import Scheme as Scheme
     from nmfx.search.domino_loop import DominoSearch as DominoSearch
     from nmfx.search.finder import find_scheme as find_scheme
@@ -55,6 +56,7 @@ _HOMES = {
     "scheme_of": "nmfx.passes.transform",
     "transform": "nmfx.passes.transform",
     "compile": "nmfx.runtime.compiler",
+    "load_compiled": "nmfx.runtime.saved.reading",
     "Scheme": "nmfx.scheme",
     "DominoSearch": "nmfx.search.domino_loop",
     "find_scheme": "nmfx.search.finder",

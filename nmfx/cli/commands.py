@@ -244,8 +244,8 @@ COMMANDS = {
         ],
     ),
     "inspect": Command(
-        "show a checkpoint, scheme, work directory or model",
-        "Show what is in a work directory, a compressed checkpoint, a scheme file, or a model by name.",
+        "show a checkpoint, compiled model, scheme, work directory or model",
+        "Show what is in a work directory, a compressed checkpoint, a compiled model, a scheme file, or a model by name.",
         [WHAT, NETWORK],
     ),
     "compare": Command(

@@ -1,4 +1,4 @@
-"""nmfx export: scheme files, the compressed checkpoint, and on demand baked weights and ONNX."""
+"""nmfx export: scheme files, the compressed checkpoint, and on demand baked weights, ONNX and a compiled model."""
 
 from __future__ import annotations
 

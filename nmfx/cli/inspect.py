@@ -1,7 +1,8 @@
-"""nmfx inspect: what is in a checkpoint, scheme, work directory or model."""
+"""nmfx inspect: what is in a checkpoint, compiled model, scheme, work directory or model."""
 
 from __future__ import annotations
 
+import math
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
@@ -12,9 +13,10 @@ from nmfx.cli.console import advancing, heading, output
 from nmfx.cli.convert import show_sites
 from nmfx.errors import SchemeError
 from nmfx.export.checkpoint import read_checkpoint
-from nmfx.files.parsing import read_text
+from nmfx.files.parsing import printable, read_text
 from nmfx.models.census import find_sites
 from nmfx.models.source import find_source
+from nmfx.runtime.saved.reading import read_compiled
 from nmfx.scheme import Scheme, published_entries
 from nmfx.settings.flags import read_flags
 from nmfx.settings.stages import ModelSettings
@@ -30,6 +32,8 @@ def run(args: Namespace) -> None:
         _show_work(path)
     elif path.suffix == ".safetensors":
         _show_checkpoint(path)
+    elif path.suffix == ".nmfxc":
+        _show_compiled(path)
     elif path.is_file():
         _show_scheme(path)
     else:
@@ -70,6 +74,19 @@ def _show_checkpoint(path: Path) -> None:
     plain = [tensor.numel() for name, tensor in tensors.items() if ":" not in name]
     out.print(f"as they are: {len(plain)} tensors, {sum(plain):,} numbers")
     _show_info(scheme)
+
+
+def _show_compiled(path: Path) -> None:
+    header, out = read_compiled(path)[0], output()
+    sizes, spans = "x".join(map(str, header.inputs.shape[1:])), header.inputs.batches
+    batches = ", ".join(str(least) if least == most else f"{least} to {most}" for least, most in spans[:3])
+    of = f"{header.inputs.dtype} {sizes} in batches of {batches}{', ...' * (len(spans) > 3)}, {size(path.stat().st_size)}"
+    out.print(heading("compiled model", f" {path}: {of}, SHA-256 agrees"), soft_wrap=True)
+    for one in header.choices:
+        kept = f"{one.kept:,} of {math.prod(one.shape):,}"
+        out.print(f"  {one.chosen:<24}  {printable(one.name)}  {'x'.join(map(str, one.shape))}  {kept}", soft_wrap=True)
+    where = f"{header.machine.name}, {header.machine.threads} threads, torch {header.machine.torch}"
+    out.print(f"chosen on: {printable(where)}", soft_wrap=True)
 
 
 def _show_scheme(path: Path) -> None:

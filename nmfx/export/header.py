@@ -112,6 +112,8 @@ def parse_header(content: Mapping[str, Any], tensors: Mapping[str, Tensor], path
     Raises:
         CheckpointError: naming the first that has not, or the key of the header that is wrong.
     """
+    if content.get("kind") == "compiled":
+        raise CheckpointError(f"{path}: a compiled model, not a checkpoint; nmfx.load_compiled loads it")
     if "kind" in content:
         raise CheckpointError(f"{path}: the state of a run to resume, not a checkpoint; load what the run has exported")
     form = parsing.convert(content, _HeaderForm, f"{path}: its header is damaged", CheckpointError)

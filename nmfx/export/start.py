@@ -23,7 +23,7 @@ def is_compressed(path: str | Path) -> bool:
     Raises:
         CheckpointError: a safetensors file that is not there or cannot be read.
     """
-    if Path(path).suffix != ".safetensors":
+    if Path(path).suffix not in (".safetensors", ".nmfxc"):  # of compiled models, which reading a checkpoint refuses by name
         return False
     return "nmfx" in read_metadata(Path(path))
 

@@ -6,6 +6,7 @@ import copy
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from nmfx.runtime.layout.tiles import TILES
 from nmfx.runtime.lowering.exporting import EXPORTING, Domain, export
 from nmfx.runtime.lowering.fusion import lower
 from nmfx.runtime.measuring.choices import Choice
+from nmfx.runtime.saved.machine import Machine, this_machine
+from nmfx.runtime.saved.writing import save
 
 SHAPES = 8  # lowerings for other sizes that are kept
 
@@ -68,18 +71,28 @@ class CompiledModel(nn.Module):
     - *Inf and NaN* in activations spread through a dropped weight in the masked model (0 * inf is NaN), and not here, where
       it is not there; and the clamps of dense sites, which are oneDNN's, make 0 of NaN. Look for them before, not after.
 
-    `copy.deepcopy` copies it. It cannot be saved: loading a pickle runs code. Save the model (`save_checkpoint`), load it and
-    compile it again.
+    `copy.deepcopy` copies it, `save` writes it to a file that `nmfx.load_compiled` reads. It cannot be pickled: loading a
+    pickle runs code.
 
     Attributes:
         graph: the lowered graph for the example's sizes.
         choices: how each site is computed.
         batch: samples of a pass; larger batches go through in several, so that activations stay in the cache.
         kernel: why the kernel is missing; empty when it is there.
+        machine: where choices were made.
     """
 
-    def __init__(self, lowered: Lowered, *, kernel: str = "", original: nn.Module | None = None, shapes: int = SHAPES) -> None:
+    def __init__(
+        self,
+        lowered: Lowered,
+        *,
+        kernel: str = "",
+        original: nn.Module | None = None,
+        shapes: int = SHAPES,
+        machine: Machine | None = None,
+    ) -> None:
         super().__init__()
+        self.machine = machine or this_machine()
         self.graph, self.kernel = lowered.graph, kernel
         self.others: tuple[Lowered, ...] = ()
         self.shapes = shapes
@@ -143,6 +156,22 @@ class CompiledModel(nn.Module):
             self.others = (*self.others, lowered)[-self.shapes :]
             return lowered
 
+    def save(self, path: str | Path, *, force: bool = True) -> None:
+        """Write it to one file: graph, packed weights, choices and where they were made, under a SHA-256, nothing pickled.
+
+        `nmfx.load_compiled` reads it, without the original model, its code, or a compiler. What is written is the lowering for
+        the example's sizes, and its batches up to 4,096; those for other sizes are not, nor is the original model that they are
+        made of, so that what is loaded refuses them as with ``shapes=0``.
+
+        Args:
+            force: overwrite an existing file.
+
+        Raises:
+            CheckpointError: its graph calls an operator that no file may call (`nmfx.runtime.saved.allowed`); it is named.
+            NmfxError: the file cannot be written, or is there and `force` is false.
+        """
+        save(self, Path(path), force=force)
+
     def train(self, mode: bool = True) -> CompiledModel:
         """Does nothing: a compiled model stays in eval mode."""
         return super().train(False)
@@ -161,8 +190,8 @@ class CompiledModel(nn.Module):
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Refused: it cannot be pickled."""
         raise NmfxError(
-            "a compiled model cannot be saved, nor sent to another process: loading a pickle runs code. Save the model with "
-            "nmfx.save_checkpoint, load it and compile it there"
+            "a compiled model cannot be saved by pickle, nor sent to another process so: loading a pickle runs code. Call its "
+            "save(path), and nmfx.load_compiled(path) there"
         )
 
     def __copy__(self) -> CompiledModel:
@@ -178,7 +207,7 @@ class CompiledModel(nn.Module):
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Refused: what is here cannot be loaded into anything."""
-        raise NmfxError("a compiled model has no state to save: save the model it was compiled from, with nmfx.save_checkpoint")
+        raise NmfxError("a compiled model has no state to save: call its save(path), and nmfx.load_compiled(path) to load it")
 
 
 def _kind(dtype: torch.dtype) -> str:

@@ -29,6 +29,11 @@ class Format:
 FORMATS: dict[str, Format] = {
     "baked": Format("also a plain state dict with real zeros", ".baked.safetensors", "nmfx.export.plain:save_baked"),
     "onnx": Format("also an ONNX file with real zeros (needs nmfx[onnx])", ".onnx", "nmfx.export.plain:save_onnx"),
+    "compiled": Format(
+        "also a model compiled for this processor and one picture at a time (nmfx.load_compiled)",
+        ".nmfxc",
+        "nmfx.runtime.saved.writing:save_compiled",
+    ),
 }
 
 

@@ -1,4 +1,4 @@
-"""The export stage: scheme files, the compressed checkpoint, and on demand baked weights and ONNX."""
+"""The export stage: scheme files, the compressed checkpoint, and on demand baked weights, ONNX and a compiled model."""
 
 from __future__ import annotations
 

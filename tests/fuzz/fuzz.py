@@ -2,7 +2,7 @@
 an independent reading of the file agrees with; within 1 GiB and 10 s of a processor, and a given model unchanged by an error.
 
     python tests/fuzz/fuzz.py --seed 0 --checkpoints 10000 --schemes 10000 --recipes 3000 --states 3000 \\
-        --work 1000 --stamps 1000 --times 1000
+        --work 1000 --stamps 1000 --times 1000 --compiled 3000
 """
 
 from __future__ import annotations
@@ -40,7 +40,13 @@ from nmfx.models.census import find_sites
 from nmfx.passes.transform import transform
 from nmfx.passes.verification import verify
 from nmfx.recipe.loader import find_recipe, load_recipe
+from nmfx.runtime.compiled import CompiledModel, Lowered
+from nmfx.runtime.layers import Depthwise, dense_layers, sparse_layer
+from nmfx.runtime.layout.tiles import Tile
+from nmfx.runtime.lowering.exporting import export
+from nmfx.runtime.lowering.fusion import lower
 from nmfx.runtime.measuring import timing
+from nmfx.runtime.saved.reading import load_compiled
 from nmfx.scheme import Scheme
 from nmfx.search import domino_run as search_run
 from nmfx.search.domino_loop import DominoSearch
@@ -451,6 +457,52 @@ def times(folder: Path) -> Case:
     return json_case(one.path, lambda: kept.known if (kept := one._kept()) else None, agree)
 
 
+class Pictures(nn.Module):
+    """Convolutions on lanes, one by channel, a pooling, a residual, sizes that hang on the batch, a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.by_channel = (
+            nn.Conv2d(3, 8, 3, 2, 1),
+            nn.Conv2d(8, 8, 3, 1, 1),
+            nn.Conv2d(8, 8, 3, 1, 1, groups=8),
+        )
+        self.norm, self.head = nn.BatchNorm2d(8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.max_pool2d(self.one(x).relu(), 3, 2, 1)
+        x = self.norm(self.two(self.by_channel(x)).add(x).relu())
+        return self.head(x.reshape(x.shape[0] * 2, 4, -1).softmax(-1).reshape(x.shape[0], 8, -1).mean(2))
+
+
+def compiled(folder: Path) -> Case:
+    """Compiled models, loaded and called."""
+    path, x = folder / "model.nmfxc", torch.randn(2, 3, 32, 32)
+    torch.manual_seed(0)
+    graph, domain = export(Pictures().eval(), x)
+    for number, (node, fused) in enumerate(lower(graph)):
+        sparse = Depthwise(fused, lanes=True) if fused.depthwise else sparse_layer(fused, Tile(lanes=True))
+        graph.add_submodule(str(node.target), next(iter(dense_layers(fused).values())) if number == 0 else sparse)
+    graph.recompile()
+    CompiledModel(Lowered(graph, domain, (), 2), shapes=0).save(path)
+    original, whole = Sealed.of(path), path.read_bytes()
+
+    def case(pick: random.Random) -> str:
+        content, other = damaged(original, whole, pick)
+        path.write_bytes(content)
+        try:
+            with bounded(path):
+                loaded = load_compiled(path)
+                need(other is not None or content == whole, "a damaged file was read")
+                if loaded._first.domain.takes(x):
+                    loaded(x)
+        except NmfxError:
+            return "refused"
+        return "another valid file"
+
+    return case
+
+
 KINDS: dict[str, Callable[[Path], Case]] = {
     "checkpoints": checkpoints,
     "schemes": schemes,
@@ -459,6 +511,7 @@ KINDS: dict[str, Callable[[Path], Case]] = {
     "work": works,
     "stamps": stamps,
     "times": times,
+    "compiled": compiled,
 }
 
 

@@ -7,7 +7,16 @@ from fuzz.fuzz import KINDS, fuzz
 
 from nmfx.runtime.measuring import timing
 
-COUNTS = {"checkpoints": 200, "schemes": 200, "recipes": 60, "states": 100, "work": 60, "stamps": 60, "times": 60}
+COUNTS = {
+    "checkpoints": 200,
+    "schemes": 200,
+    "recipes": 60,
+    "states": 100,
+    "work": 60,
+    "stamps": 60,
+    "times": 60,
+    "compiled": 200,
+}
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +34,7 @@ class Domain:
     shape: tuple[int, ...]
     dtype: torch.dtype
     batches: tuple[int, int | None]
-    guards: nn.Module | None = None
+    guards: Callable[[Tensor], object] | None = None
     apart: bool = False
 
     def takes(self, x: Tensor) -> bool:
