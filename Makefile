@@ -16,7 +16,7 @@ demo: $(VENV)/.ready
 	$(BIN)/python examples/digits.py
 
 kernel:
-	cmake -S nmfx/runtime/kernel -B build/kernel
+	cmake --fresh -S nmfx/runtime/kernel -B build/kernel
 	cmake --build build/kernel -j2
 
 kernel-test: $(VENV)/.ready
