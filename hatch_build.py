@@ -1,4 +1,4 @@
-"""Builds the kernel when nmfx is installed or packed: by CMake, into nmfx/runtime/kernel/lib. Without a compiler nmfx goes without."""
+"""Builds the kernel when nmfx is installed or packed: by CMake, into nmfx/runtime/kernel/lib; nothing without a compiler."""
 
 from __future__ import annotations
 

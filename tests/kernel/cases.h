@@ -132,7 +132,7 @@ struct Packed {
   Packed(const Floats& weight, int64_t out, int64_t groups, int64_t chunk, const Numbers& places = {},
          int64_t group_places = 0) {
     const int64_t width = weight.size() / out, rows = out / groups;
-    const bool zeros = std::count(weight.begin(), weight.end(), 0.0f) == 0 && width % 2;  // as good as any reason
+    const bool zeros = width % 4 == 1;  // are kept too, so that all columns are
     for (int64_t part = 0; part < groups * ceil_div(width, chunk); ++part) {
       const int64_t group = part / ceil_div(width, chunk), begin = part % ceil_div(width, chunk) * chunk;
       const int64_t end = std::min(width, begin + chunk);

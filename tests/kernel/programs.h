@@ -20,18 +20,28 @@ namespace {
 std::atomic<size_t> largest{size_t(1) << 28};
 std::atomic<int64_t> remaining{INT64_MAX};
 
-void* get(size_t size, size_t alignment) {
+[[maybe_unused]] void* get(size_t size, size_t alignment) {
   void* data = nullptr;
   if (size > largest || remaining.fetch_sub(1) <= 0 || posix_memalign(&data, alignment, size)) throw std::bad_alloc();
   return data;
 }
 }  // namespace
+#if defined(__has_feature)
+#if __has_feature(thread_sanitizer)
+#define __SANITIZE_THREAD__ 1  // as GCC says it
+#endif
+#endif
+#if __SANITIZE_THREAD__  // which needs memory before anything of this program is ready to run
+constexpr bool MEMORY_CAN_RUN_OUT = false;
+#else
+constexpr bool MEMORY_CAN_RUN_OUT = true;
 void* operator new(size_t size) { return get(size, 16); }
 void* operator new(size_t size, std::align_val_t alignment) { return get(size, static_cast<size_t>(alignment)); }
 void operator delete(void* data) noexcept { free(data); }
 void operator delete(void* data, size_t) noexcept { free(data); }
 void operator delete(void* data, std::align_val_t) noexcept { free(data); }
 void operator delete(void* data, size_t, std::align_val_t) noexcept { free(data); }
+#endif
 
 namespace {
 
