@@ -94,8 +94,9 @@ struct Writer {
       if (strip > 0 && x + i < lanes.right) copy(base - strip_floats, lanes.width + x + i, v);
       if (strip + 1 < lanes.strips && x + i >= lanes.width - lanes.left) copy(base + strip_floats, x + i - lanes.width, v);
     }
-    if (x == 0 && strip == 0) {
-      for (int64_t i = 1; i <= lanes.left; ++i) copy(base, -i, vec{});
+    if (x == 0 && strip == 0) {  // but for zeros that serve both ends, which the row before writes, maybe on another thread
+      const int64_t own_zeros = std::min(lanes.left, lanes.pitch - lanes.width - lanes.right);
+      for (int64_t i = 1; i <= own_zeros; ++i) copy(base, -i, vec{});
     }
     if (x + count == lanes.width && strip + 1 == lanes.strips) {
       for (int64_t i = 0; i < lanes.right; ++i) copy(base, lanes.width + i, vec{});
