@@ -66,22 +66,22 @@ class Site:
         A run is what one group of a convolution gives, one matrix of a stack, or one of q, k and v that are stacked.
         """
         (outer, length, inner), axis = self.rows, self.axis
-        if self.kind.startswith("conv"):
-            if "transpose" in self.kind:
-                whole = run = self.shape[1]
-                step = inner // run
-            else:
-                whole, step = outer // self.conv_groups, length * inner
-                run = whole
-        elif inner == 1:
+        if "transpose" in self.kind:  # (in, out of a group, *kernel)
+            whole = run = self.shape[1]
+            step = inner // run
+        elif self.kind.startswith("conv") and axis in (1, None):  # (out, in of a group, *kernel)
+            whole, step = outer // self.conv_groups, length * inner
+            run = whole
+        elif inner == 1:  # (..., out, in)
             whole, step = outer, length
             run = self.shape[axis - 1] if axis else outer
-        else:  # (in, out)
+        else:  # (in, out, ...)
             whole, step = inner, 1
             run = next((size for size in reversed(self.shape[axis + 1 :]) if size > 1), inner) if axis is not None else inner
         module = ".".join(self.name.split(".")[-2:])
         parts = next((parts for said, parts in STACKED.items() if said.search(module)), 1)
-        return (run // parts if run == whole and run % parts == 0 else run), step
+        found = (run // parts if run == whole and run % parts == 0 else run), step
+        return found if Grouping(self.rows, 1, outputs=found).fits else (max(1, outer), length * inner)
 
     def grouping(self, pattern: Pattern, layout: Layout = "strict", *, short: bool = False) -> Grouping:
         """Its groups under `pattern` (see `group`)."""

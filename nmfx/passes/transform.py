@@ -107,7 +107,7 @@ def resolve_scheme(scheme: AnyScheme, sites: Sites) -> Scheme:
     """
     if isinstance(scheme, Scheme):
         return scheme
-    if isinstance(scheme, Pattern) or (isinstance(scheme, str) and re.fullmatch(r"\s*\d+\s*:\s*\d+\s*", scheme)):
+    if isinstance(scheme, Pattern) or (isinstance(scheme, str) and re.fullmatch(r"\s*\d+\s*:\s*\d+\s*(x\s*\d+\s*)?", scheme)):
         pattern = Pattern(scheme)
         if not len(sites):
             left = "".join(f"; {skipped.name} is skipped: {skipped.reason}" for skipped in sites.skipped[:3])

@@ -279,6 +279,8 @@ class Scheme(Mapping[str, Pattern]):
             raise SchemeError(f"{lost}: the published format knows convolutions and linears only; save as .yaml")
         if self.short:
             raise SchemeError("the published format has no short groups; save as .yaml")
+        if shared := next((name for name in self if self[name].vector > 1), None):
+            raise SchemeError(f"{shared}: the published format has no masks that rows share ({self[shared]}); save as .yaml")
         said = str(self.info.get("m", max((p.m for p in self.values()), default=16)))
         default = max(map(int, said.split(", ")))  # of sites that are dense
         entries = {keys[s.name]: self.get(s.name, Pattern(default, default)) for s in sites if s.name in keys}

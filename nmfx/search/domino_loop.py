@@ -91,6 +91,11 @@ class DominoSearch(DominoNumbers):
         self.model, self.sites = model, sites if sites is not None else find_sites(model, example_input)
         settings = DominoSettings(**loop)
         super().__init__(make_problem(self.sites, target=target, budget=budget, limits=limits, **options), settings)
+        if odd := next((o for o in self.problem.options if not o[-1].is_dense and o[-1].vector % o[0].vector), None):
+            raise SearchError(
+                f"a sparse start whose masks are shared by {odd[-1].vector} rows ({odd[-1]}) would lose weights at once under "
+                f"masks of {odd[0].vector}; give vector={odd[-1].vector}, or method 'knapsack'"
+            )
         self._convert()
         names = {self._name(i): i for i in self.problem.free}
         self._masked = {names[one.spec.name]: one for one in masked_sites(model) if one.spec.name in names}

@@ -45,6 +45,14 @@ class Grouping:
         return self.outputs or (max(1, outer), length * inner)
 
     @property
+    def fits(self) -> bool:
+        """Whether runs of outputs fill the rows, and groups of the flat layout lie alike in rows that share."""
+        (outer, length, inner), (run, step) = self.rows, self.run
+        behind = run * step <= inner and inner % (run * step) == 0
+        whole = min(run, step) > 0 and (behind or (step == length * inner and outer % run == 0))
+        return whole and not (self.flat and crossed(self))
+
+    @property
     def leaders(self) -> Grouping:
         """The groups of the first row of every vector alone, as if there were no others."""
         if self.vector == 1:
