@@ -46,8 +46,8 @@ def transform(
     """A converted copy of `model`: its own class, its own state-dict keys, every weight of the scheme read through its mask.
 
     Args:
-        scheme: a `Scheme`, a pattern (``"2:4"``: every site that can take it), a mapping from site names or globs to
-            patterns, or the path of a scheme file.
+        scheme: a `Scheme`, a pattern (``"2:4"``, or ``"2:4x4"`` for one mask of 4 rows: every site that can take it), a mapping
+            from site names or globs to patterns, or the path of a scheme file.
         example_input: what the forward pass takes (see `find_sites`); ignored when `sites` are given.
         training: one of `nmfx.sparsity.rules.RULES`, how gradients reach dropped weights. ``sr-ste`` and ``ste`` give the dense
             gradient and let the masks follow the weights; ``fixed`` keeps today's masks and trains kept weights only (ASP).

@@ -43,7 +43,7 @@ def make_mask(weight: Tensor, n: int, grouping: Grouping, score: str = "magnitud
         evidence: what the score needs, broadcastable to ``grouping.rows``.
 
     Returns:
-        Bool, shaped as `weight`, true = kept.
+        Bool, shaped as `weight`, contiguous, true = kept.
 
     Raises:
         NmfxError: the score needs evidence, and there is none.
@@ -51,7 +51,7 @@ def make_mask(weight: Tensor, n: int, grouping: Grouping, score: str = "magnitud
     leaders, scores = grouping.leaders, grouping.sums(score_weights(weight, grouping, score, evidence))
     masks = [top_mask(block, n, dim=2).flatten(1, 2) for block in leaders.blocks(leaders.as_lines(scores.contiguous()))]
     mask = leaders.from_lines(torch.cat(masks, dim=1), leaders.rows)
-    return grouping.spread(mask).reshape(weight.shape)
+    return grouping.spread(mask).reshape(weight.shape).contiguous()
 
 
 @torch.no_grad()

@@ -93,6 +93,7 @@ def test_mask_is_its_definition(case: str, vector: int, values: str) -> None:
     for n in (1, 2, grouping.m - 1, grouping.m):
         mask = make_mask(weight, n, grouping)
         assert torch.equal(mask, stated_mask(weight.abs(), n, grouping))
+        assert mask.is_contiguous()
         assert int(mask.sum()) == grouping.kept(n)
         plain = Grouping(grouping.rows, grouping.m, grouping.flat)
         for block in plain.blocks(plain.as_lines(mask.contiguous())):  # ordinary N:M to whoever looks
