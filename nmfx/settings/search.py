@@ -72,10 +72,11 @@ class Choices:
             SearchError: patterns of several such numbers, or of another one than is asked for.
         """
         found = {p.vector for p in map(Pattern, self.patterns or ()) if not p.is_dense}
-        if len(found | {self.vector or min(found, default=1)}) > 1:
+        wanted = self.vector or min(found, default=1)
+        if found - {wanted}:
             said = ", ".join(map(str, self.patterns or ())) + (f" and vector = {self.vector}" if self.vector else "")
             raise SearchError(f"patterns {said}: give all of them one V, the number of rows that share a mask")
-        return self.vector or min(found, default=1)
+        return wanted
 
     @property
     def wanted(self) -> dict[int, tuple[int, ...]]:

@@ -48,9 +48,10 @@ class Grouping:
     def fits(self) -> bool:
         """Whether runs of outputs fill the rows, and groups of the flat layout lie alike in rows that share."""
         (outer, length, inner), (run, step) = self.rows, self.run
+        if run < 1 or step < 1:
+            return False
         behind = run * step <= inner and inner % (run * step) == 0
-        whole = min(run, step) > 0 and (behind or (step == length * inner and outer % run == 0))
-        return whole and not (self.flat and crossed(self))
+        return (behind or (step == length * inner and outer % run == 0)) and not (self.flat and crossed(self))
 
     @property
     def leaders(self) -> Grouping:

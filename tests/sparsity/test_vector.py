@@ -235,6 +235,15 @@ def test_outputs_of_sites() -> None:
         assert site.weights % (run * step) == 0
 
 
+def test_outputs_that_do_not_fit() -> None:
+    rows = (12, 8, 9)
+    assert all(Grouping(rows, 4, outputs=outputs).fits for outputs in [None, (12, 72), (6, 72), (3, 3), (9, 1)])
+    wrong = [(5, 72), (12, 36), (0, 72), (12, 0), (4, 2), (24, 72)]
+    assert not any(Grouping(rows, 4, outputs=outputs).fits for outputs in wrong)
+    odd = Site("w", "conv_transpose2d", (12, 72, 9), rows, 1, 1, 4, (("", "w"),))  # a view of its parameter
+    assert odd.outputs == (12, 72)
+
+
 @vectors
 def test_kept_weights_are_counted(vector: int) -> None:
     model = Everything()
