@@ -114,7 +114,7 @@ COMMANDS = {
             flags(ModelSettings),
             group(
                 "",
-                arg("--pattern", metavar="N:M", help="this pattern on every site that can take it"),
+                arg("--pattern", metavar="N:M", help="this pattern on every site that can take it; 2:4x4: one mask for 4 rows"),
                 arg("--scheme", metavar="FILE", help="a scheme file, YAML or the published one-line format"),
             ),
             flags(Choices, only=("layout", "remainder")),

@@ -1,9 +1,9 @@
 """One safetensors file: the scheme in its header, kept values and packed positions of every site, all else as it is.
 
 Layout: ``NAME:values`` (1-D, the weight's dtype) and ``NAME:positions`` (uint8) for each sparse site, every other entry of the
-state dict under its own name. The header's ``nmfx`` entry is JSON: where the model came from, each site's pattern, rows and
-shape, names that share memory, and a SHA-256 over all of it. Nothing is pickled, and a model that is loaded into changes only
-after everything has been read, checked and tried.
+state dict under its own name. Rows that share a mask have one set of positions. The header's ``nmfx`` entry is JSON: where the
+model came from, each site's pattern, rows and shape, names that share memory, and a SHA-256 over all of it. Nothing is pickled,
+and a model that is loaded into changes only after everything has been read, checked and tried.
 """
 
 from __future__ import annotations
@@ -61,10 +61,13 @@ def save_checkpoint(model: nn.Module, path: str | Path, *, info: Mapping[str, st
     sites = {name: _describe(site) for name, site in packed.items()}
     said = {key: str(value) for key, value in (info or {}).items()}
     header = Header(_storable(identify(model)), _class_name(model), sites, aliases, said)
-    content = {"version": VERSION, **msgspec.to_builtins(header)}
+    shared = any(site.outputs for site in sites.values())
+    content = {"version": VERSION if shared else 1, **msgspec.to_builtins(header)}
     for site in content["sites"].values():
         if site["score"] == "magnitude":  # goes without saying, as in files from before there were others
             del site["score"]
+        if site["outputs"] is None:
+            del site["outputs"]
     parse_header(content, tensors, Path(path))  # what is written can be read
     write_sealed(Path(path), content, tensors, force=force)
     return header
@@ -96,7 +99,8 @@ def _unpacked(model: nn.Module, packed: Set[str]) -> tuple[dict[str, Tensor], di
 def _describe(site: MaskedSite) -> PackedSite:
     spec, shape = site.spec, tuple(site.parameter.shape)
     rows, flat = spec.grouping.rows, spec.grouping.flat
-    return PackedSite(str(spec.pattern), rows, flat, shape, spec.decay, spec.frozen, spec.derived, spec.score)
+    outputs = spec.grouping.run if spec.pattern.vector > 1 else None
+    return PackedSite(str(spec.pattern), rows, flat, shape, spec.decay, spec.frozen, spec.derived, spec.score, outputs)
 
 
 def _class_name(model: nn.Module) -> str:

@@ -24,7 +24,7 @@ from nmfx.sparsity.packing import pack
 from nmfx.sparsity.pattern import Pattern
 from nmfx.sparsity.score import SCORES
 
-VERSION = 1
+VERSION = 2  # of files in which rows share masks; others say 1, as before there were any
 MOST_WEIGHTS = 1 << 48  # of one site: sizes that no arithmetic overflows
 Decay = Annotated[float, Meta(ge=0, le=1e6)]  # SR-STE's factor: 2e-4 and the like
 
@@ -40,6 +40,7 @@ class PackedSite(Form, frozen=True):
     frozen: bool
     derived: bool = False
     score: str = "magnitude"
+    outputs: tuple[Size, Size] | None = None  # of rows that share a mask (see `Grouping`)
 
     def __post_init__(self) -> None:  # msgspec makes an error that names the site of a ValueError
         try:
@@ -50,6 +51,8 @@ class PackedSite(Form, frozen=True):
             raise ValueError(f"score: unknown: {parsing.printable(self.score, 60)}")
         if math.prod(self.rows) != math.prod(self.shape) or math.prod(self.shape) > MOST_WEIGHTS:
             raise ValueError(f"shape {self.shape} does not fit rows {self.rows}")
+        if (self.outputs is not None) != (self.pattern.vector > 1) or not self.grouping.fits:
+            raise ValueError(f"outputs: {self.outputs} do not fit {self.pattern} over rows {self.rows}")
 
     @property
     def pattern(self) -> Pattern:
@@ -65,7 +68,7 @@ class PackedSite(Form, frozen=True):
     @property
     def grouping(self) -> Grouping:
         """Its groups."""
-        return Grouping(self.rows, self.pattern.m, self.flat)
+        return Grouping(self.rows, self.pattern.m, self.flat, self.pattern.vector, self.outputs)
 
 
 @dataclass(frozen=True)

@@ -63,6 +63,7 @@ def read_sealed(path: Path, what: str, version: int, *, otherwise: str = "") -> 
 
     Args:
         what: what it should be, as ``a checkpoint``.
+        version: the newest that can be read.
         otherwise: advice for a safetensors file that is not of ours.
 
     Raises:
@@ -74,7 +75,8 @@ def read_sealed(path: Path, what: str, version: int, *, otherwise: str = "") -> 
     content = parsing.json_tree(metadata["nmfx"], f"{path}: its header is damaged", CheckpointError)
     if not isinstance(content, dict) or not {"version", "digest"} <= content.keys():
         raise CheckpointError(f"{path}: its header is damaged: no version or digest; make it anew")
-    if (found := content["version"]) != version or isinstance(found, bool):
+    found = content["version"]
+    if not isinstance(found, int) or isinstance(found, bool) or not 1 <= found <= version:
         said = parsing.printable(str(found), 20)
         raise CheckpointError(f"{path}: {what} of version {said}, this nmfx reads version {version}; upgrade nmfx")
     if content.pop("digest") != digest_of(content, tensors):

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from torch import nn
 
 from nmfx.errors import SchemeError
-from nmfx.sparsity.layout import Rows
+from nmfx.sparsity.layout import Grouping, Outputs, Rows, group
+from nmfx.sparsity.pattern import Layout, Pattern
+
+# Projections that are stacked in one weight, in equal parts, by the name of the module or attribute: nn.MultiheadAttention,
+# timm, Hugging Face. A wrong guess costs nothing but a few vectors that are not full.
+STACKED = {re.compile(r"qkv|in_proj|c_attn", re.I): 3, re.compile(r"kv|qk", re.I): 2}
 
 
 @dataclass(frozen=True)
@@ -52,6 +58,34 @@ class Site:
     def length(self) -> int:
         """Length of the group axis: input channels of one convolution group, or input features."""
         return self.rows[1]
+
+    @property
+    def outputs(self) -> Outputs:
+        """``(run, step)``: how many adjacent outputs may share a mask, and how far apart in memory their weights are.
+
+        A run is what one group of a convolution gives, one matrix of a stack, or one of q, k and v that are stacked.
+        """
+        (outer, length, inner), axis = self.rows, self.axis
+        if "transpose" in self.kind:  # (in, out of a group, *kernel)
+            whole = run = self.shape[1]
+            step = inner // run
+        elif self.kind.startswith("conv") and axis in (1, None):  # (out, in of a group, *kernel)
+            whole, step = outer // self.conv_groups, length * inner
+            run = whole
+        elif inner == 1:  # (..., out, in)
+            whole, step = outer, length
+            run = self.shape[axis - 1] if axis else outer
+        else:  # (in, out, ...)
+            whole, step = inner, 1
+            run = next((size for size in reversed(self.shape[axis + 1 :]) if size > 1), inner) if axis is not None else inner
+        module = ".".join(self.name.split(".")[-2:])
+        parts = next((parts for said, parts in STACKED.items() if said.search(module)), 1)
+        found = (run // parts if run == whole and run % parts == 0 else run), step
+        return found if Grouping(self.rows, 1, outputs=found).fits else (max(1, outer), length * inner)
+
+    def grouping(self, pattern: Pattern, layout: Layout = "strict", *, short: bool = False) -> Grouping:
+        """Its groups under `pattern` (see `group`)."""
+        return group(self.name, self.rows, pattern, layout, short=short, outputs=self.outputs)
 
     @property
     def axis(self) -> int | None:

@@ -322,9 +322,15 @@ def solve(method: str, problem: Quadratic, dense: Tensor, product: Product, whol
     view = product.weight
     place = view.shape, view.stride(), view.storage_offset() - whole.storage_offset()
 
+    vector, run = spec.grouping.vector, spec.grouping.run[0]
+    apart = vector > 1 and product.rows % run != 0
+    fixed = apart and view.numel() < whole.numel()  # it shares with rows that another product reads: its mask stays
+
     def choose(scores: Tensor) -> Tensor:  # a product may read a part of a weight: groups are those of the whole
-        full = torch.zeros(whole.shape, dtype=scores.dtype, device=whole.device)
-        full.as_strided(*place).copy_(product.tensor(scores))
+        full = whole
+        if not fixed:
+            full = torch.zeros(whole.shape, dtype=scores.dtype, device=whole.device)
+            full.as_strided(*place).copy_(product.tensor(scores))
         return product.matrix(make_mask(full, spec.pattern.n, spec.grouping).as_strided(*place))
 
     positions, inputs = product.columns
@@ -333,7 +339,7 @@ def solve(method: str, problem: Quadratic, dense: Tensor, product: Product, whol
         for position in range(positions)
         for start in range(0, inputs, spec.grouping.m)
     ]
-    selection = Selection(spec.pattern.n, () if spec.grouping.flat else spans, choose)
+    selection = Selection(spec.pattern.n, () if apart or spec.grouping.flat else spans, choose, vector, run)
     return CORRECTIONS[method](problem, dense, selection).float()
 
 

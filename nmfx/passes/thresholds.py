@@ -17,10 +17,45 @@ SUFFIXES = ("_threshold", "_count")
 
 
 def sorted_magnitudes(weight: Tensor, grouping: Grouping) -> Tensor:
-    """Magnitudes of every group in descending order, ``(m, groups)``; short groups are filled up with zeros."""
-    lines = grouping.as_lines(weight.detach().contiguous())
-    parts = [sort_groups(block) for block in grouping.blocks(lines)]
+    """Magnitudes of every group in descending order, ``(m, groups)``; short groups are filled up with zeros.
+
+    Rows that share a mask are one group: what counts is the sum of their magnitudes.
+    """
+    lines = _leading(weight.detach().contiguous(), grouping)
+    parts = [sort_groups(block) for block in grouping.leaders.blocks(lines)]
     return torch.cat([nn.functional.pad(part, (0, 0, 0, grouping.m - len(part))) for part in parts], dim=1)
+
+
+def _leading(weight: Tensor, grouping: Grouping) -> Tensor:
+    """The lines that masks are chosen from, but for a sign: weights, or sums of magnitudes over rows that share."""
+    values = grouping.sums(weight.abs()).contiguous() if grouping.vector > 1 else weight
+    return grouping.leaders.as_lines(values)
+
+
+def shared_squares(weight: Tensor, grouping: Grouping) -> Tensor:
+    """``(m,)``, float64: squared weights at the position of the largest magnitude (or sum over rows) of every group, of the
+    second largest, and so on: a mask drops those from N on.
+    """
+    if grouping.vector == 1:
+        return sorted_magnitudes(weight, grouping).square_().sum(dim=1, dtype=torch.float64)
+    leaders, weight = grouping.leaders, weight.detach().contiguous()
+    squares = leaders.as_lines(grouping.sums(weight.square()).contiguous())
+    total = torch.zeros(grouping.m, dtype=torch.float64, device=weight.device)
+    for ranked, block in zip(leaders.blocks(_leading(weight, grouping)), leaders.blocks(squares), strict=True):
+        order = ranked.argsort(dim=2, descending=True, stable=True)
+        total[: block.shape[2]] += block.gather(2, order).sum((0, 1, 3), dtype=torch.float64)
+    return total
+
+
+def exceeding(weight: Tensor, threshold: Tensor, grouping: Grouping) -> Tensor:
+    """How many magnitudes of each group exceed its threshold: ``(groups,)``, uint8."""
+    lines, counts, start = _leading(weight.detach().abs().contiguous(), grouping), [], 0
+    for block in grouping.leaders.blocks(lines):  # (outer, groups, size, inner)
+        outer, groups, _, inner = block.shape
+        part = threshold[start : start + outer * groups * inner].view(outer, groups, 1, inner)
+        counts.append((block > part).sum(dim=2, dtype=torch.uint8).flatten())
+        start += part.numel()
+    return torch.cat(counts)
 
 
 def find_thresholds(ordered: Tensor, n: int) -> Tensor:

@@ -46,8 +46,8 @@ def transform(
     """A converted copy of `model`: its own class, its own state-dict keys, every weight of the scheme read through its mask.
 
     Args:
-        scheme: a `Scheme`, a pattern (``"2:4"``: every site that can take it), a mapping from site names or globs to
-            patterns, or the path of a scheme file.
+        scheme: a `Scheme`, a pattern (``"2:4"``, or ``"2:4x4"`` for one mask of 4 rows: every site that can take it), a mapping
+            from site names or globs to patterns, or the path of a scheme file.
         example_input: what the forward pass takes (see `find_sites`); ignored when `sites` are given.
         training: one of `nmfx.sparsity.rules.RULES`, how gradients reach dropped weights. ``sr-ste`` and ``ste`` give the dense
             gradient and let the masks follow the weights; ``fixed`` keeps today's masks and trains kept weights only (ASP).
@@ -107,7 +107,7 @@ def resolve_scheme(scheme: AnyScheme, sites: Sites) -> Scheme:
     """
     if isinstance(scheme, Scheme):
         return scheme
-    if isinstance(scheme, Pattern) or (isinstance(scheme, str) and re.fullmatch(r"\s*\d+\s*:\s*\d+\s*", scheme)):
+    if isinstance(scheme, Pattern) or (isinstance(scheme, str) and re.fullmatch(r"\s*\d+\s*:\s*\d+\s*(x\s*\d+\s*)?", scheme)):
         pattern = Pattern(scheme)
         if not len(sites):
             left = "".join(f"; {skipped.name} is skipped: {skipped.reason}" for skipped in sites.skipped[:3])

@@ -45,7 +45,7 @@ def plot_timeline(figure: FigureBase, report: Report, *, named: bool) -> None:
             capstyle="butt",
             antialiased=apart,
         )
-    patterns = sorted({step.after for step in report.steps}, key=lambda p: (p.density, p.m))
+    patterns = sorted({step.after for step in report.steps}, key=lambda p: p.order)
     size = max(4.0, min(22.0, room**2 / 2))
     for pattern in patterns:
         for up, marker in ((False, "o"), (True, "^")):

@@ -20,7 +20,7 @@ from nmfx.files.atomic import write_text
 from nmfx.models.site import Site, Sites
 from nmfx.scheme.document import INFO, VERSION, parse_document
 from nmfx.scheme.published import published_entries, published_keys
-from nmfx.sparsity.layout import Grouping, group
+from nmfx.sparsity.layout import Grouping, crossed
 from nmfx.sparsity.pattern import Layout, Pattern, Remainder
 
 
@@ -54,8 +54,8 @@ def fit(site: Site, pattern: Pattern, layout: Layout = "strict", remainder: Rema
     if pattern.is_dense or site.length % pattern.m == 0:
         return pattern, ""
     if layout == "flat":
-        fits = site.weights % pattern.m == 0
-        return (pattern, "") if fits else (Pattern.DENSE, f"{site.weights} weights do not divide by {pattern.m}")
+        found = crossed(Grouping(site.rows, pattern.m, True, pattern.vector, site.outputs))
+        return (Pattern.DENSE, f"{found[0]} {found[1]} do not divide by {pattern.m}") if found else (pattern, "")
     if site.length == 1:
         return Pattern.DENSE, "depthwise: one input channel a group" if site.conv_groups > 1 else "one input channel"
     if remainder == "short":
@@ -65,7 +65,7 @@ def fit(site: Site, pattern: Pattern, layout: Layout = "strict", remainder: Rema
     smaller = max((m for m in range(2, pattern.m) if site.length % m == 0), default=1)
     if remainder == "dense" or smaller == 1:
         return Pattern.DENSE, reason
-    return Pattern(max(1, -(-pattern.n * smaller // pattern.m)), smaller), f"{reason}; M = {smaller} instead"
+    return Pattern(max(1, -(-pattern.n * smaller // pattern.m)), smaller, pattern.vector), f"{reason}; M = {smaller} instead"
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ class Scheme(Mapping[str, Pattern]):
             if rule is not None and not any(text.matches(site.name, glob) for glob in dense):
                 patterns[site.name], reason = fit(site, wanted[rule], layout, remainder)
                 if rule == site.name and reason and remainder == "dense":
-                    group(site.name, site.rows, wanted[rule], layout)  # raises: this very site was asked for
+                    site.grouping(wanted[rule], layout)  # raises: this very site was asked for
         return Scheme(patterns, layout, remainder == "short", shapes_of(sites))
 
     def grouping(self, site: Site) -> Grouping:
@@ -166,7 +166,7 @@ class Scheme(Mapping[str, Pattern]):
         Raises:
             SchemeError: the layout cannot cut the weight so.
         """
-        return group(site.name, site.rows, self.get(site.name, Pattern.DENSE), self.layout, short=self.short)
+        return site.grouping(self.get(site.name, Pattern.DENSE), self.layout, short=self.short)
 
     def kept(self, site: Site) -> int:
         """Weights of `site` that are kept."""
@@ -185,7 +185,7 @@ class Scheme(Mapping[str, Pattern]):
 
     def counts(self, sites: Sites | None = None) -> str:
         """How many sites have each pattern, in words: ``2:16 x 20, 4:16 x 31``; of all `sites`, how many are dense as well."""
-        numbers = Counter(sorted(self.values(), key=lambda pattern: (pattern.density, pattern.m)))
+        numbers = Counter(sorted(self.values(), key=lambda pattern: pattern.order))
         parts = [f"{pattern} x {number}" for pattern, number in numbers.items()]
         dense = len(sites) - len(self) if sites is not None else 0
         return ", ".join([*parts, f"dense x {dense}"] if dense else parts) or "all dense"
@@ -279,6 +279,8 @@ class Scheme(Mapping[str, Pattern]):
             raise SchemeError(f"{lost}: the published format knows convolutions and linears only; save as .yaml")
         if self.short:
             raise SchemeError("the published format has no short groups; save as .yaml")
+        if shared := next((name for name in self if self[name].vector > 1), None):
+            raise SchemeError(f"{shared}: the published format has no masks that rows share ({self[shared]}); save as .yaml")
         said = str(self.info.get("m", max((p.m for p in self.values()), default=16)))
         default = max(map(int, said.split(", ")))  # of sites that are dense
         entries = {keys[s.name]: self.get(s.name, Pattern(default, default)) for s in sites if s.name in keys}

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from nmfx.errors import SearchError
 from nmfx.masking.owner import mask_attribute, unmask_model
@@ -15,7 +16,7 @@ from nmfx.masking.sites import masked_sites, respec
 from nmfx.masking.weight import MaskSpec
 from nmfx.models.census import find_sites
 from nmfx.models.site import Sites, weight_of
-from nmfx.passes.thresholds import SUFFIXES, attach_thresholds, detach_thresholds, thresholds_of
+from nmfx.passes.thresholds import SUFFIXES, attach_thresholds, detach_thresholds, exceeding, thresholds_of
 from nmfx.processes import world
 from nmfx.scheme import Scheme
 from nmfx.search.domino_numbers import DominoNumbers
@@ -23,7 +24,6 @@ from nmfx.search.events import Event
 from nmfx.search.problem import make_problem, make_scheme
 from nmfx.settings.search import DominoSettings
 from nmfx.settings.target import BudgetKind
-from nmfx.sparsity.layout import Grouping
 from nmfx.sparsity.pattern import Pattern
 
 
@@ -91,6 +91,11 @@ class DominoSearch(DominoNumbers):
         self.model, self.sites = model, sites if sites is not None else find_sites(model, example_input)
         settings = DominoSettings(**loop)
         super().__init__(make_problem(self.sites, target=target, budget=budget, limits=limits, **options), settings)
+        if odd := next((o for o in self.problem.options if not o[-1].is_dense and o[-1].vector % o[0].vector), None):
+            raise SearchError(
+                f"a sparse start whose masks are shared by {odd[-1].vector} rows ({odd[-1]}) would lose weights at once under "
+                f"masks of {odd[0].vector}; give vector={odd[-1].vector}, or method 'knapsack'"
+            )
         self._convert()
         names = {self._name(i): i for i in self.problem.free}
         self._masked = {names[one.spec.name]: one for one in masked_sites(model) if one.spec.name in names}
@@ -105,7 +110,7 @@ class DominoSearch(DominoNumbers):
         for i, site in enumerate(self.sites):
             pattern, grouping, twin = self.problem.options[i][-1], self.problem.grouping(i), None
             if i in self._working:
-                pattern = Pattern(self._working[i], grouping.m)
+                pattern = Pattern(self._working[i], grouping.m, grouping.vector)
             elif pattern.is_dense:
                 continue
             spec = MaskSpec(site.name, pattern, grouping, decay=None, derived=site.derived)
@@ -143,7 +148,7 @@ class DominoSearch(DominoNumbers):
         for place, i in enumerate(voters):
             weight = weight_of(self.model, self.sites.sites[i])
             threshold, count = thresholds_of(self.model, self.sites.sites[i])
-            count.copy_(_above(weight, threshold, self.problem.grouping(i)))
+            count.copy_(exceeding(weight, threshold, self.problem.grouping(i)))
             shares[place] = (count < self._working[i]).double().mean()
         if world() > 1:
             device = next(self.model.parameters()).device
@@ -154,7 +159,7 @@ class DominoSearch(DominoNumbers):
 
     def _set_masks(self, i: int) -> None:
         """Let the masks of a site keep its working N."""
-        pattern = Pattern(self._working[i], self._masked[i].spec.pattern.m)
+        pattern = replace(self._masked[i].spec.pattern, n=self._working[i])
         if self._masked[i].spec.pattern != pattern:
             respec([self._masked[i]], pattern=pattern)
 
@@ -205,14 +210,3 @@ class DominoSearch(DominoNumbers):
         super().load_state_dict(state)
         for i in self.problem.free:
             self._set_masks(i)
-
-
-def _above(weight: Tensor, threshold: Tensor, grouping: Grouping) -> Tensor:
-    """How many weights of each group exceed its threshold: ``(groups,)``, uint8."""
-    lines, counts, start = grouping.as_lines(weight.detach().abs().contiguous()), [], 0
-    for block in grouping.blocks(lines):  # (outer, groups, size, inner)
-        outer, groups, _, inner = block.shape
-        part = threshold[start : start + outer * groups * inner].view(outer, groups, 1, inner)
-        counts.append((block > part).sum(dim=2, dtype=torch.uint8).flatten())
-        start += part.numel()
-    return torch.cat(counts)

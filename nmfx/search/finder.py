@@ -126,8 +126,8 @@ def find_scheme(
             in several batches.
         example_input, sites: as in `transform`.
         options: of the method alone, such as ``{"seconds": 60, "seed": 0}`` of ``spdy``.
-        choices: what a site may be given (see `Choices`): ``m``, ``candidates``, ``patterns``, ``keep_dense``,
-            ``min_density``, ``layout``, ``remainder``.
+        choices: what a site may be given (see `Choices`): ``m``, ``candidates``, ``patterns``, ``vector``,
+            ``keep_dense``, ``min_density``, ``layout``, ``remainder``.
 
     Deterministic (but for time limits), and never above a budget; what no step could use is reported as `left`. The model is
     not changed: score buffers are attached for the time of the search and removed again.

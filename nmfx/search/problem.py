@@ -19,7 +19,7 @@ from nmfx.scheme import Scheme, fit, shapes_of
 from nmfx.search.budget import Budget, Prices, amount, make_budgets
 from nmfx.settings.search import Choices
 from nmfx.settings.target import BudgetKind
-from nmfx.sparsity.layout import Grouping, group
+from nmfx.sparsity.layout import Grouping
 from nmfx.sparsity.packing import packed_sizes
 from nmfx.sparsity.pattern import Layout, Pattern, Remainder
 
@@ -90,7 +90,7 @@ class Problem:
         """Groups of a site under one of its patterns (all but a sparse start have one M, but for a knapsack over several)."""
         site = self.sites.sites[index]
         pattern = pattern or self.options[index][0]
-        return group(site.name, site.rows, pattern, self.layout, short=self.remainder == "short")
+        return site.grouping(pattern, self.layout, short=self.remainder == "short")
 
 
 def make_problem(
@@ -141,7 +141,7 @@ def make_problem(
     for table, one in zip(prices, budgets, strict=True):
         least = sum(min(costs) for costs in table)
         if least > one.limit:
-            sparsest = min((Pattern(n, m) for m, ns in wanted.items() for n in ns), key=lambda p: p.density)
+            sparsest = min((Pattern(n, m, choices.shared) for m, ns in wanted.items() for n in ns), key=lambda p: p.density)
             reach = math.floor(10**6 * (1 - Fraction(least, one.dense))) / 10**6
             raise SearchError(
                 f"target {float(one.target):g} of {one.kind} is out of reach: with {sparsest} everywhere it can be, "
@@ -160,7 +160,7 @@ def _start_pattern(site: Site, choices: Choices, within: Scheme | None) -> Patte
     if within is None or (pattern := within.get(site.name, Pattern.DENSE)).is_dense:
         return Pattern.DENSE
     with contextlib.suppress(SchemeError):
-        if group(site.name, site.rows, pattern, choices.layout, short=choices.remainder == "short") == within.grouping(site):
+        if site.grouping(pattern, choices.layout, short=choices.remainder == "short") == within.grouping(site):
             return pattern
     how = "layout='flat' (--layout flat)" if within.layout == "flat" else "remainder='short' (--remainder short)"
     raise SearchError(f"{site.name}: the scheme to start from cuts it into other groups of {pattern.m}; give {how}")
@@ -189,7 +189,11 @@ def _options(
     if rule := next((glob for glob in choices.keep_dense if text.matches(site.name, glob)), None):
         reasons[site.name] = f"kept {'dense' if start.is_dense else f'at {start}'} by {rule!r}"
         return (start,)
-    fitted = {m: [fit(site, Pattern(n, m), choices.layout, choices.remainder) for n in ns] for m, ns in wanted.items() if ns}
+    fitted = {
+        m: [fit(site, Pattern(n, m, choices.shared), choices.layout, choices.remainder) for n in ns]
+        for m, ns in wanted.items()
+        if ns
+    }
     exact = [m for m, found in fitted.items() if not any(reason for _, reason in found)]
     usable = exact or [m for m, found in fitted.items() if not all(p.is_dense for p, _ in found)]
     if not exact:
@@ -202,7 +206,7 @@ def _options(
     sparser = [p for p in allowed if p.density < start.density]
     if allowed and not sparser:
         reasons[site.name] = f"{start} already, and no pattern is sparser"
-    return (*sorted(sparser, key=lambda p: (p.density, p.m)), start)
+    return (*sorted(sparser, key=lambda p: p.order), start)
 
 
 def _level(choice: Sequence[Pattern], density: Fraction) -> int:
@@ -216,7 +220,7 @@ def _cost(site: Site, pattern: Pattern, budget: BudgetKind, choices: Choices, la
     if budget == "latency":
         prices = (latency or {}).get(site.name, {})
         return prices.get(pattern, prices.get(Pattern.DENSE, 0))
-    grouping = group(site.name, site.rows, pattern, choices.layout, short=choices.remainder == "short")
+    grouping = site.grouping(pattern, choices.layout, short=choices.remainder == "short")
     kept, positions = packed_sizes(pattern.n, grouping)
     if budget == "bytes":
         return kept * (site.bytes // site.weights) + positions

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from nmfx.errors import SearchError
 from nmfx.models.site import weight_of
 from nmfx.passes.calibration import Calibration, explain_failure, score_evidence
-from nmfx.passes.thresholds import sorted_magnitudes, thresholds_attached, thresholds_of
+from nmfx.passes.thresholds import shared_squares, sorted_magnitudes, thresholds_attached, thresholds_of
 from nmfx.search.problem import Problem
 from nmfx.search.trial import Trial
 from nmfx.settings.methods import SENSITIVITIES, resolve
@@ -125,6 +125,14 @@ class Tables:
                 highest = max(highest, math.log(ratio) if ratio > 0 else 0.0)
                 points[index].append(highest)
         return points
+
+    def squares(self, index: int, pattern: Pattern) -> Tensor:
+        """Squared weights of a site at each rank of its groups, ``(m,)`` (see `shared_squares`); errors as of `magnitudes`."""
+        ordered = self.magnitudes(index, pattern)
+        if pattern.vector == 1:  # sorted already
+            return ordered.square_().sum(dim=1, dtype=torch.float64)
+        site = self.problem.sites.sites[index]
+        return shared_squares(weight_of(self.model, site), self.problem.grouping(index, pattern))
 
     def magnitudes(self, index: int, pattern: Pattern) -> Tensor:
         """Sorted magnitudes ``(m, groups)`` of a site.

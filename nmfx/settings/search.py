@@ -11,7 +11,7 @@ from nmfx.errors import NmfxError, SearchError
 from nmfx.settings.methods import METHODS, SENSITIVITIES, default_sensitivity
 from nmfx.settings.option import check_options, inline, option
 from nmfx.settings.target import BudgetKind, parse_limit, parse_target
-from nmfx.sparsity.pattern import MAX_M, Layout, Pattern, Remainder
+from nmfx.sparsity.pattern import MAX_M, VECTORS, Layout, Pattern, Remainder
 from nmfx.sparsity.score import SCORES, check_score
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ DOUBLINGS = (30_000, 40_000, 50_000, 60_000, 70_000, 80_000)
 ALONE = {"scheme": (), "pattern": ("keep_dense", "layout", "remainder")}  # keys that a search by neither can have beside them
 LEADING = {  # keys that say what others say
     "limits": ("target", "budget"),
-    "patterns": ("m", "candidates"),
+    "patterns": ("m", "candidates", "vector"),
     "target_latency": ("target", "budget", "limits"),
 }
 
@@ -48,6 +48,9 @@ class Choices:
     patterns: tuple[Pattern, ...] | None = option(
         None, "only these patterns, as 2:4 for hardware, instead of M and N's", metavar="N:M,..."
     )
+    vector: int | None = option(
+        None, "adjacent outputs that share one mask: 1, 2, 4 or 8; 1, or that of a compressed start", metavar="V"
+    )
     keep_dense: tuple[str, ...] = option((), "sites or modules that stay dense", metavar="GLOB", repeat=True)
     min_density: float | Mapping[str, float] = option(0.0, "least density of the sites", metavar="[GLOB=]SHARE", repeat=True)
     layout: Layout = option("strict", "groups within rows of input channels, or across them")
@@ -57,6 +60,23 @@ class Choices:
         for name in ("candidates", "patterns", "keep_dense"):  # iterators would be used up by the first look
             if (value := getattr(self, name)) is not None:
                 object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
+        if self.vector is not None and (isinstance(self.vector, bool) or self.vector not in VECTORS):
+            known = ", ".join(map(str, VECTORS))
+            raise SearchError(f"vector = {self.vector!r}: expected how many adjacent outputs share a mask: one of {known}")
+
+    @property
+    def shared(self) -> int:
+        """How many adjacent outputs share a mask, in every pattern.
+
+        Raises:
+            SearchError: patterns of several such numbers, or of another one than is asked for.
+        """
+        found = {p.vector for p in map(Pattern, self.patterns or ()) if not p.is_dense}
+        wanted = self.vector or min(found, default=1)
+        if found - {wanted}:
+            said = ", ".join(map(str, self.patterns or ())) + (f" and vector = {self.vector}" if self.vector else "")
+            raise SearchError(f"patterns {said}: give all of them one V, the number of rows that share a mask")
+        return wanted
 
     @property
     def wanted(self) -> dict[int, tuple[int, ...]]:

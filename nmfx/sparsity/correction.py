@@ -19,7 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nmfx.sparsity.mask import top_mask
+from nmfx.sparsity.layout import Grouping
+from nmfx.sparsity.mask import make_mask, top_mask
 
 LEAST_SQUARE = 1e-3  # of a column, as a share of the mean one's: it is damped as if it had that
 
@@ -30,13 +31,30 @@ class Selection:
 
     Attributes:
         n: how many in a group.
-        spans: ``(start, end)`` of the columns of each group, in order; empty where groups cross rows (the flat layout).
-        choose: scores ``(groups, rows, columns)`` -> bool mask of that shape, the `n` largest of every group.
+        spans: ``(start, end)`` of the columns of each group, in order; empty where groups cross rows (the flat
+            layout), or where rows that share are not all at hand.
+        choose: scores ``(groups, rows, columns)`` -> bool mask of that shape, the `n` largest of every group, or the largest
+            sums over rows that share a mask.
+        vector, run: so many adjacent rows share, out of every `run` rows (see `Grouping`).
     """
 
     n: int
     spans: Sequence[tuple[int, int]]
     choose: Callable[[Tensor], Tensor]
+    vector: int = 1
+    run: int = 1
+
+    def nearest(self, values: Tensor) -> Tensor:
+        """The mask whose dropped `values` have the least sum of squares; one row alone has it by magnitude."""
+        return self.choose(values.abs() if self.vector == 1 else values.square())
+
+    def top(self, scores: Tensor) -> Tensor:
+        """The `n` largest of ``(groups, rows, columns of one span)``, as `choose` does for all spans."""
+        if self.vector == 1:
+            return top_mask(scores, self.n, dim=-1)
+        groups, rows, width = scores.shape
+        span = Grouping((groups * rows, width, 1), width, vector=self.vector, outputs=(self.run, width))
+        return make_mask(scores, self.n, span)
 
 
 @dataclass
@@ -218,12 +236,12 @@ def by_admm(problem: Quadratic, dense: Tensor, selection: Selection, *, steps: i
     rotated = (problem.linear / scale) @ vectors  # groups, rows, columns
     values = (values + problem.damping).unsqueeze(-2)
     optimum = (rotated / values.clamp_min(1e-12)) @ vectors.mT
-    kept = optimum * selection.choose(optimum.abs())
+    kept = optimum * selection.nearest(optimum)
     mask, dual, rho = kept != 0, torch.zeros_like(kept), 0.1
     for step in range(steps):
         weight = ((rotated + (rho * kept - dual) @ vectors) / (values + rho)) @ vectors.mT
         proposal = weight + dual / rho
-        found = selection.choose(proposal.abs())
+        found = selection.nearest(proposal)
         kept = proposal * found
         dual = dual + rho * (weight - kept)
         if step % 3 == 2:
@@ -232,7 +250,7 @@ def by_admm(problem: Quadratic, dense: Tensor, selection: Selection, *, steps: i
                 break
             rho *= 1.3 if changed > 0.1 else 1.2 if changed > 0.005 else 1.1
             mask = found
-    return fit_kept(problem, selection.choose(kept.abs()), kept / scale)
+    return fit_kept(problem, selection.nearest(kept), kept / scale)
 
 
 def by_sweep(problem: Quadratic, dense: Tensor, selection: Selection) -> Tensor:
@@ -246,7 +264,7 @@ def by_sweep(problem: Quadratic, dense: Tensor, selection: Selection) -> Tensor:
     mask = selection.choose((weight / diagonal.unsqueeze(-2)).square())  # where groups cross rows; otherwise chosen on the way
     for start, end in selection.spans:
         scores = (weight[..., start:end] / diagonal[:, None, start:end]).square()
-        mask[..., start:end] = top_mask(scores, selection.n, dim=-1)
+        mask[..., start:end] = selection.top(scores)
         for column in range(start, end):
             lost = torch.where(mask[..., column], 0.0, weight[..., column]) / diagonal[:, None, column]  # groups, rows
             weight[..., column:] -= lost.unsqueeze(-1) * factor[:, None, column, column:]

@@ -1,4 +1,7 @@
-"""Weight -> mask: exactly N kept in every group, those of the highest scores, the earlier position on ties."""
+"""Weight -> mask: exactly N kept in every group, those of the highest scores, the earlier position on ties.
+
+Where rows share a mask, scores are the sums over them, and one row of each vector is masked for all (see `Grouping`).
+"""
 
 from __future__ import annotations
 
@@ -40,14 +43,15 @@ def make_mask(weight: Tensor, n: int, grouping: Grouping, score: str = "magnitud
         evidence: what the score needs, broadcastable to ``grouping.rows``.
 
     Returns:
-        Bool, shaped as `weight`, true = kept.
+        Bool, shaped as `weight`, contiguous, true = kept.
 
     Raises:
         NmfxError: the score needs evidence, and there is none.
     """
-    lines = grouping.as_lines(score_weights(weight, grouping, score, evidence).contiguous())
-    masks = [top_mask(block, n, dim=2).flatten(1, 2) for block in grouping.blocks(lines)]
-    return grouping.from_lines(torch.cat(masks, dim=1), tuple(weight.shape))
+    leaders, scores = grouping.leaders, grouping.sums(score_weights(weight, grouping, score, evidence))
+    masks = [top_mask(block, n, dim=2).flatten(1, 2) for block in leaders.blocks(leaders.as_lines(scores.contiguous()))]
+    mask = leaders.from_lines(torch.cat(masks, dim=1), leaders.rows)
+    return grouping.spread(mask).reshape(weight.shape).contiguous()
 
 
 @torch.no_grad()
@@ -67,7 +71,13 @@ def update_mask(
     Raises:
         NmfxError: as `make_mask` does.
     """
-    if score != "magnitude":  # the magnitudes of the scores, which are 0 or more
+    if grouping.vector > 1:
+        scores = grouping.sums(score_weights(weight, grouping, score, evidence))
+        leading = torch.empty_like(scores, dtype=torch.bool)
+        update_mask(scores, n, grouping.leaders, leading, torch.empty_like(scores))
+        mask.copy_(grouping.spread(leading).reshape(mask.shape))
+        torch.where(mask, weight, weight.new_zeros(()), out=masked)
+    elif score != "magnitude":  # the magnitudes of the scores, which are 0 or more
         scores = score_weights(weight, grouping, score, evidence)
         update_mask(scores, n, grouping, mask, torch.empty_like(scores))
         torch.where(mask, weight, weight.new_zeros(()), out=masked)
@@ -114,20 +124,34 @@ def _update_blocks(lines: Tensor, n: int, grouping: Grouping, mask: Tensor, mask
 
 
 def check_groups(name: str, weight: Tensor, n: int, grouping: Grouping) -> int:
-    """Number of groups of `weight`, after checking that each holds at most `n` non-zeros.
+    """Number of groups of `weight`, after checking that each holds at most `n` non-zeros, and those of shared rows together.
 
     Raises:
         VerificationError: naming the first group that holds more.
     """
-    lines = grouping.as_lines(weight.detach().contiguous() != 0)
-    checked = 0
-    for block in grouping.blocks(lines):
-        counts = block.sum(dim=2)  # outer, groups, inner
-        if (bad := (counts > n).nonzero()).numel():
-            outer, index, inner = bad[0].tolist()
+    nonzero, checked = weight.detach().contiguous() != 0, 0
+    for block in grouping.blocks(grouping.as_lines(nonzero)):
+        if found := _overfull(block, n):
+            index, row, count = found
             raise VerificationError(
-                f"{name}: group {index} of row {outer * counts.shape[2] + inner} holds {int(counts[outer, index, inner])} "
-                f"non-zeros, expected at most {n} of {block.shape[2]}"
+                f"{name}: group {index} of row {row} holds {count} non-zeros, expected at most {n} of {block.shape[2]}"
             )
-        checked += counts.numel()
+        checked += block.numel() // block.shape[2]
+    leaders = grouping.leaders
+    for block in leaders.blocks(leaders.as_lines(grouping.sums(nonzero) != 0)) if grouping.vector > 1 else ():
+        if found := _overfull(block, n):
+            index, row, count = found
+            raise VerificationError(
+                f"{name}: group {index} of vector {row}, {grouping.vector} rows that share a mask, has non-zeros at {count} "
+                f"positions, expected at most {n} of {block.shape[2]}, the same ones in each row"
+            )
     return checked
+
+
+def _overfull(block: Tensor, n: int) -> tuple[int, int, int] | None:
+    """``(group, row, count)`` of the first group of a bool block ``(outer, groups, size, inner)`` that holds more than `n`."""
+    counts = block.sum(dim=2)  # outer, groups, inner
+    if not (bad := (counts > n).nonzero()).numel():
+        return None
+    outer, index, inner = bad[0].tolist()
+    return index, outer * counts.shape[2] + inner, int(counts[outer, index, inner])

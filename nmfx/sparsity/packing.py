@@ -8,7 +8,8 @@ smaller when read as binary numbers (position p is bit p). Ranks run from 0 to `
 ``ceil(log2 C(size, n))`` bits each: 11 for 4:16, none where there is no choice. They are laid end to end, without gaps,
 in the order of the flattened ``(outer, groups, inner)`` of `Grouping.blocks`, the least significant bit first: bit i of
 the stream is bit ``i % 8`` (worth ``1 << i % 8``) of byte ``i // 8``. Full groups make one stream and short last groups
-another; each starts on a byte, and its last byte is filled with zeros.
+another; each starts on a byte, and its last byte is filled with zeros. Rows that share a mask have their positions once: those
+of `Grouping.leaders`.
 """
 
 from __future__ import annotations
@@ -39,13 +40,13 @@ def pack(weight: Tensor, mask: Tensor, n: int, grouping: Grouping) -> tuple[Tens
     """Kept values and packed positions of a weight; `unpack` is the inverse.
 
     Args:
-        mask: bool, shaped as `weight`, true = kept: exactly ``min(n, size)`` in every group.
+        mask: bool, shaped as `weight`, true = kept: exactly ``min(n, size)`` in every group, the same in rows that share.
 
     Returns:
         ``(values, positions)``: 1-D of `weight`'s dtype, and 1-D uint8 bytes; their lengths are `packed_sizes`.
 
     Raises:
-        CheckpointError: the shapes disagree, or a group keeps another number of weights.
+        CheckpointError: the shapes disagree, or a group keeps another number of weights, or rows that should share do not.
     """
     if mask.dtype != torch.bool or mask.shape != weight.shape or mask.numel() != grouping.numel:
         raise CheckpointError(
@@ -53,10 +54,14 @@ def pack(weight: Tensor, mask: Tensor, n: int, grouping: Grouping) -> tuple[Tens
             f"got {tuple(weight.shape)} and {mask.dtype} {tuple(mask.shape)}"
         )
     mask = mask.detach().contiguous()
-    streams = []
-    for index, block in enumerate(grouping.blocks(grouping.as_lines(mask))):
+    streams, leaders, leading = [], grouping.leaders, mask
+    if grouping.vector > 1:
+        leading = grouping.lead(mask).contiguous()
+        if not torch.equal(grouping.spread(leading), mask.view(grouping.rows)):
+            raise CheckpointError(f"rows that share a mask, {grouping.vector} at a time, keep different positions")
+    for index, block in enumerate(leaders.blocks(leaders.as_lines(leading))):
         size, choices = block.shape[2], _to_words(_group_bits(block))  # choices: outer, groups, inner
-        _check_kept(np.bitwise_count(choices), min(n, size), size, first=index * (grouping.lines[1] // grouping.m))
+        _check_kept(np.bitwise_count(choices), min(n, size), size, first=index * (leaders.lines[1] // leaders.m))
         width, parts = _rank_bits(size, n), np.split(choices.ravel(), range(_CHUNK, choices.size, _CHUNK))
         streams += [np.packbits(_to_bits(_rank(part), width), bitorder="little") for part in parts]
     kept = _flat(weight.detach().contiguous()).take(np.flatnonzero(mask.numpy()))
@@ -80,14 +85,15 @@ def unpack(values: Tensor, positions: Tensor, n: int, grouping: Grouping, shape:
         CheckpointError: the lengths do not fit the pattern and the shape, or the positions are corrupt.
     """
     _check_lengths(values, positions, n, grouping, shape)
-    lines = torch.empty(grouping.lines, dtype=torch.bool)
+    leaders = grouping.leaders
+    lines = torch.empty(leaders.lines, dtype=torch.bool)
     stream = positions.detach().contiguous().numpy()
-    for block, (count, size) in zip(grouping.blocks(lines), grouping.sizes, strict=True):
+    for block, (count, size) in zip(leaders.blocks(lines), leaders.sizes, strict=True):
         coded, stream = np.split(stream, [_stream_bytes(count, size, n)])
         parts = [_to_bits(_unrank(ranks, size, n), size) for ranks in _read_ranks(coded, count, size, n)]
         bits = _group_bits(block)
         bits[...] = np.concatenate(parts).reshape(bits.shape)
-    mask = grouping.from_lines(lines, shape).contiguous()
+    mask = grouping.spread(leaders.from_lines(lines, leaders.rows)).reshape(shape).contiguous()
     weight = torch.zeros(shape, dtype=values.dtype)
     _flat(weight)[np.flatnonzero(mask.numpy())] = _flat(values.detach().contiguous())
     return weight, mask
@@ -95,7 +101,7 @@ def unpack(values: Tensor, positions: Tensor, n: int, grouping: Grouping, shape:
 
 def packed_sizes(n: int, grouping: Grouping) -> tuple[int, int]:
     """Number of kept values, and number of position bytes."""
-    return grouping.kept(n), sum(_stream_bytes(count, size, n) for count, size in grouping.sizes)
+    return grouping.kept(n), sum(_stream_bytes(count, size, n) for count, size in grouping.leaders.sizes)
 
 
 def _rank_bits(size: int, n: int) -> int:

@@ -16,7 +16,7 @@ from nmfx.models.building import build_meta
 from nmfx.models.census import find_sites
 from nmfx.models.site import Sites, weight_of
 from nmfx.models.source import Source, find_source
-from nmfx.passes.thresholds import sorted_magnitudes
+from nmfx.passes.thresholds import shared_squares
 from nmfx.report.record import Report
 from nmfx.scheme import Scheme
 from nmfx.settings.stages import ModelSettings
@@ -128,6 +128,5 @@ def weight_error(network: Network, scheme: Scheme) -> float:
         weight = weight_of(network.model, site)
         energy += float(weight.detach().double().square().sum())
         if site.name in scheme:
-            dropped = sorted_magnitudes(weight, scheme.grouping(site))[scheme[site.name].n :]
-            lost += float(dropped.double().square().sum())
+            lost += float(shared_squares(weight, scheme.grouping(site))[scheme[site.name].n :].sum())
     return lost / (energy or 1.0)

@@ -121,6 +121,8 @@ def choose(
     question = values_of(settings.choices) | {"within": start}
     if question["m"] is None:  # one that starts from a sparse network keeps its M
         question["m"] = max((pattern.m for pattern in (start or {}).values()), default=DEFAULT_M)
+    if question["vector"] is None and question["patterns"] is None:  # and the number of rows that share its masks
+        question["vector"] = max((pattern.vector for pattern in (start or {}).values()), default=1)
     if settings.timed:
         if device != "cpu":
             raise SearchError(f"--device {device}: times are measured on the CPU; say --device cpu")

@@ -76,7 +76,8 @@ def build_values(model: ModelSettings) -> dict[str, Any]:
 def search_values(search: SearchSettings, data: DataSettings | None) -> dict[str, Any]:
     """What decides the output of the search stage: its settings, pictures if it looks at any, the content of a scheme file."""
     file = {"content of scheme": digest_of(Path(search.scheme))} if search.scheme else {}
-    return {"look at data": search.data} | values_of(search, ("data",)) | (_pictures(data) if search.data else {}) | file
+    unsaid = ("data", "vector") if search.choices.vector is None else ("data",)  # stamps from before there was one stay good
+    return {"look at data": search.data} | values_of(search, unsaid) | (_pictures(data) if search.data else {}) | file
 
 
 def correct_values(correct: CorrectSettings, data: DataSettings | None) -> dict[str, Any]:

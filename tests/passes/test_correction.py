@@ -16,8 +16,14 @@ import nmfx
 from nmfx.demo.resnet import CifarResNet
 from nmfx.errors import NmfxError
 from nmfx.masking.sites import masked_sites
+from nmfx.models.census import find_sites
 from nmfx.passes.correction import correct
+from nmfx.passes.layerwise import Network, products_of, solve
 from nmfx.passes.lockstep import Run
+from nmfx.passes.transform import transform
+from nmfx.scheme import Scheme
+from nmfx.sparsity.correction import Quadratic, Scaled
+from nmfx.sparsity.mask import check_groups
 
 
 class Kinds(nn.Module):
@@ -330,3 +336,17 @@ def test_biases_take_up_means() -> None:
     with torch.no_grad():
         answers, wanted = (torch.cat([net(x) for x in batches]).mean(0) for net in (masked, model))
     torch.testing.assert_close(answers, wanted, rtol=0, atol=1e-3 * float(wanted.abs().max()))
+
+
+@pytest.mark.parametrize("method", ["admm", "sweep", "magnitude"])
+@torch.no_grad()
+def test_groups_that_cross_rows_keep_their_n(method: str) -> None:
+    torch.manual_seed(0)
+    dense, batches = nn.Sequential(nn.Conv2d(3, 8, 4)).eval(), [torch.randn(8, 3, 8, 8) for _ in range(8)]
+    sites = find_sites(dense, batches[0])
+    (site,) = masked_sites(transform(dense, Scheme.uniform(sites, "2:8", layout="flat"), sites=sites))
+    network = Network(dense, {})
+    ((name, product, moments),) = products_of(network, batches)
+    values = product.matrix(product.weight).float()
+    found = solve(method, Quadratic.of(Scaled(moments), values, 0.01), values, product, network.weights[name], site.spec)
+    check_groups(name, product.tensor(found), 2, site.spec.grouping)

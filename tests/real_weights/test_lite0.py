@@ -51,6 +51,23 @@ def calibrated(model: nn.Module, batches: int) -> float:
     return top1(model)
 
 
+def test_rows_that_share_lose_more_and_are_stored_in_less(dense: nn.Module, sites: Sites, tmp_path: Path) -> None:
+    losses, sizes = [], []
+    for vector in (1, 2, 4, 8):
+        result = find_scheme(dense, target=1 - DENSITY, sites=sites, vector=vector)
+        model = transform(dense, result.scheme, sites=sites)
+        save_checkpoint(model, tmp_path / f"{vector}.safetensors")
+        losses.append(result.loss)
+        sizes.append((tmp_path / f"{vector}.safetensors").stat().st_size)
+        assert {pattern.vector for pattern in result.scheme.values()} == {vector}
+        assert result.totals.sparsity >= 1 - DENSITY
+    assert losses == sorted(losses)
+    assert losses[3] > 1.5 * losses[0]
+    assert sizes == sorted(sizes, reverse=True)
+    assert verify(model).sites == len(result.scheme)
+    assert verify(load_checkpoint(tmp_path / "4.safetensors", lite0())).sites > 0
+
+
 def test_the_dense_network_knows_the_pictures(dense: nn.Module) -> None:
     found = evaluate(dense, [labelled()])
     assert found.top1 >= 0.85

@@ -20,6 +20,6 @@ def squared_errors(tables: Tables) -> Table:
         for option, pattern in enumerate(problem.options[i]):
             if not pattern.is_dense:
                 if pattern.m not in energies:
-                    energies[pattern.m] = tables.magnitudes(i, pattern).square_().sum(dim=1, dtype=torch.float64)
+                    energies[pattern.m] = tables.squares(i, pattern)
                 table[i][option] = float(energies[pattern.m][pattern.n :].sum())
     return table
