@@ -27,7 +27,7 @@ def correct(
     dense: nn.Module | None = None,
     method: str = "admm",
     seed: int = 0,
-    memory: float = 4e9,
+    memory: float = 1.5e9,
     progress: Progress = silent,
 ) -> list[Corrected]:
     """Give the kept weights of a converted model values that bring every layer's outputs back to the dense network's, in place.

@@ -16,7 +16,7 @@ from nmfx.masking.copies import deep_copy
 from nmfx.masking.owner import masks_derived, unmask
 from nmfx.masking.weight import MaskSpec
 from nmfx.models.storages import LOOKUPS, storage_of
-from nmfx.passes.lockstep import Call, Run, running, sharing_copy
+from nmfx.passes.lockstep import Call, Run, give_back_memory, running, sharing_copy
 from nmfx.passes.lookahead import Follower, look_ahead
 from nmfx.passes.samples import Product, product_of
 from nmfx.passes.statistics import variance_ratio
@@ -167,9 +167,11 @@ class LayerwiseCorrection:
                     for network, run in ((self.sparse, runs[late]), (self.dense, others[late])):
                         if (call := run.advance()) is not None:
                             network.take_shortcut(run, call.tag.key)
+                give_back_memory()
             joined = max(joined, most)
             if not self._stop(runs[:joined], others[:joined]):
                 return
+            give_back_memory()
 
     def _fitting(self) -> list[int]:
         """How many batches can wait at each stop, without more bytes of activations than `memory` there or later.

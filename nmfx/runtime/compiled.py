@@ -92,7 +92,7 @@ class CompiledModel(nn.Module):
         machine: Machine | None = None,
     ) -> None:
         super().__init__()
-        self.machine = machine or this_machine()
+        self.machine, self._is_loaded = machine or this_machine(), machine is not None
         self.graph, self.kernel = lowered.graph, kernel
         self.others: tuple[Lowered, ...] = ()
         self.shapes = shapes
@@ -144,7 +144,8 @@ class CompiledModel(nn.Module):
         """A lowering for inputs of this size, kept for the next call."""
         came = f"{_kind(x.dtype)} {tuple(x.shape)}"
         if not self._original:
-            raise NmfxError(f"{self._made_for()}, got {came}: compile with an example of that size, or without shapes=0")
+            way = "and save it" if self._is_loaded else "or without shapes=0"
+            raise NmfxError(f"{self._made_for()}, got {came}: compile with an example of that size, {way}")
         with EXPORTING:
             known = next((one for one in self.others if one.domain.takes(x)), None)
             if known is not None:  # by another thread

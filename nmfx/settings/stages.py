@@ -113,7 +113,7 @@ class CorrectSettings:
     pictures: int | None = option(None, "training pictures to look at, without their labels; 512, or all", least=1)
     batch_size: int = option(32, "pictures a batch", least=1)
     memory: float = option(
-        4.0, "GiB of activations to hold at once; pictures that do not fit take part from later layers on", least=0, above=True
+        1.5, "GiB of activations to hold at once; pictures that do not fit take part from later layers on", least=0, above=True
     )
     seed: int = option(0, "which pictures, and which positions of large feature maps", least=0, most=2**32 - 1)
 

@@ -85,7 +85,7 @@ def test_whole_schemes_are_tried(nmfx: Run) -> None:
         (["--device", "quantum"], "--device quantum"),
         (["--limit", "params=0.5", "--limit", "params=0.3"], "one of a kind"),
         (["--limit", "params=0.5", "--target", "4x"], "leave --target and --budget out"),
-        (["--patterns", "2:4", "--m", "8"], "leave --m and --candidates out"),
+        (["--patterns", "2:4", "--m", "8"], "leave --m, --candidates and --vector out"),
         (["--sensitivity", "gradient", "--method", "domino"], "add --method knapsack"),
         (["--sensitivity", "gradient"], "sensitivity gradient looks at pictures: give --data"),
         (["--no-eta"], "--no-eta is of the published loop: it needs --method domino with --data"),

@@ -198,7 +198,10 @@ def test_the_place_of_the_data_is_not_the_recipes_business(write) -> None:
         (HEAD.replace("target: 0.5", "pattern: 4:2"), "mine.yaml: search.pattern: '4:2': expected 1 <= N <= M <= 64"),
         (HEAD.replace("0.5", "875"), "mine.yaml: search: target 875: expected a sparsity"),
         (HEAD + "  limits: {params: 0.5}\n", "mine.yaml: search: 'limits' says the budget; leave 'target' and 'budget' out"),
-        (HEAD + "  patterns: [2:4]\n  m: 8\n", "search: 'patterns' says all patterns; leave 'm' and 'candidates' out"),
+        (
+            HEAD + "  patterns: [2:4]\n  m: 8\n",
+            "search: 'patterns' says all patterns; leave 'm', 'candidates' and 'vector' out",
+        ),
         (HEAD + "  target_latency: 2x\n", "'target_latency' says the budget; leave 'target', 'budget' and 'limits' out"),
         (HEAD + "  budget: latency\n  method: erk\n", "mine.yaml: search: times are the knapsack's and spdy's to budget"),
         (HEAD + "  method: domino\n  sensitivity: gradient\n", "'sensitivity' is the knapsack's; method domino has none"),

@@ -58,6 +58,17 @@ def test_an_isa_that_is_not_there_is_an_error() -> None:
     assert loaded().name in said
 
 
+def test_threads_are_of_openmp_or_its_own() -> None:
+    said = asked("from nmfx.runtime.kernel.library import load_kernel; load_kernel()", NMFX_THREADS="3")
+    assert "NMFX_THREADS=3: expected openmp or own" in said
+
+
+def test_a_child_of_fork_computes_on_several_threads() -> None:
+    """GNU's OpenMP would wait for threads that the child does not have."""
+    wanted = pooled(2)
+    assert apart(lambda: torch.equal(pooled(2), wanted))
+
+
 def test_a_library_that_does_not_load_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "nmfx_kernel_avx512.so").write_bytes(b"no library")
     monkeypatch.setattr(library, "FOLDER", tmp_path)

@@ -189,7 +189,7 @@ def load_kernel() -> str:
     Without it the operators of `nmfx.runtime` are right but slow.
 
     Raises:
-        NmfxError: $NMFX_ISA names a variant that cannot be had.
+        NmfxError: $NMFX_ISA names a variant that cannot be had, or $NMFX_THREADS neither ``openmp`` nor ``own``.
     """
     return _loaded()[1]
 
@@ -211,25 +211,32 @@ def kernel_digest() -> str:
 @functools.cache
 def _loaded() -> tuple[Library | None, str]:
     """The best variant that this processor can run, or why there is none."""
-    wanted, reasons = os.environ.get("NMFX_ISA", ""), list[str]()
+    wanted, reasons, threads = os.environ.get("NMFX_ISA", ""), list[str](), os.environ.get("NMFX_THREADS", "openmp")
+    if threads not in ("openmp", "own"):
+        raise NmfxError(f"NMFX_THREADS={threads}: expected openmp or own (how many there are is torch.set_num_threads)")
     for name in (wanted,) if wanted else VARIANTS:
         path = FOLDER / f"nmfx_kernel_{name}.so"
         if not path.is_file():
             continue
         try:
             library = Library(path)
-        except (OSError, AttributeError, NmfxError) as error:
+        except NmfxError as error:
             reasons.append(str(error))
             continue
-        if os.environ.get("NMFX_THREADS", "openmp") == "openmp":
-            library.use_openmp()
+        except (OSError, AttributeError) as error:
+            reasons.append(f"{path}: {error}; install nmfx anew")
+            log.warning("a kernel cannot be loaded: %s", reasons[-1])
+            continue
+        if threads == "openmp" and library.use_openmp() and hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=library.use_own_threads)  # GNU's OpenMP hangs in a child of fork
         log.info("kernel: %s", path)
         return library, ""
     if wanted:
         there = ", ".join(path.stem.removeprefix("nmfx_kernel_") for path in sorted(FOLDER.glob("*.so"))) or "none"
         raise NmfxError("; ".join(reasons) or f"NMFX_ISA={wanted}: there is no such kernel, only: {there}")
     reason = "; ".join(reasons) or (
-        f"nmfx was installed without a kernel for {platform.machine()}: install a C++ compiler, such as g++, and nmfx anew"
+        f"nmfx was installed without a kernel for {platform.machine()}: install a wheel of nmfx that has one, or a C++ "
+        "compiler, such as g++, and nmfx anew"
     )
     log.warning("no sparse kernel (%s): sparse operators run in plain PyTorch, slowly", reason)
     return None, reason

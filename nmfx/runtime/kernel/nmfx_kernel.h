@@ -2,7 +2,19 @@
  *
  * Tensors come and go as DLPack's (https://dmlc.github.io/dlpack, version 0.x: DLTensor and DLManagedTensor), on the CPU, of at
  * most NMFX_DIMS dimensions, of float32, int16, int32 or int64. What a DLTensor says of its memory is believed; all else, every
- * size, number, index and place, is checked before it is used. nmfx/runtime/program.py says what a program consists of.
+ * size, number, index and place, is checked before it is used.
+ *
+ * A program is a line of int64. LIST stands for a count and then as many numbers. Slots are numbered from 0: the inputs, then
+ * one for the result of every step.
+ *
+ *   inputs, LIST of each one's sizes (-1: any; an empty list: all of them any),
+ *   steps, and for each: 1 if its result leaves the program, else 0; the code of its operator (nmfx_operator_name); its
+ *     arguments, as nmfx/runtime/operators.py has them in order; LIST of the slots that no later step reads,
+ *   LIST of the slots that are the outputs.
+ *
+ * An argument is a number, a LIST, a double as the int64 of the same bits, or for a tensor its slot, -1 for none, or -2 - i for
+ * constant i; a residual is followed by 1 if the output may be written over it, else 0. So {1, 3, -1, 3, 4, 1, 1, 5, 0, 1, 0,
+ * 1, 1} takes one input (any, 3, 4), flattens it (code 5, argument slot 0) and frees slot 0; slot 1 is the output.
  *
  * No function throws or ends the process. Those that can fail return null or a status that is not NMFX_OK; nmfx_error says what
  * was expected. A program can be run by several threads at once.
