@@ -16,6 +16,7 @@ from children import apart
 from nmfx.errors import NmfxError
 from nmfx.runtime.kernel import library
 from nmfx.runtime.kernel.library import FOLDER, Library, NativeProgram, load_kernel, loaded, variants
+from nmfx.runtime.operators import OPERATORS
 
 ROOT = Path(__file__).parents[2]
 FLATTEN = 5  # its number, checked below
@@ -33,7 +34,8 @@ def pooled(threads: int) -> torch.Tensor:
     torch.set_num_threads(threads)
     try:
         make = torch.Generator().manual_seed(0)
-        return torch.ops.nmfx.max_pool2d(torch.randn(3, 7, 40, 40, generator=make), [3, 3], [2, 2], [1, 1])
+        x = torch.randn(3, 7, 40, 40, generator=make)
+        return OPERATORS["max_pool2d"].with_kernel(x, [3, 3], [2, 2], [1, 1])
     finally:
         torch.set_num_threads(before)
 

@@ -53,7 +53,6 @@ class Library:
 
     Attributes:
         name: of the variant.
-        digest: of the file.
         operators: their numbers in programs, by name.
         vector_length: floats of a vector.
 
@@ -64,7 +63,6 @@ class Library:
 
     def __init__(self, path: Path) -> None:
         self.path, self.name = path, path.stem.removeprefix("nmfx_kernel_")
-        self.digest = hashlib.sha256(path.read_bytes()).hexdigest()[:32]
         c = self._c = ctypes.CDLL(str(path))
         if not c.nmfx_supported():
             raise NmfxError(f"this processor cannot run the kernel's variant {self.name}")
@@ -83,6 +81,11 @@ class Library:
         self.operators: dict[str, int] = {}
         while name := c.nmfx_operator_name(len(self.operators)):
             self.operators[name.decode()] = len(self.operators)
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Stands for the content of the file; only who keeps measured times asks."""
+        return hashlib.sha256(self.path.read_bytes()).hexdigest()[:32]
 
     def use_openmp(self) -> bool:
         """Share the threads of the OpenMP that torch runs on; false where it has none that is known."""
@@ -111,6 +114,7 @@ class NativeProgram:
     Args:
         numbers: int64 ``(count,)``, as `nmfx.runtime.program.Program` writes them.
         constants: the tensors that they name.
+        outputs: how many the program has.
 
     Raises:
         RuntimeError: a tensor is none that the kernel takes.
