@@ -53,11 +53,16 @@ def link(graph: fx.GraphModule, images: int = 0) -> None:
         elif depends:
             runs.append([])
             after.clear()
-    runs = [run for run in runs if len(run) > 1]
+    runs = [run for run in runs if len(run) > 1 or any(_in_bytes(graph, node) for node in run)]
     for number, run in enumerate(runs):
         _replace(graph, run, f"chain{number}", images)
     graph.delete_all_unused_submodules()
     graph.recompile()
+
+
+def _in_bytes(graph: fx.GraphModule, node: fx.Node) -> bool:
+    call = call_of(graph, node)
+    return call is not None and bool(call.operator.planes)
 
 
 def repeated(layer: nn.Module, inputs: Sequence[Tensor], times: int) -> Callable[[], Any]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -19,6 +20,7 @@ from nmfx.runtime.layout.tiles import LANES
 from nmfx.runtime.lowering.exporting import copy_of, export
 from nmfx.runtime.lowering.fusion import lower
 from nmfx.runtime.measuring.choices import Choice, TimedSite, install_layers, time_sites
+from nmfx.runtime.quantized.compiling import calibration_batches, in_bytes
 from nmfx.runtime.measuring.timing import HOPELESS, NETWORK_SECONDS, QUICK_ROUNDS, Times, measure, on_threads, portion
 
 SURELY = 1.2  # times as long
@@ -32,6 +34,9 @@ def compile(
     batch: int | None = None,
     shapes: int = SHAPES,
     tune: str = "quick",
+    precision: str = "float32",
+    calibration: Iterable[Any] | None = None,
+    float32: Collection[str] = (),
     progress: Progress = silent,
 ) -> CompiledModel:
     """Lower a converted, baked or plain model for this machine.
@@ -73,11 +78,21 @@ def compile(
     if torch.is_autocast_enabled("cpu"):
         raise ModelError("compile: compiled models compute in float32; leave autocast around compile and its calls")
     example = example_input.detach().cpu().clone(memory_format=torch.contiguous_format)
+    if precision not in ("float32", "int8"):
+        raise ModelError(f"compile: expected precision='float32' or 'int8', got {precision!r}")
     plain = bake(model).cpu().eval()
     kernel = load_kernel()
     with keep_modes(plain):
         graph, domain = export(plain, example)
     sites = lower(graph)
+    if precision == "int8":
+        if kernel:
+            raise ModelError(f"compile: int8 needs the kernel: {kernel}")
+        if calibration is None:
+            raise ModelError("compile: precision='int8' needs calibration: batches of pictures, as the network is used on")
+        batches = calibration_batches(calibration, example)
+        lowered = in_bytes(graph, domain, sites, example, batches, keep=float32, progress=progress)
+        return CompiledModel(fastest(lowered, example, quick=True), shapes=0)
     found = list[Lowered]()
     quick = tune == "quick"
     passes = _passes(len(example), batch, domain.apart, alone=not kernel, quick=quick)

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from nmfx.runtime.checks import check_bias, check_packed, check_pictures, check_residual, check_window, expect
 from nmfx.runtime.kernel.library import NativeProgram, load_kernel, loaded
 from nmfx.runtime.layout.packed import unpack
+from nmfx.runtime.quantized import reference
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +33,8 @@ class Operator:
             kernel's words. None where only programs name the operator.
         plain: the same in plain PyTorch, for where there is no kernel.
         lanes: the operator that computes this one on pictures as lanes.
+        planes: the operator that computes this one on pictures of bytes as planes; alone it runs in plain PyTorch.
+        gives: the type of the output where it is not the input's.
     """
 
     name: str
@@ -39,6 +42,8 @@ class Operator:
     sizes: Callable[[Any, bool], Sequence[int]] | None = None
     plain: Callable[[Any], Tensor] | None = None
     lanes: str = ""
+    planes: str = ""
+    gives: torch.dtype | None = None
 
     @functools.cached_property
     def arguments(self) -> dict[str, str]:
@@ -73,7 +78,7 @@ class Operator:
 
     def with_kernel(self, *arguments: Any) -> Tensor:
         """What the kernel computes, if there is one: a program of this step alone."""
-        if load_kernel():
+        if self.planes or load_kernel():
             return self.without_kernel(*arguments)
         assert self.sizes is not None
         self.sizes(SimpleNamespace(**self.named(arguments)), False)
@@ -101,7 +106,8 @@ class Operator:
     def without_values(self, *arguments: Any) -> Tensor:
         """A tensor of the output's sizes for tensors without values: what torch.compile and torch.export see."""
         assert self.sizes is not None
-        return arguments[0].new_empty(self.sizes(SimpleNamespace(**self.named(arguments)), False))  # type: ignore[no-any-return]
+        sizes = self.sizes(SimpleNamespace(**self.named(arguments)), False)
+        return arguments[0].new_empty(sizes, dtype=self.gives or arguments[0].dtype)  # type: ignore[no-any-return]
 
 
 # Of each operator, `given` its arguments by name: what it asks of them, and the sizes of its output; `known` says whether
@@ -221,6 +227,54 @@ _TABLE = (
     Operator("lanes_conv2d"),
     Operator("lanes_by_channel"),
     Operator("lanes_average"),
+    Operator(
+        "quantize",
+        "Tensor input, float inverse, int zero",
+        reference.quantize_sizes,
+        reference.quantize,
+        planes="planes_of",
+        gives=torch.uint8,
+    ),
+    Operator(
+        "dequantize",
+        "Tensor input, float scale, int zero",
+        reference.dequantize_sizes,
+        reference.dequantize,
+        planes="plain_of_planes",
+        gives=torch.float32,
+    ),
+    Operator(
+        "int8_conv2d",
+        "Tensor input, Tensor weight, Tensor scales, Tensor shifts, Tensor? residual, int[2] stride, int[] padding, "
+        "int[2] dilation, int groups, int zero, int zero_out, float residual_scale, int low, int high",
+        reference.conv2d_sizes,
+        reference.conv2d,
+        planes="planes_conv",
+    ),
+    Operator(
+        "int8_linear",
+        "Tensor input, Tensor weight, Tensor scales, Tensor shifts, float inverse, int zero, float low, float high",
+        reference.linear_sizes,
+        reference.linear,
+        planes="quantized_linear",
+    ),
+    Operator(
+        "int8_max_pool2d",
+        "Tensor input, int[2] kernel, int[2] stride, int[2] padding",
+        reference.max_pool2d_sizes,
+        reference.max_pool2d,
+        planes="planes_max_pool",
+    ),
+    Operator(
+        "int8_average",
+        "Tensor input, float scale, int zero",
+        reference.average_sizes,
+        reference.average,
+        planes="planes_average",
+        gives=torch.float32,
+    ),
+    *map(Operator, ("planes_of", "planes_again", "planes_conv", "planes_max_pool", "planes_average", "plain_of_planes")),
+    Operator("quantized_linear"),
 )
 OPERATORS = {one.name: one for one in _TABLE}
 

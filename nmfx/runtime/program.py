@@ -17,6 +17,7 @@ from nmfx.runtime.layout.packed import pack_for_lanes, unpack
 from nmfx.runtime.layout.plan import Copy, Plan, lay_out
 from nmfx.runtime.layout.tiles import Tile
 from nmfx.runtime.operators import OPERATORS, Operator, bits_of
+from nmfx.runtime.planes import PlanesWriter
 
 
 @dataclass
@@ -56,11 +57,14 @@ class Program:
                 self.leaving.add(node)
         self.by_lanes = steps_by_lanes(graph, alone=as_lanes)
         self.plan = lay_out(self.by_lanes, loaded().vector_length, threads) if self.by_lanes else Plan()
+        calls = {node: call for node in graph.graph.nodes if (call := call_of(graph, node))}
+        self.by_planes = PlanesWriter(self, {node: call for node, call in calls.items() if call.operator.planes})
         for node in graph.graph.nodes:
             if node.op not in ("placeholder", "output"):
-                call = call_of(graph, node)
-                assert call is not None
-                if node in self.by_lanes:
+                call = calls[node]
+                if call.operator.planes:
+                    self.by_planes.write(node)
+                elif node in self.by_lanes:
                     self._write_by_lanes(node, call)
                 else:
                     over = node not in self.leaving and _alone(node)
@@ -193,6 +197,8 @@ class Program:
 
     def _plain(self, node: fx.Node) -> int:
         """The slot of a plain picture; a step that makes it of lanes is added if there is none."""
+        if node not in self.plain and (slot := self.by_planes.plain(node)) is not None:
+            self.plain[node] = slot
         if node not in self.plain:
             own = self.plan.out[node]
             lanes: Lanes = self.plan.lanes[own]

@@ -27,7 +27,7 @@ struct Reach {
 // The values of tensors that a program indexes by are read through once, where they are its own and never change.
 class Known {
  public:
-  enum Asked : int64_t { WEIGHTS, OFFSETS, HALO, INDEX };  // of the same values, different things
+  enum Asked : int64_t { WEIGHTS, OFFSETS, HALO, INDEX, BLOCKS, SCALES };  // of the same values, different things
   using Numbers = std::array<int64_t, 7>;  // what is asked first
 
   template <class Read>

@@ -7,12 +7,14 @@
 #include "lanes_operators.h"
 #include "operators.h"
 #include "program.h"
+#include "quantized.h"
 #include "rearrange.h"
 
 // What programs can call, by their numbers; a new one goes to the end.
 #define NMFX_OPERATORS(DO)                                                                                              \
   DO(sparse_conv2d) DO(sparse_linear) DO(depthwise_conv2d) DO(max_pool2d) DO(average) DO(flatten) DO(rearrange) \
-  DO(lanes_conv2d) DO(lanes_by_channel) DO(lanes_average)
+  DO(lanes_conv2d) DO(lanes_by_channel) DO(lanes_average)                                                               \
+  DO(quantized_linear) DO(planes_of) DO(planes_again) DO(planes_conv) DO(planes_max_pool) DO(planes_average) DO(plain_of_planes)
 
 struct nmfx_program {
   std::vector<int64_t> numbers;

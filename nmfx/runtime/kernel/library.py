@@ -25,8 +25,11 @@ from nmfx.errors import NmfxError
 
 VERSION, DIMS = 1, 8  # NMFX_VERSION, NMFX_DIMS
 FOLDER = Path(__file__).parent / "lib"
-VARIANTS = ("avx512", "avx2", "neon")  # the best first
-KINDS = {torch.float32: (2, 32), torch.int16: (0, 16), torch.int32: (0, 32), torch.int64: (0, 64)}  # DLPack's code and bits
+VARIANTS = ("avx512_vnni", "avx512", "avx2_vnni", "avx2", "neon")  # the best first
+KINDS = {  # DLPack's code and bits
+    **{torch.float32: (2, 32), torch.int16: (0, 16), torch.int32: (0, 32), torch.int64: (0, 64)},
+    **{torch.uint8: (1, 8), torch.int8: (0, 8)},
+}
 log = logging.getLogger(__name__)
 
 
@@ -166,7 +169,7 @@ def _given(tensors: Sequence[Tensor]) -> Any:
         kind = KINDS.get(t.dtype)
         if kind is None or t.layout != torch.strided or t.device.type != "cpu" or t.is_neg() or t.dim() > DIMS:
             raise RuntimeError(
-                "nmfx runtime: expected plain tensors of float32, int16, int32 or int64 of up to "
+                "nmfx runtime: expected plain tensors of float32, int16, int32, int64, uint8 or int8 of up to "
                 f"{DIMS} dimensions on the CPU, got {str(t.dtype).removeprefix('torch.')} {list(t.shape)} on {t.device}"
             )
         shape, strides = t.shape, t.stride()

@@ -1,7 +1,7 @@
 /* The sparse kernel as a C library: programs of N:M-sparse and dense operators, run over tensors in memory.
  *
  * Tensors come and go as DLPack's (https://dmlc.github.io/dlpack, version 0.x: DLTensor and DLManagedTensor), on the CPU, of at
- * most NMFX_DIMS dimensions, of float32, int16, int32 or int64. What a DLTensor says of its memory is believed; all else, every
+ * most NMFX_DIMS dimensions, of float32, int16, int32, int64, uint8 or int8. What a DLTensor says of its memory is believed; all else, every
  * size, number, index and place, is checked before it is used.
  *
  * A program is a line of int64. LIST stands for a count and then as many numbers. Slots are numbered from 0: the inputs, then
@@ -43,7 +43,7 @@ typedef struct {
   int32_t device_id;
 } DLDevice;
 typedef struct {
-  uint8_t code; /* 0: signed integer, 2: floating point */
+  uint8_t code; /* 0: signed integer, 1: unsigned, 2: floating point */
   uint8_t bits;
   uint16_t lanes; /* 1 */
 } DLDataType;

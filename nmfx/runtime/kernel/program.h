@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "lanes_operators.h"
+#include "quantized.h"
 
 namespace {
 
@@ -79,6 +80,20 @@ struct Program {
   }
   void read(std::optional<Lanes>& one) {
     if (number()) read(one.emplace());
+  }
+  void read(Planes& one) { one = {number(), number(), number(), number(), number(), number()}; }
+  void read(Planed& one) {
+    Tensor picture;
+    Planes planes;
+    read(picture);
+    read(planes);
+    one = planed(picture, planes);
+  }
+  void read(std::optional<Added>& one) {
+    if (number()) {
+      read(one.emplace().picture);
+      read(one->scale);
+    }
   }
   void read(Stride& one) { one = {number(), number(), numbers()}; }
   void read(Laid& one) {

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
 #include <cstring>
 #include <memory>
@@ -58,12 +59,14 @@ inline int64_t product(Sizes sizes) {
   return all;
 }
 
-enum class Type : int8_t { FLOAT, SHORT, INT, LONG };
-constexpr int64_t BYTES[] = {4, 2, 4, 8};
+enum class Type : int8_t { FLOAT, SHORT, INT, LONG, BYTE, CHAR };
+constexpr int64_t BYTES[] = {4, 2, 4, 8, 1, 1};
 template <class T>
 constexpr Type type_of = std::is_same_v<T, float>     ? Type::FLOAT
                          : std::is_same_v<T, int16_t> ? Type::SHORT
                          : std::is_same_v<T, int32_t> ? Type::INT
+                         : std::is_same_v<T, uint8_t> ? Type::BYTE
+                         : std::is_same_v<T, int8_t>  ? Type::CHAR
                                                       : Type::LONG;
 constexpr std::align_val_t ALIGNMENT{64};
 
@@ -75,6 +78,7 @@ struct Tensor {
   bool there = false;
   bool constant = false;  // of a program, whose numbers never change
   bool pooled = false;    // memory that stays with its thread
+  int64_t margin = 0;     // bytes before the first and behind the last that are its own, too
   int dims = 0;
   int64_t shape[DIMS]{}, steps[DIMS]{};
 
@@ -176,8 +180,12 @@ struct Tensor {
 inline Tensor tensor_of(const DLTensor& given) {
   const DLDataType kind = given.dtype;
   check(given.device.device_type == 1, "tensors on the CPU");
-  check(kind.lanes == 1 && ((kind.code == 2 && kind.bits == 32) || (kind.code == 0 && kind.bits >= 16 && kind.bits <= 64)),
-        "tensors of float32, int16, int32 or int64");
+  const std::array<DLDataType, 6> kinds{{{2, 32, 1}, {0, 16, 1}, {0, 32, 1}, {0, 64, 1}, {1, 8, 1}, {0, 8, 1}}};  // as Type has them
+  const auto found = std::find_if(kinds.begin(), kinds.end(), [&](const DLDataType& one) {
+    return one.code == kind.code && one.bits == kind.bits && one.lanes == kind.lanes;
+  });
+  check(found != kinds.end(), "tensors of float32, int16, int32, int64, uint8 or int8");
+  const Type type = static_cast<Type>(found - kinds.begin());
   check(0 <= given.ndim && given.ndim <= NMFX_DIMS && (given.shape || !given.ndim), "tensors of up to ", NMFX_DIMS, " dimensions");
   const auto dims = static_cast<size_t>(given.ndim);
   const Sizes sizes(given.shape, dims), strides(given.strides, given.strides ? dims : 0);
@@ -186,8 +194,6 @@ inline Tensor tensor_of(const DLTensor& given) {
   int64_t last = 0;
   for (size_t i = 0; i < strides.size() && count; ++i) last += product({sizes[i] - 1, strides[i]});
   check(last <= MOST && (given.data || !count), "a tensor with memory");
-  const Type type = kind.code == 2 ? Type::FLOAT : kind.bits == 16 ? Type::SHORT : kind.bits == 32 ? Type::INT : Type::LONG;
-  check(kind.code == 2 || BYTES[int(type)] * 8 == kind.bits, "tensors of float32, int16, int32 or int64");
   char* data = static_cast<char*>(given.data) + given.byte_offset;
   check(reinterpret_cast<uintptr_t>(data) % BYTES[int(type)] == 0, "a tensor whose elements are aligned");
   return Tensor::of(data, nullptr, type, sizes, strides);
@@ -201,7 +207,7 @@ struct Leaving {
   static DLManagedTensor* of(const Tensor& tensor) {
     auto* made = new Leaving{{}, tensor};
     const auto bits = static_cast<uint8_t>(BYTES[int(tensor.type)] * 8);
-    const DLDataType kind{static_cast<uint8_t>(tensor.type == Type::FLOAT ? 2 : 0), bits, 1};
+    const DLDataType kind{static_cast<uint8_t>(tensor.type == Type::FLOAT ? 2 : tensor.type == Type::BYTE), bits, 1};
     made->managed.dl_tensor = {tensor.data, {1, 0}, tensor.dims, kind, made->tensor.shape, made->tensor.steps, 0};
     made->managed.manager_ctx = made;
     made->managed.deleter = [](DLManagedTensor* self) { delete static_cast<Leaving*>(self->manager_ctx); };

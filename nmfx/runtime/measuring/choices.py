@@ -34,16 +34,16 @@ class Choice:
         name: the weight's.
         shape: of the weight.
         kept: weights that are not zero.
-        dense, sparse: seconds of the fastest dense and sparse way for one pass; `sparse` is None where it was not tried.
+        dense, sparse: seconds of the fastest dense and sparse way for one pass; None where it was not tried.
         plain: the fastest sparse way on plain pictures, for where there are no lanes.
         chosen: ``dense``, ``dense, channels last``, ``dense, depthwise``, or ``sparse CHUNKxVECTORS``; the last two also by
-            ``lanes``, and the last ``with zeros`` where the kernel takes all weights.
+            ``lanes``, and the last ``with zeros`` where the kernel takes all weights; or ``int8``.
     """
 
     name: str
     shape: tuple[int, ...]
     kept: int
-    dense: float
+    dense: float | None
     sparse: float | None
     chosen: str
     plain: str | None = None
@@ -55,8 +55,8 @@ class Choice:
 
     @property
     def seconds(self) -> float:
-        """Seconds of one pass by the way that was chosen."""
-        return self.sparse if self.sparse is not None and self.is_sparse else self.dense
+        """Seconds of one pass by the way that was chosen; 0 where it was not timed."""
+        return (self.sparse if self.sparse is not None and self.is_sparse else self.dense) or 0.0
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,102 @@
+"""compile(..., precision="int8"): what calibrates, and the lowerings to choose from."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from nmfx.errors import ModelError
+from nmfx.progress import Progress, silent
+from nmfx.runtime.chain import link
+from nmfx.runtime.compiled import Lowered
+from nmfx.runtime.layers import dense_layers
+from nmfx.runtime.lowering.exporting import Domain, copy_of
+from nmfx.runtime.lowering.fusion import Sites
+from nmfx.runtime.measuring.choices import Choice, install_layers, time_sites
+from nmfx.runtime.measuring.timing import Times, portion
+from nmfx.runtime.quantized.lowering import Quantizer
+
+INT8 = "int8"  # what a choice says of a site that is computed so
+
+
+def calibration_batches(calibration: Tensor | Iterable[Any], example: Tensor) -> list[Tensor]:
+    """Pictures that ranges are chosen by, in batches of the example's size.
+
+    Args:
+        calibration: a tensor ``(pictures, ...)``, or batches: tensors, or tuples whose first item is one (labels are not read).
+
+    Raises:
+        ModelError: they are of another kind or size, or fewer than a batch.
+    """
+    found = []
+    for batch in (calibration,) if isinstance(calibration, Tensor) else calibration:
+        x = batch[0] if isinstance(batch, list | tuple) and batch else batch
+        if not isinstance(x, Tensor) or x.dtype != example.dtype or x.shape[1:] != example.shape[1:]:
+            came = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+            wanted = ", ".join(map(str, example.shape[1:]))
+            raise ModelError(f"calibration: expected pictures of {example.dtype} (batch, {wanted}), as the example, got {came}")
+        found.append(x.detach().cpu())
+    joined = torch.cat(found) if found else example[:0]
+    whole = len(joined) // len(example) * len(example)
+    if not whole:
+        raise ModelError(f"calibration: expected at least one batch of {len(example)} pictures, as the example, got {len(joined)}")
+    if not bool(torch.isfinite(joined).all()):
+        raise ModelError("calibration: expected finite pictures, got NaN or inf")
+    return list(joined[:whole].split(len(example)))
+
+
+def in_bytes(
+    graph: fx.GraphModule,
+    domain: Domain,
+    sites: Sites,
+    example: Tensor,
+    batches: list[Tensor],
+    *,
+    keep: Collection[str] = (),
+    progress: Progress = silent,
+) -> list[Lowered]:
+    """Lowerings of a graph to int8, alike but for how threads share a batch.
+
+    Args:
+        graph: lowered; changed in place.
+        sites: of the graph.
+        batches: that ranges are chosen by.
+        keep: names of sites that stay float32.
+
+    Raises:
+        ModelError: a name of `keep` is no site's.
+    """
+    if unknown := sorted(set(keep) - {fused.name for _, fused in sites}):
+        raise ModelError(f"float32: {unknown[0]} is no site of this model, which has {', '.join(f.name for _, f in sites[:3])}, ...")
+    for node, fused in sites:
+        graph.add_submodule(str(node.target), next(iter(dense_layers(fused).values())))
+    progress(0.0, "calibrating")
+    quantizer = Quantizer(graph, sites, batches, keep=keep)
+    rest = [one for one in sites if quantizer.reasons[str(one[0].target)]]
+    times = Times(quick=True)
+    timed = time_sites(copy_of(graph), rest, example, times, portion(progress, 1, 2))
+    times.save()
+    made = [one.choice(lanes=False) for one in timed]
+    install_layers(graph, timed, made)
+    quantizer.run()
+    plain = {str(one.node.target): choice for one, choice in zip(timed, made, strict=True)}
+    choices = tuple(_choice(node, fused, quantizer.reasons, plain) for node, fused in sites)
+    count, threads = len(example), torch.get_num_threads()
+    ways = [1, 0] if domain.apart and 1 < threads <= count else [0]
+    found = []
+    for images in ways:
+        mine = copy_of(graph)
+        link(mine, images)
+        found.append(Lowered(mine, domain, choices, count, images))
+    return found
+
+
+def _choice(node: fx.Node, fused: Any, reasons: dict[str, str], plain: dict[str, Choice]) -> Choice:
+    name = str(node.target)
+    if name in plain:
+        return plain[name]
+    shape = tuple(fused.weight.shape)
+    return Choice(fused.name, shape, fused.kept, None, None, "dense" if reasons[name] else INT8)
