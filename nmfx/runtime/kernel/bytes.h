@@ -126,6 +126,19 @@ INLINE inline vec load_pixels(const float* from, int i) { return load(from + 4 *
 
 #endif
 
+typedef uint16_t pairs __attribute__((vector_size(VB)));
+typedef uint8_t half __attribute__((vector_size(VB / 2)));
+typedef uint8_t loose_half __attribute__((vector_size(VB / 2), aligned(1), may_alias));
+
+// even[i] = from[2 i] and odd[i] = from[2 i + 1] for n bytes; up to VB are read, and VB / 2 written, beyond what there is.
+inline void split_bytes(const uint8_t* from, int64_t n, uint8_t* even, uint8_t* odd) {
+  for (int64_t i = 0; i < n; i += VB) {
+    const pairs both = pairs(load_bytes(from + i));
+    *reinterpret_cast<loose_half*>(even + i / 2) = __builtin_convertvector(both & 255, half);
+    *reinterpret_cast<loose_half*>(odd + i / 2) = __builtin_convertvector(both >> 8, half);
+  }
+}
+
 INLINE inline vec real(ints v) { return __builtin_convertvector(v, vec); }
 
 // VB floats as bytes: x * `inverse` + `zero`, rounded to the nearest (half to even) and saturated. NaN becomes 0.

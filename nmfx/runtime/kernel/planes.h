@@ -58,7 +58,7 @@ Planed planed(const Tensor& x, const Planes& planes) {
 // An output that nobody has written yet but its margins.
 Planed output_planes(int64_t images, int64_t channels, const Planes& planes) {
   check_planes(planes);
-  const int64_t bytes = product({images, channels, planes.pitch}) + 2 * planes.margin;
+  const int64_t bytes = product({images, channels, planes.pitch}) + 2 * planes.margin + LINE;  // that rows are read by
   const Pool::Buffer buffer = pool.take((bytes + 3) / 4);
   Tensor made = pooled(buffer, {images, channels, planes.pitch});
   made.type = Type::BYTE;
@@ -83,26 +83,34 @@ void check_phases(Sizes phases, int64_t stride) {
   check(!phases.empty() && phases.size() <= 4 && within(phases, 0, stride == 2 ? 3 : 0), "phases of a stride of 1 or 2");
 }
 
-// Writes rows of a picture where its planes have them; `row(y, to)` gives row y, which may be `to` or memory of its own.
+// A thread's memory for rows of a picture of `width` pixels, as it is and split into even and odd ones.
+struct Rows {
+  std::vector<uint8_t> memory;
+  int64_t size;
+  explicit Rows(int64_t width) : memory(3 * (width + 2 * VB)), size(width + 2 * VB) {}
+  uint8_t* at(int64_t i) { return memory.data() + i * size; }
+};
+
+// Writes rows of a picture where its planes have them; `row(y, to)` gives row y, in `to` or where VB bytes behind it can be read.
 template <class Row>
 void fill_planes(const Planed& y, int64_t image, int64_t channel, int64_t height, int64_t width, int64_t stride, Sizes phases,
-                 std::vector<uint8_t>& line, const Row& row) {
+                 Rows& rows, const Row& row) {
   const Planes& p = y.planes;
   const auto count = static_cast<int64_t>(phases.size());
-  for (int64_t i = 0; i < count; ++i) std::memset(y.at(image, channel * count + i), static_cast<int>(p.zero), p.pitch);
+  uint8_t* first = y.at(image, channel * count);
+  std::memset(first, static_cast<int>(p.zero), count * p.pitch);
   for (int64_t r = 0; r < height; ++r) {
-    bool read = false;
-    for (const int64_t phase : phases) read = read || stride == 1 || phase / 2 == r % 2;
-    if (!read) continue;
-    const uint8_t* from = row(r, line.data());
+    if (stride == 1) {
+      std::memcpy(first + r * p.row, row(r, rows.at(0)), width);
+      continue;
+    }
+    bool split = false;
     for (int64_t i = 0; i < count; ++i) {
-      uint8_t* to = y.at(image, channel * count + i) + r / stride * p.row;
-      if (stride == 1) {
-        std::memcpy(to, from, width);
-      } else if (phases.data()[i] / 2 == r % 2) {
-        const int64_t first = phases.data()[i] % 2, pixels = (width - first + 1) / 2;
-        for (int64_t x = 0; x < pixels; ++x) to[x] = from[2 * x + first];
-      }
+      const int64_t phase = phases.data()[i], odd = phase % 2;
+      if (phase / 2 != r % 2) continue;
+      if (!split) split_bytes(row(r, rows.at(0)), width, rows.at(1), rows.at(2));
+      split = true;
+      std::memcpy(first + i * p.pitch + r / 2 * p.row, rows.at(1 + odd), (width - odd + 1) / 2);
     }
   }
 }
@@ -115,9 +123,9 @@ Planed fill_all(int64_t images, int64_t channels, int64_t height, int64_t width,
         "planes for pictures of ", height, " x ", width);
   const Planed y = output_planes(images, product({channels, static_cast<int64_t>(phases.size())}), planes);
   parallel_for(0, images * channels, 1, [&](int64_t begin, int64_t end) {
-    std::vector<uint8_t> line(width + 2 * VB);
+    Rows rows(width);
     for (int64_t i = begin; i < end; ++i) {
-      fill_planes(y, i / channels, i % channels, height, width, stride, phases, line,
+      fill_planes(y, i / channels, i % channels, height, width, stride, phases, rows,
                   [&](int64_t r, uint8_t* to) { return row(i / channels, i % channels, r, to); });
     }
   });
@@ -134,7 +142,7 @@ Tensor planes_of(const Tensor& input, double inverse, const Planes& planes, int6
   const bool bytes = x.type == Type::BYTE;
   return fill_all(x.size(0), x.size(1), height, width, stride, phases, planes, [&](int64_t image, int64_t channel, int64_t r, uint8_t* to) {
     const int64_t place = (image * x.size(1) + channel) * plane + r * width;
-    if (bytes) return static_cast<const uint8_t*>(static_cast<const uint8_t*>(x.data) + place);
+    if (bytes) return static_cast<const uint8_t*>(std::memcpy(to, static_cast<const uint8_t*>(x.data) + place, width));
     const float* from = static_cast<const float*>(x.data) + place;
     int64_t i = 0;
     for (; i + VB <= width; i += VB) store_bytes(to + i, quantized(from + i, factor, zero));
