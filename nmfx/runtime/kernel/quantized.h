@@ -56,10 +56,13 @@ Blocks blocks_of(const Tensor& values, const Tensor& columns, const Tensor& bloc
     for (int64_t i = 0; i < columns.numel(); ++i) check(found.columns[i] < width, "columns of the weight's");
     return Reach{0, 0};
   });
-  known->reach({&scales, &shifts}, {Known::SCALES}, [&] {  // so that floats are integers in reach of int32
-    for (int64_t r = 0; r < rows; ++r) {
-      check(std::abs(found.scales[r]) * (4.0 * MOST_QUADS * 255 * 127) < (1 << 30) && std::abs(found.shifts[r]) < (1 << 29),
-            "scales and shifts of rows that end in reach");
+  known->reach({&scales, &shifts, &blocks}, {Known::SCALES, rows}, [&] {  // floats of sums are integers in reach of int32
+    for (int64_t i = 0; i < found.count; ++i) {
+      const Blocks::Block b = found.blocks[i];
+      for (int64_t r = b.row; r < b.row + b.rows; ++r) {
+        check(std::abs(found.scales[r]) * (4.0 * std::max(1, b.quads) * 255 * 127) < (1 << 30) && std::abs(found.shifts[r]) < (1 << 29),
+              "scales and shifts of rows that end in reach");
+      }
     }
     return Reach{0, 0};
   });

@@ -26,6 +26,12 @@ def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     return (weight.double() / scales.reshape(-1, *[1] * (weight.dim() - 1))).round().to(torch.int8), scales
 
 
+def _in_reach(weight: Tensor, factors: Tensor, shifts: Tensor) -> bool:
+    """Whether what a row's sum can be at most becomes an integer of 32 bits (kernel/quantized.h)."""
+    largest = (weight[0].numel() + 3) * 255 * 127 * float(factors.abs().max())
+    return largest < 1 << 30 and float(shifts.abs().max()) < 1 << 29
+
+
 class Quantizer:
     """Puts int8 operators in the place of sites, in a graph whose sites are all dense layers.
 
@@ -111,7 +117,7 @@ class Quantizer:
             added = self._step(rest[0])  # type: ignore[arg-type]
             options["residual_scale"] = added.scale / made.scale
             shifts -= added.zero * added.scale / made.scale
-        if float(factors.abs().max()) >= 0.5 or float(shifts.abs().max()) >= 1 << 29 or options["residual_scale"] >= 1 << 20:
+        if not _in_reach(weight, factors, shifts) or options["residual_scale"] >= 1 << 20:
             return "its outputs are small beside its inputs"
         tensors = {"weight": weight, "scales": factors.float(), "shifts": shifts.float()}
         layer = KernelLayer("int8_conv2d", tensors, options)
@@ -127,7 +133,7 @@ class Quantizer:
         shifts = -read.zero * weight.double().sum(1) * factors
         if fused.bias is not None:
             shifts += fused.bias.double()
-        if float(factors.abs().max()) >= 0.5 or float(shifts.abs().max()) >= 1 << 29:
+        if not _in_reach(weight, factors, shifts):
             return "its inputs are too large"
         options = {"inverse": 1 / read.scale, "zero": read.zero, "low": fused.low, "high": fused.high}
         tensors = {"weight": weight, "scales": factors.float(), "shifts": shifts.float()}
