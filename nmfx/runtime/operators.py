@@ -189,6 +189,7 @@ def _sparse_linear(given: Any) -> Tensor:
 
 
 _PACKED = "Tensor values, Tensor columns, Tensor pointers, Tensor? bias"
+_BLOCKS = "Tensor values, Tensor columns, Tensor blocks, Tensor scales, Tensor shifts"
 _TABLE = (
     Operator(
         "sparse_conv2d",
@@ -245,15 +246,15 @@ _TABLE = (
     ),
     Operator(
         "int8_conv2d",
-        "Tensor input, Tensor weight, Tensor scales, Tensor shifts, Tensor? residual, int[2] stride, int[] padding, "
-        "int[2] dilation, int groups, int zero, int zero_out, float residual_scale, int low, int high",
+        f"Tensor input, {_BLOCKS}, Tensor? residual, int out_channels, int[2] kernel, int[2] stride, int[] padding, "
+        "int[2] dilation, int groups, int zero, int zero_out, float residual_scale, int low, int high, int height",
         reference.conv2d_sizes,
         reference.conv2d,
         planes="planes_conv",
     ),
     Operator(
         "int8_linear",
-        "Tensor input, Tensor weight, Tensor scales, Tensor shifts, float inverse, int zero, float low, float high",
+        f"Tensor input, {_BLOCKS}, int out_features, int width, float inverse, int zero, float low, float high, int height",
         reference.linear_sizes,
         reference.linear,
         planes="quantized_linear",

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, fx
 
-from nmfx.runtime.layout.blocks import block
+from nmfx.runtime.layout.blocks import row_sums
 from nmfx.runtime.layout.lanes import Window
 from nmfx.runtime.layout.planes import Picture, Planes, lay_out, offsets, read_by, whole_lines
 from nmfx.runtime.operators import OPERATORS, bits_of
@@ -23,9 +24,8 @@ def window_over(node: fx.Node, named: dict[str, Any]) -> Window | None:
     """The window of an int8 operator, if planes can compute it, else None."""
     source: Any = node.args[0]
     shapes = [tuple(each.meta["val"].shape[2:]) for each in (source, node)]
-    kernel = named["kernel"] if "kernel" in named else named["weight"].shape[2:]
-    rest = (named["stride"], named["padding"], named.get("dilation", (1, 1)))
-    return Window.of(shapes[0], shapes[1], tuple(kernel), *map(tuple, rest))  # type: ignore[arg-type]
+    rest = (named["kernel"], named["stride"], named["padding"], named.get("dilation", (1, 1)))
+    return Window.of(shapes[0], shapes[1], *map(tuple, rest))  # type: ignore[arg-type]
 
 
 class PlanesWriter:
@@ -77,10 +77,9 @@ class PlanesWriter:
             return
         if call.operator.name == "int8_linear":
             slot = program._plain(named["input"])
-            rows, width = named["weight"].shape
-            blocks, height = self._blocks(named, 1)
             limits = [bits_of(named["low"]), bits_of(named["high"])]
-            numbers = [slot, *blocks, rows, width, height, bits_of(named["inverse"]), named["zero"], *limits]
+            sizes = [named["out_features"], named["width"], named["height"]]
+            numbers = [slot, *self._weight(named), *sizes, bits_of(named["inverse"]), named["zero"], *limits]
             program.plain[node] = program._append([operator.code, *numbers], [slot], leaves=node in program.leaving)
             return
         source = named["input"]
@@ -95,21 +94,21 @@ class PlanesWriter:
             return
         out, reads = Picture(node), [slot]
         channels = source.meta["val"].shape[1]
-        mask = self._shared(("mask", self.planes[out]), self.planes[out].mask) if out in self.seen else -1
+        mask = self._constant(("mask", self.planes[out]), self.planes[out].mask) if out in self.seen else -1
         if call.operator.name == "int8_max_pool2d":
-            taps = self._shared(("taps", self.windows[node], planes), lambda: offsets(self.windows[node], planes, 1))
+            taps = self._constant(("taps", self.windows[node], planes), lambda: offsets(self.windows[node], planes, 1))
             numbers += [taps, max(1, len(read.phases)), *self.planes[out].numbers, mask]
         else:
             window = self.windows[node]
-            reach = self._shared(("offsets", window, planes, channels), lambda: offsets(window, planes, channels))
-            blocks, height = self._blocks(named, named["groups"])
+            reach = self._constant(("offsets", window, planes, channels), lambda: offsets(window, planes, channels))
+            weight = self._weight(named)
             added: list[int] = [0]
             if isinstance(named["residual"], fx.Node):
                 other = Picture(named["residual"])
                 reads.append(self._slot(other))
                 added = [1, reads[1], *self.planes[other].numbers, bits_of(named["residual_scale"])]
-            rows = named["weight"].shape[0]
-            numbers += [*blocks[:3], reach, *blocks[3:], rows, height, *self.planes[out].numbers, mask]
+            rows = [named["out_channels"], named["height"]]
+            numbers += [*weight[:3], reach, *weight[3:], *rows, *self.planes[out].numbers, mask]
             numbers += [named["low"], named["high"], *added]
         self.slots[out] = program._append(numbers, reads)
 
@@ -140,22 +139,20 @@ class PlanesWriter:
             self.slots[picture] = self.program._append(step, [own])
         return self.slots[picture]
 
-    def _blocks(self, named: dict[str, Any], groups: int) -> tuple[list[int], int]:
-        """Values, columns, blocks, scales, shifts and sums of a weight, and the height of its blocks."""
+    def _weight(self, named: dict[str, Any]) -> list[int]:
+        """Values, columns, blocks, scales, shifts and sums of the rows of a weight; one that is used several times is there once."""
 
-        def make() -> tuple[list[int], int]:
-            weight: Tensor = named["weight"]
-            blocks = block(weight, groups)
-            sums = weight.flatten(1).int().sum(1).int()
-            tensors = (blocks.values, blocks.columns, blocks.blocks, named["scales"], named["shifts"], sums)
-            return [self.program._constant(one.contiguous()) for one in tensors], blocks.height
+        def make() -> list[int]:
+            tensors = [named[name] for name in ("values", "columns", "blocks", "scales", "shifts")]
+            sums = row_sums(named["values"], named["blocks"], named["height"])
+            return [self.program._constant(one) for one in (*tensors, sums)]
 
-        key = ("blocks", id(named["weight"]), id(named["scales"]), id(named["shifts"]))
+        return self._shared(tuple(id(named[name]) for name in ("values", "scales", "shifts")), make)  # type: ignore[no-any-return]
+
+    def _shared(self, key: Any, make: Callable[[], Any]) -> Any:
         if key not in self.known:
             self.known[key] = make()
-        return self.known[key]  # type: ignore[no-any-return]
+        return self.known[key]
 
-    def _shared(self, key: Any, make: Any) -> int:
-        if key not in self.known:
-            self.known[key] = self.program._constant(make())
-        return self.known[key]  # type: ignore[no-any-return]
+    def _constant(self, key: Any, make: Callable[[], Tensor]) -> int:
+        return self._shared(key, lambda: self.program._constant(make()))  # type: ignore[no-any-return]

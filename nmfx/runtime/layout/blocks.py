@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from nmfx.runtime.checks import expect
+
+MOST_COLUMNS = 1 << 16  # input channels times taps: columns are numbers of 16 bits
 HEIGHTS = (1, 2, 4)
 INTERLEAVE, MULTIPLY = 8.0, 4.0  # instructions of a quad over a vector of pixels: once for a block, and for each of its rows
 
@@ -63,6 +69,57 @@ def block(weight: Tensor, groups: int = 1, height: int | None = None) -> Blocks:
     starts = F.pad(counts.cumsum(0), (1, 0))[:-1]
     table = torch.stack([first, there, counts, begins[:-1][of_block], starts], 1)
     return Blocks(values.to(torch.int8), columns.int().to(torch.int16), table.int().contiguous(), height)
+
+
+def unblock(values: Tensor, columns: Tensor, blocks: Tensor, height: int, shape: Sequence[int], groups: int) -> Tensor:
+    """The weight of `block`, int8 of `shape`."""
+    width = math.prod(shape[1:])
+    _, rows, counts, first, starts = blocks.long().unbind(1)
+    owner = torch.arange(len(blocks)).repeat_interleave(counts)
+    within = torch.arange(len(owner)) - F.pad(counts.cumsum(0), (1, 0))[owner]
+    quads = values.reshape(-1, height, 4)[starts[owner] + within].transpose(1, 2)  # quads, columns, rows
+    places = (columns.long() & 0xFFFF).reshape(-1, 4)[first[owner] + within] % width
+    lines = torch.zeros(len(blocks), width, height, dtype=torch.int32)
+    lines.index_put_((owner[:, None].expand_as(places), places), quads.int(), accumulate=True)  # those that pad are zero
+    there = torch.arange(height) < rows[:, None]
+    return lines.transpose(1, 2)[there].to(torch.int8).reshape(*shape)
+
+
+def row_sums(values: Tensor, blocks: Tensor, height: int) -> Tensor:
+    """The sum of every row's weights, int32 ``(out,)``."""
+    _, rows, counts, _, starts = blocks.long().unbind(1)
+    summed = F.pad(values.reshape(-1, height, 4).int().sum(2).cumsum(0), (0, 0, 1, 0))
+    sums = summed[starts + counts] - summed[starts]
+    return sums[torch.arange(height) < rows[:, None]].int()
+
+
+def check_blocks(given: Any, rows: int, width: int, groups: int, known: bool) -> None:
+    """Check a weight in blocks.
+
+    Args:
+        given: `values`, `columns`, `blocks`, `height`.
+        rows: of all groups.
+        width: columns of a row.
+        known: the tensors have values, which are checked too.
+
+    Raises:
+        RuntimeError: naming what was expected.
+    """
+    values, columns, blocks, height = given.values, given.columns, given.blocks, given.height
+    expect(height in HEIGHTS, "blocks of 1, 2 or 4 rows")
+    kinds = (values.dtype, columns.dtype, blocks.dtype) == (torch.int8, torch.int16, torch.int32)
+    lines = values.dim() == columns.dim() == 1 and len(values) % (4 * height) == 0 and len(columns) % 4 == 0
+    expect(kinds and lines and blocks.dim() == 2 and blocks.shape[1] == 5, "values of int8, columns of int16, blocks of int32")
+    expect(0 < width * groups <= MOST_COLUMNS, "columns that 16 bits can count")
+    if not known:
+        return
+    first, there, counts, begins, starts = blocks.long().unbind(1)
+    expected = F.pad(there.cumsum(0), (1, 0))
+    in_order = torch.equal(first, expected[:-1]) and int(expected[-1]) == rows and bool(((there > 0) & (there <= height)).all())
+    expect(in_order, "blocks of all rows")
+    inside = (counts >= 0) & (begins >= 0) & (starts >= 0) & (begins + counts <= len(columns) // 4)
+    expect(bool((inside & (starts + counts <= len(values) // (4 * height))).all()), "blocks within their weights")
+    expect(bool(((columns.long() & 0xFFFF) < width * groups).all()), "columns of the weight's")
 
 
 def _kept(lines: Tensor, height: int) -> Tensor:

@@ -16,7 +16,6 @@ from torch import Tensor
 from nmfx.runtime.layout.lanes import Window
 
 LINE = 64  # bytes: channels begin at and are computed by so many (kernel/planes.h)
-MOST_COLUMNS = 1 << 16  # input channels times taps: columns are numbers of 16 bits
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, fx
 
 from nmfx.runtime.layers import Fused, KernelLayer
+from nmfx.runtime.layout.blocks import MOST_COLUMNS, Blocks, block
 from nmfx.runtime.layout.lanes import Window
-from nmfx.runtime.layout.planes import MOST_COLUMNS
 from nmfx.runtime.lowering.fusion import Sites
 from nmfx.runtime.quantized.ranges import Step, observe
 
@@ -30,6 +30,12 @@ def _in_reach(weight: Tensor, factors: Tensor, shifts: Tensor) -> bool:
     """Whether what a row's sum can be at most becomes an integer of 32 bits (kernel/quantized.h)."""
     largest = (weight[0].numel() + 3) * 255 * 127 * float(factors.abs().max())
     return largest < 1 << 30 and float(shifts.abs().max()) < 1 << 29
+
+
+def _layer(operator: str, blocks: Blocks, factors: Tensor, shifts: Tensor, options: dict[str, Any]) -> KernelLayer:
+    tensors = {"values": blocks.values, "columns": blocks.columns, "blocks": blocks.blocks}
+    tensors |= {"scales": factors.float(), "shifts": shifts.float()}
+    return KernelLayer(operator, tensors, options | {"height": blocks.height})
 
 
 class Quantizer:
@@ -85,7 +91,7 @@ class Quantizer:
         window = Window.of(shapes[1], shapes[0], tuple(fused.weight.shape[2:]), stride, padding, dilation)  # type: ignore[arg-type]
         if window is None:
             return "a window that planes cannot compute"
-        return "more columns than 16 bits can count" if channels * taps >= MOST_COLUMNS else ""
+        return "more columns than 16 bits can count" if channels * taps > MOST_COLUMNS else ""
 
     def _step(self, node: fx.Node) -> Step:
         if node not in self.steps:
@@ -111,7 +117,7 @@ class Quantizer:
         if fused.bias is not None:
             shifts += fused.bias.double() / made.scale
         options = dict(zip(("stride", "padding", "dilation"), map(list, fused.geometry), strict=True))
-        options |= {"groups": fused.groups, "zero": read.zero, "zero_out": made.zero, "residual_scale": 0.0}
+        options |= {"out_channels": len(weight), "kernel": list(weight.shape[2:]), "groups": fused.groups, "zero": read.zero, "zero_out": made.zero, "residual_scale": 0.0}
         options |= {"low": made.byte(fused.low), "high": made.byte(fused.high)}
         if rest:
             added = self._step(rest[0])  # type: ignore[arg-type]
@@ -119,8 +125,7 @@ class Quantizer:
             shifts -= added.zero * added.scale / made.scale
         if not _in_reach(weight, factors, shifts) or options["residual_scale"] >= 1 << 20:
             return "its outputs are small beside its inputs"
-        tensors = {"weight": weight, "scales": factors.float(), "shifts": shifts.float()}
-        layer = KernelLayer("int8_conv2d", tensors, options)
+        layer = _layer("int8_conv2d", block(weight, fused.groups), factors, shifts, options)
         inputs = tuple(self._source(each) for each in (source, *rest))  # type: ignore[arg-type]
         self._put(node, layer, inputs)
         return ""
@@ -136,8 +141,8 @@ class Quantizer:
         if not _in_reach(weight, factors, shifts):
             return "its inputs are too large"
         options = {"inverse": 1 / read.scale, "zero": read.zero, "low": fused.low, "high": fused.high}
-        tensors = {"weight": weight, "scales": factors.float(), "shifts": shifts.float()}
-        self.graph.add_submodule(str(node.target), KernelLayer("int8_linear", tensors, options))
+        options |= {"out_features": len(weight), "width": weight.shape[1]}
+        self.graph.add_submodule(str(node.target), _layer("int8_linear", block(weight), factors, shifts, options))
         return ""
 
     def _put(self, node: fx.Node, layer: KernelLayer, inputs: tuple[fx.Node, ...]) -> None:

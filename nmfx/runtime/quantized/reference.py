@@ -5,6 +5,7 @@ A byte q stands for ``(q - zero) * scale``. Pictures are uint8 ``(batch, channel
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nmfx.runtime.checks import LONGEST, check_pictures, check_window, expect
+from nmfx.runtime.layout.blocks import check_blocks, unblock
 
 
 def check_bytes(x: Tensor) -> None:
@@ -55,15 +57,19 @@ def dequantize(given: Any) -> Tensor:
     return (given.input.float() - given.zero) * given.scale
 
 
+def _weight(given: Any, shape: Sequence[int], groups: int) -> Tensor:
+    return unblock(given.values, given.columns, given.blocks, given.height, shape, groups).double()
+
+
 def conv2d_sizes(given: Any, known: bool) -> Sequence[int]:
     """``(batch, out, height, width)``."""
-    x, weight, groups = given.input, given.weight, given.groups
+    x, out, groups = given.input, given.out_channels, given.groups
     check_bytes(x)
-    expect(weight.dim() == 4 and weight.dtype == torch.int8 and weight.numel() > 0, "an int8 weight (out, in, height, width)")
-    expect(groups > 0 and x.shape[1] == weight.shape[1] * groups and len(weight) % groups == 0, "channels of the weight's")
-    _check_rows(given, len(weight))
+    expect(groups > 0 and x.shape[1] % groups == 0 and 0 < out <= LONGEST and out % groups == 0, "channels that divide by the groups")
+    sizes = (x.shape[0], out, *check_window(x, given.kernel, given.stride, given.padding, given.dilation))
+    check_blocks(given, out, x.shape[1] // groups * math.prod(given.kernel), groups, known)
+    _check_rows(given, out)
     _check_zero(given.zero, given.zero_out, given.low, given.high)
-    sizes = (x.shape[0], len(weight), *check_window(x, weight.shape[2:], given.stride, given.padding, given.dilation))
     one = given.residual
     expect(one is None or (one.dtype == torch.uint8 and tuple(one.shape) == sizes), f"a uint8 residual of the shape {list(sizes)}")
     return sizes
@@ -71,7 +77,8 @@ def conv2d_sizes(given: Any, known: bool) -> Sequence[int]:
 
 def conv2d(given: Any) -> Tensor:
     """``sum * scale + shift + residual * residual_scale``, each rounded to float32, as bytes within the limits."""
-    weight, padding = given.weight.double(), given.padding
+    shape = (given.out_channels, given.input.shape[1] // given.groups, *given.kernel)
+    weight, padding = _weight(given, shape, given.groups), given.padding
     x = given.input.double() - given.zero
     if len(padding) == 4:
         top, left, bottom, right = padding
@@ -88,18 +95,18 @@ def conv2d(given: Any) -> Tensor:
 
 def linear_sizes(given: Any, known: bool) -> Sequence[int]:
     """``(..., out)``."""
-    x, weight = given.input, given.weight
-    expect(x.dim() >= 1 and x.dtype == torch.float32, "float32 tokens (..., features)")
-    expect(weight.dim() == 2 and weight.dtype == torch.int8 and weight.numel() > 0, "an int8 weight (out, in)")
-    expect(x.shape[-1] == weight.shape[1], f"tokens of {weight.shape[1]} features, got {x.shape[-1]}")
-    _check_rows(given, len(weight))
+    x, width, out = given.input, given.width, given.out_features
+    expect(x.dim() >= 1 and x.dtype == torch.float32 and 0 < out <= LONGEST, "float32 tokens (..., features)")
+    expect(x.shape[-1] == width, f"tokens of {width} features, got {x.shape[-1]}")
+    check_blocks(given, out, width, 1, known)
+    _check_rows(given, out)
     _check_zero(given.zero)
-    return (*x.shape[:-1], len(weight))
+    return (*x.shape[:-1], out)
 
 
 def linear(given: Any) -> Tensor:
     """Float32 in and out; ``sum * scale + shift`` within the limits."""
-    weight = given.weight.double()
+    weight = _weight(given, (given.out_features, given.width), 1)
     q = quantize(given).double()
     sums = F.linear(q - given.zero, weight) + given.zero * weight.sum(1)
     y = (sums.float().double() * given.scales.double() + given.shifts.double()).float()

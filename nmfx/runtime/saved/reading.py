@@ -195,8 +195,18 @@ class Reader:
                 if isinstance(value := named["input"].meta.get("val"), Tensor) and "stride" in named:
                     check_extent(value, named["kernel"], named["padding"], (1, 1))
         if said.shape is not None:
-            node.meta["val"] = torch.empty(self._sizes(said.shape), device="meta")
+            node.meta["val"] = torch.empty(self._sizes(said.shape), dtype=self._dtype(node), device="meta")
         return node
+
+    def _dtype(self, node: fx.Node) -> torch.dtype:
+        """The type of what a node gives, as far as operators of the kernel ask for it: bytes, else float32."""
+        layer = self.root[str(node.target)] if node.op == "call_module" else None
+        name = layer.operator if isinstance(layer, KernelLayer) else str(node.target).removeprefix("nmfx.").removesuffix(".default")
+        operator = OPERATORS.get(name)
+        if operator is None or not operator.planes:
+            return torch.float32
+        value = node.all_input_nodes[0].meta.get("val") if node.all_input_nodes else None
+        return operator.gives or (value.dtype if isinstance(value, Tensor) else torch.float32)
 
     def _sizes(self, shape: Sequence[int]) -> list[int]:
         """Sizes of a tensor for the example's batch; others that hang on the batch are large, and equal where they were."""
