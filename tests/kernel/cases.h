@@ -155,6 +155,7 @@ struct Case {
   Net net;
   Picture wanted{0, 0, 0, 0};
   double roundings = 8;  // of a case that is not of integers
+  bool exact = false;    // bit for bit, whatever its numbers
 };
 
 const Numbers SAME{2, 1, 1, 2, 1, 1, 2, 0, 0};  // the window of one pixel: a copy

@@ -1,4 +1,5 @@
-// The kernel alone: every operator over a grid of shapes, patterns, layouts, threads and passes, against plain loops in double.
+// The kernel alone: every operator over a grid of shapes, patterns, layouts, threads and passes, against plain loops in double, those of bytes in
+// integers.
 //
 //   kernel_test [CASES] [FIRST]     cases of every operator (200), from which on (0); a case says its number when it fails
 //
@@ -18,6 +19,7 @@
 #include <vector>
 
 #include "lanes_cases.h"
+#include "planes_cases.h"
 
 namespace {
 
@@ -27,7 +29,9 @@ Case drawn(Code code, int64_t number) {
     case CONV: case DEPTHWISE: case MAX_POOL: return plain_window(draw, code);
     case LINEAR: return linear(draw);
     case AVERAGE: case FLATTEN: case REARRANGE: return planes(draw, code);
-    default: return by_lanes(draw, code);
+    case LANES_CONV: case LANES_CHANNEL: case LANES_AVERAGE: return by_lanes(draw, code);
+    case QUANTIZED_LINEAR: return quantized_linear(draw);
+    default: return by_planes(draw, code);
   }
 }
 
@@ -40,7 +44,7 @@ void gives_what_is_wanted(Code code, int64_t number) {
   const Floats got = values_of(*first);
   must(got.size() == one.wanted.v.size(), "an output of this size");
   const bool averages = code == AVERAGE || code == FLATTEN || code == LANES_AVERAGE;
-  const double forgiven = (number % 2 ? 2 * averages : one.roundings) * ROUNDING;
+  const double forgiven = one.exact ? 0 : (number % 2 ? 2 * averages : one.roundings) * ROUNDING;
   for (size_t i = 0; i < got.size(); ++i) {
     const double wanted = one.wanted.v[i];
     const bool close = std::isnan(wanted) ? std::isnan(got[i]) : std::abs(got[i] - wanted) <= forgiven * one.wanted.size[i];
@@ -59,7 +63,7 @@ void gives_what_is_wanted(Code code, int64_t number) {
 const std::vector<Case>& samples() {  // one and more of every operator
   static const std::vector<Case> all = [] {
     std::vector<Case> made;
-    for (int code = CONV; code <= LANES_AVERAGE; ++code) {
+    for (int code = CONV; code <= LAST; ++code) {
       for (int64_t number = 2; number < (code >= LANES_CONV ? 12 : 6); ++number) made.push_back(drawn(Code(code), number));
     }
     return made;
@@ -106,7 +110,7 @@ void survives_changes(int64_t rounds, int64_t first) {
       if (!array) {
         int64_t& one = numbers[draw.below(numbers.size())];
         one = draw.odds(8) ? numbers[draw.below(numbers.size())] : other(one);
-      } else if (array->code == 0 && !array->bytes.empty() && draw.odds(2)) {  // an index
+      } else if (array->code < 2 && !array->bytes.empty() && draw.odds(2)) {  // an index
         const size_t at = draw.below(array->bytes.size() * 8 / array->width) * array->width / 8;
         int32_t value = 0;
         std::memcpy(&value, array->bytes.data() + at, array->width / 8);
@@ -201,8 +205,8 @@ void refuses_what_is_not_there() {
   Output none;
   refused(wide.run(wide.program(wide.numbers()).get(), 2, 0, none));
   nmfx_program_free(nullptr);
-  for (int code = CONV; code <= LANES_AVERAGE; ++code) must(nmfx_operator_name(code) == std::string(CODES[code]), "names");
-  must(!nmfx_operator_name(-1) && !nmfx_operator_name(LANES_AVERAGE + 1) && nmfx_version() == NMFX_VERSION, "a version");
+  for (int code = CONV; code <= LAST; ++code) must(nmfx_operator_name(code) == std::string(CODES[code]), "names");
+  must(!nmfx_operator_name(-1) && !nmfx_operator_name(LAST + 1) && nmfx_version() == NMFX_VERSION, "a version");
 }
 
 // One constant can be an index and the offsets of taps: what was found of it as one does not hold for the other.
@@ -281,7 +285,7 @@ void parallel(void (*work)(void*), void* data, unsigned, unsigned) {  // of an O
 int main(int count, char** given) {
   if (!nmfx_supported()) return std::puts("skipped: this processor cannot run this variant"), 77;
   const int64_t cases = count > 1 ? std::atoll(given[1]) : 200, first = count > 2 ? std::atoll(given[2]) : 0;
-  for (int code = CONV; code <= LANES_AVERAGE; ++code) {
+  for (int code = CONV; code <= LAST; ++code) {
     for (int64_t number = first; number < first + cases; ++number) {
       running = std::string(CODES[code]) + ", case " + std::to_string(number);
       gives_what_is_wanted(Code(code), number);

@@ -49,9 +49,12 @@ using Numbers = std::vector<int64_t>;
 using Floats = std::vector<float>;
 constexpr double INF = std::numeric_limits<double>::infinity(), ROUNDING = 1.0 / (1 << 24);
 constexpr int32_t IN_STRIP = 1 << 22, NO_PIXEL = 1 << 20;  // as the kernel has them
-enum Code { CONV, LINEAR, DEPTHWISE, MAX_POOL, AVERAGE, FLATTEN, REARRANGE, LANES_CONV, LANES_CHANNEL, LANES_AVERAGE };
+enum Code { CONV, LINEAR, DEPTHWISE, MAX_POOL, AVERAGE, FLATTEN, REARRANGE, LANES_CONV, LANES_CHANNEL, LANES_AVERAGE,
+            QUANTIZED_LINEAR, PLANES_OF, PLANES_AGAIN, PLANES_CONV, PLANES_MAX_POOL, PLANES_AVERAGE, PLAIN_OF_PLANES };
+constexpr Code LAST = PLAIN_OF_PLANES;
 const char* const CODES[] = {"sparse_conv2d", "sparse_linear", "depthwise_conv2d", "max_pool2d", "average", "flatten",
-                             "rearrange", "lanes_conv2d", "lanes_by_channel", "lanes_average"};
+                             "rearrange", "lanes_conv2d", "lanes_by_channel", "lanes_average", "quantized_linear",
+                             "planes_of", "planes_again", "planes_conv", "planes_max_pool", "planes_average", "plain_of_planes"};
 
 std::string running;  // the case
 void must(bool holds, const std::string& what) {
@@ -77,7 +80,7 @@ struct Array {
 
   template <class T>
   Array(Numbers shape, const std::vector<T>& values, Numbers strides = {})
-      : shape(shape), strides(strides), code(std::is_integral_v<T> ? 0 : 2), width(sizeof(T) * 8) {
+      : shape(shape), strides(strides), code(std::is_same_v<T, uint8_t> ? 1 : std::is_integral_v<T> ? 0 : 2), width(sizeof(T) * 8) {
     bytes.resize(values.size() * sizeof(T));
     if (!values.empty()) std::memcpy(bytes.data(), values.data(), bytes.size());
   }

@@ -80,7 +80,7 @@ Planed output_planes(int64_t images, int64_t channels, const Planes& planes) {
 
 // Which columns and rows of a picture, modulo a stride of two, become pictures of their own: 2 * row + column, ascending.
 void check_phases(Sizes phases, int64_t stride) {
-  check(!phases.empty() && phases.size() <= 4 && within(phases, 0, stride == 2 ? 3 : 0), "phases of a stride of 1 or 2");
+  check((stride == 1 || stride == 2) && !phases.empty() && phases.size() <= 4 && within(phases, 0, stride == 2 ? 3 : 0), "phases of a stride of 1 or 2");
 }
 
 // A thread's memory for rows of a picture of `width` pixels, as it is and split into even and odd ones.
@@ -221,7 +221,7 @@ Tensor planes_max_pool(const Planed& x, const Tensor& offsets, int64_t phases, c
   check(line(offsets, Type::INT) && offsets.numel() && 1 <= phases && phases <= 4 && x.channels() % phases == 0 &&
             x.planes.alike(planes), "a window over planes of one size");
   const Reach reach = reach_of(offsets);
-  check(-x.planes.margin <= reach.least && reach.most < phases * x.planes.pitch - planes.computed() + x.planes.margin,
+  check(-x.planes.margin <= reach.least && reach.most <= phases * x.planes.pitch - planes.computed() + x.planes.margin,
         "a window within its margins");
   const Planed y = output_planes(x.images(), x.channels() / phases, planes);
   const uint8_t* pixels = pixels_of(mask, planes);
