@@ -6,10 +6,10 @@ import math
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal
 
 from nmfx.errors import NmfxError
+from nmfx.settings.engines import ENGINES
 from nmfx.settings.formats import FORMATS, with_formats
 from nmfx.settings.option import check_options, inline, option
 from nmfx.settings.training import Augment, Settings
@@ -213,14 +213,6 @@ class EvaluateSettings:
         check_options(self, "evaluation settings")
 
 
-ENGINE_PACKAGES = {  # what nmfx bench times networks beside (nmfx/runtime/measuring/engines.py), and what it needs
-    "onnxruntime": ("onnxruntime",),
-    "openvino": ("openvino",),
-    "onnxruntime-int8": ("onnxruntime", "onnx"),
-    "openvino-int8": ("openvino", "nncf"),
-}
-
-
 @dataclass(frozen=True)
 class BenchSettings:
     """How a network is timed. A model by name is timed under a scheme that is searched first."""
@@ -231,9 +223,8 @@ class BenchSettings:
     threads: str = option("", "numbers of threads; 1 and all", metavar="T,T,...")
     turns: int = option(15, "turns of every engine", least=1, most=100_000)
     engines: str = option(
-        "", "dense engines beside PyTorch: onnxruntime, onnxruntime-int8, openvino, openvino-int8, or none; those installed",
-        metavar="E,E,...",
-    )  # fmt: skip
+        "", f"dense engines beside PyTorch: {', '.join(ENGINES)}, or none; those installed", metavar="E,E,..."
+    )
     tune: Literal["quick", "full"] = option("quick", "how nmfx chooses: by short turns of few ways, or by long ones of all")
 
     def __post_init__(self) -> None:
@@ -254,13 +245,13 @@ class BenchSettings:
     def engine_names(self) -> tuple[str, ...]:
         """``engines`` as names; none: those that are installed."""
         if not self.engines:
-            return tuple(name for name, packages in ENGINE_PACKAGES.items() if all(map(find_spec, packages)))
+            return tuple(name for name, engine in ENGINES.items() if engine.is_installed)
         if self.engines == "none":
             return ()
         names = tuple(dict.fromkeys(self.engines.split(",")))
         for name in names:
-            if name not in ENGINE_PACKAGES:
-                raise NmfxError(f"engines {self.engines}: expected names of {', '.join(ENGINE_PACKAGES)} with commas, or none")
+            if name not in ENGINES:
+                raise NmfxError(f"engines {self.engines}: expected names of {', '.join(ENGINES)} with commas, or none")
         return names
 
 
