@@ -181,9 +181,22 @@ class ExportSettings:
     """What is written beside the scheme and the compressed checkpoint, of the best or the last epoch of fine-tuning."""
 
     epoch: Literal["best", "last"] = option("best", "of fine-tuning: that of the highest top-1, or the last")
+    batch: int = option(
+        1,
+        "pictures at a time that the compiled model is for: 1 takes one alone, others 2 or more",
+        least=1,
+        most=4096,
+        metavar="B",
+    )
 
     def __post_init__(self) -> None:
         check_options(self, "export settings")
+
+    def check_given(self, given: Collection[str]) -> None:
+        """Refuse an option of a format that is not asked for."""
+        for name, one in FORMATS.items():
+            if not getattr(self, name) and (extra := next((key for key in one.takes if key in given), None)):
+                raise NmfxError(f"`{extra}` says nothing without `{name}`")
 
     @property
     def formats(self) -> list[str]:
