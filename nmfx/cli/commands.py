@@ -195,7 +195,8 @@ COMMANDS = {
     "export": Command(
         "write scheme files and the compressed checkpoint",
         "Write the scheme files and the compressed checkpoint of a work directory to DIR/export/: the fine-tuned weights if "
-        "they were trained under this scheme, else the recalibrated ones, else those it was made with.",
+        "they were trained under this scheme, else the recalibrated ones, else those it was made with. A format can be added "
+        "to an earlier export of the same.",
         [CONVERTED, OTHER_SCHEME, flags(ExportSettings)],
         out="folder to write to (default: DIR/export)",
     ),

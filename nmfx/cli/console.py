@@ -19,7 +19,7 @@ from nmfx.processes import asked_to_stop
 from nmfx.text import printable
 
 PIPED_WIDTH = 160  # no terminal to fit: names stay whole
-PIPED_SECONDS = 30.0  # between two lines of progress where there is no bar
+PIPED_SECONDS, FIRST_SECONDS = 30.0, 2.0  # between two lines of progress where there is no bar, and before the first
 
 
 class Terminal(Console):
@@ -74,17 +74,18 @@ def advancing(text: str, *, resumable: bool = False) -> Iterator[Callable[..., N
     """A progress bar; what it yields takes the share done and a line of text, which stays there with ``lasting=True``. Until it
     is told of a share, the bar only shows that something goes on.
 
-    When piped there is no bar: lines that last go to standard output, and one of the others every `PIPED_SECONDS` to standard
-    error, each at once. Of what can be resumed, Ctrl-C waits for the next step, so that nothing is lost.
+    When piped there is no bar: lines that last go to standard output, and of the others one after `FIRST_SECONDS` and one every
+    `PIPED_SECONDS` to standard error, each at once. Of what can be resumed, Ctrl-C waits for the next step, so that nothing is
+    lost.
     """
     waiting = asked_to_stop() if resumable else contextlib.nullcontext(lambda: None)
     columns = (TextColumn("{task.description}", markup=False), BarColumn(24), TimeElapsedColumn(), TimeRemainingColumn())
     bar = Progress(*columns, console=errors(), transient=True, disable=not errors().is_terminal)
     with bar as progress, waiting as stop:
-        task, said = progress.add_task(text, total=None), time.monotonic()
+        task, due = progress.add_task(text, total=None), time.monotonic() + FIRST_SECONDS
 
         def advance(share: float, line: str = "", *, lasting: bool = False) -> None:
-            nonlocal said
+            nonlocal due
             if not lasting:
                 stop()
             if lasting:  # above the bar, unless standard output goes elsewhere
@@ -92,8 +93,8 @@ def advancing(text: str, *, resumable: bool = False) -> Iterator[Callable[..., N
                 (progress.console if above else output()).print(line, markup=False, highlight=False, soft_wrap=True)
             elif errors().is_terminal:
                 progress.update(task, total=1.0 if share else None, completed=share, description=line or text)
-            elif time.monotonic() - said >= PIPED_SECONDS:
+            elif time.monotonic() >= due:
                 errors().print(f"{share:.1%} done: {line or text}", markup=False, highlight=False, soft_wrap=True)
-                said = time.monotonic()
+                due = time.monotonic() + PIPED_SECONDS
 
         yield advance

@@ -11,18 +11,17 @@ from nmfx.cli.console import advancing, heading, output, warn
 from nmfx.settings.flags import read_flags
 from nmfx.settings.formats import FORMATS
 from nmfx.settings.stages import ExportSettings
-from nmfx.stages.export import export, file_names, stamp_export
-from nmfx.stages.work import EXPORT, check_free
+from nmfx.stages.export import export, stamp_export
+from nmfx.stages.work import EXPORT
 from nmfx.text import size
 
 
 def run(args: Namespace) -> None:
     """Write the work directory's model under its scheme, show."""
     work, settings, out = work_of(args), read_flags(args, ExportSettings), output()
-    folder, files = Path(args.out) if args.out else work.path / EXPORT, file_names(work, settings)
-    check_free([folder / name for name in (*files.values(), "scheme.txt")], force=args.force)
-    with advancing(f"exporting {work.model}"):
-        done = export(work, settings, folder, scheme=args.scheme)
+    folder = Path(args.out) if args.out else work.path / EXPORT
+    with advancing(f"exporting {work.model}") as progress:
+        done = export(work, settings, folder, scheme=args.scheme, force=args.force, progress=progress)
     for line in done.notes:
         warn(line)
     out.print(heading("weights: ", done.weights))
@@ -33,11 +32,15 @@ def run(args: Namespace) -> None:
     for kind, name in done.files.items():
         taken = (folder / name).stat().st_size
         share = f", {taken / done.dense_bytes:.1%} of the dense weights" if kind == "checkpoint" else ""
-        out.print(f"wrote {folder / name} ({size(taken)}{share})", soft_wrap=True)
+        said = "kept, as it is the same:" if name in done.kept else "wrote"
+        out.print(f"{said} {folder / name} ({size(taken)}{share})", soft_wrap=True)
     warn_random(work)
     if not args.out:
         stamp_export(work, settings, done, own=args.scheme is None)
+    checkpoint = folder / done.files["checkpoint"]
     for kind, one in FORMATS.items():
         stale = folder / f"{work.source.name}{one.ending}"
-        if kind not in done.files and stale.exists():
+        if kind in done.files or not stale.exists():
+            continue
+        if checkpoint.name not in done.kept or stale.stat().st_mtime_ns < checkpoint.stat().st_mtime_ns:
             warn(f"{stale} was there and is not of this export, so perhaps of another scheme; it is left as it was")

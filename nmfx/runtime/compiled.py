@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +15,8 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map
 
 from nmfx.errors import ModelError, NmfxError
-from nmfx.runtime.chain import link
+from nmfx.runtime.chain import Chain, link
+from nmfx.runtime.kernel.library import loaded
 from nmfx.runtime.layers import LAYERS, Fused, alike, dense_layers, layer_for
 from nmfx.runtime.layout.tiles import TILES
 from nmfx.runtime.lowering.exporting import EXPORTING, Domain, export
@@ -134,11 +136,14 @@ class CompiledModel(nn.Module):
             raise NmfxError(f"{self._made_for()}, to compute in float32, as the model does not under autocast: leave it")
 
     def _made_for(self) -> str:
+        return f"compiled for {self._takes()}, on cpu"
+
+    def _takes(self) -> str:
         wanted = self._first.domain
         least, most = wanted.batches
         sizes = ", ".join(map(str, wanted.shape[1:]))
         batch = str(least) if least == most else f"{least} or more" if most is None else f"{least} to {most}"
-        return f"compiled for {_kind(wanted.dtype)} of sizes ({sizes}) in batches of {batch}, on cpu"
+        return f"{_kind(wanted.dtype)} of sizes ({sizes}) in batches of {batch}"
 
     def _lower(self, x: Tensor) -> Lowered:
         """A lowering for inputs of this size, kept for the next call."""
@@ -172,6 +177,15 @@ class CompiledModel(nn.Module):
             NmfxError: the file cannot be written, or is there and `force` is false.
         """
         save(self, Path(path), force=force)
+
+    def __repr__(self) -> str:
+        """What it takes and how it computes, in a line."""
+        count, sparse = len(_operators(self.graph)), sum(one.is_sparse for one in self.choices)
+        kernel = "no kernel" if self.kernel else f"kernel {loaded().name}"
+        return (
+            f"CompiledModel({count} operators, {len(self.choices)} of them sites, {sparse} of those sparse; {self._takes()}; "
+            f"passes of {self.batch}; {kernel}; threads {torch.get_num_threads()}, ways chosen for {self.machine.threads})"
+        )
 
     def train(self, mode: bool = True) -> CompiledModel:
         """Does nothing: a compiled model stays in eval mode."""
@@ -244,6 +258,18 @@ def _possible_layer(fused: Fused, choice: Choice | None) -> nn.Module:
     tiles = () if fused.depthwise else map(str, TILES)
     chosen = choice.chosen if choice and choice.chosen in {*dense_layers(fused, lanes=True), *tiles} else "dense"
     return layer_for(fused, chosen, choice.plain if choice else None)
+
+
+def _operators(graph: fx.GraphModule) -> list[fx.Node]:
+    """The nodes of a lowered graph that compute something, those of its chains among them."""
+    found = list[fx.Node]()
+    for node in graph.graph.nodes:
+        module = graph.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if isinstance(module, Chain):
+            found += _operators(module.graph)
+        elif node.op.startswith("call") and node.target is not operator.getitem:
+            found.append(node)
+    return found
 
 
 def _joined(parts: list[Any]) -> Any:

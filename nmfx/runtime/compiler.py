@@ -53,7 +53,7 @@ def compile(
             model's dense weights are not kept.
         tune: ``quick`` times few ways to compute a site in short turns, those among which the fastest is within a few percent;
             ``full`` all of them in long turns, and passes of 2, 4, ... samples too, which takes several times as long.
-        progress: called with the share done and the site.
+        progress: called with the share done and what is being done.
 
     Returns:
         A `CompiledModel`; `model` is not changed.
@@ -82,6 +82,7 @@ def compile(
         raise ModelError(f"compile: expected precision='float32' or 'int8', got {precision!r}")
     plain = bake(model).cpu().eval()
     kernel = load_kernel()
+    progress(0.0, "following the model")
     with keep_modes(plain):
         graph, domain = export(plain, example)
     sites = lower(graph)
@@ -103,6 +104,7 @@ def compile(
             times.save()
             for mine, choices in with_and_without_lanes(graph, timed, images=size if alone else 0, surely=quick):
                 found.append(Lowered(mine, domain, choices, len(example) if alone else size, size if alone else 0))
+    progress(1.0, "timing the whole network")
     return CompiledModel(fastest(found, example, quick=quick), kernel=kernel, original=plain, shapes=shapes)
 
 

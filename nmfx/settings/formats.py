@@ -19,20 +19,23 @@ class Format:
         help: of its option.
         ending: of the file's name.
         function: ``(model, path, example) -> None``, which writes it; `example` is an input of the model, an `Example`.
+        takes: what else it is given, by keyword: options of the export settings, and ``progress``, a `Progress`.
     """
 
     help: str
     ending: str
     function: Function
+    takes: tuple[str, ...] = ()
 
 
 FORMATS: dict[str, Format] = {
     "baked": Format("also a plain state dict with real zeros", ".baked.safetensors", "nmfx.export.plain:save_baked"),
     "onnx": Format("also an ONNX file with real zeros (needs nmfx[onnx])", ".onnx", "nmfx.export.plain:save_onnx"),
     "compiled": Format(
-        "also a model compiled for this processor and one picture at a time (nmfx.load_compiled)",
+        "also a model compiled for this processor (nmfx.load_compiled)",
         ".nmfxc",
         "nmfx.runtime.saved.writing:save_compiled",
+        takes=("batch", "progress"),
     ),
 }
 

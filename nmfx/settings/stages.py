@@ -6,10 +6,10 @@ import math
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal
 
 from nmfx.errors import NmfxError
+from nmfx.settings.engines import ENGINES
 from nmfx.settings.formats import FORMATS, with_formats
 from nmfx.settings.option import check_options, inline, option
 from nmfx.settings.training import Augment, Settings
@@ -181,9 +181,22 @@ class ExportSettings:
     """What is written beside the scheme and the compressed checkpoint, of the best or the last epoch of fine-tuning."""
 
     epoch: Literal["best", "last"] = option("best", "of fine-tuning: that of the highest top-1, or the last")
+    batch: int = option(
+        1,
+        "pictures at a time that the compiled model is for: 1 takes one alone, others 2 or more",
+        least=1,
+        most=4096,
+        metavar="B",
+    )
 
     def __post_init__(self) -> None:
         check_options(self, "export settings")
+
+    def check_given(self, given: Collection[str]) -> None:
+        """Refuse an option of a format that is not asked for."""
+        for name, one in FORMATS.items():
+            if not getattr(self, name) and (extra := next((key for key in one.takes if key in given), None)):
+                raise NmfxError(f"`{extra}` says nothing without `{name}`")
 
     @property
     def formats(self) -> list[str]:
@@ -213,14 +226,6 @@ class EvaluateSettings:
         check_options(self, "evaluation settings")
 
 
-ENGINE_PACKAGES = {  # what nmfx bench times networks beside (nmfx/runtime/measuring/engines.py), and what it needs
-    "onnxruntime": ("onnxruntime",),
-    "openvino": ("openvino",),
-    "onnxruntime-int8": ("onnxruntime", "onnx"),
-    "openvino-int8": ("openvino", "nncf"),
-}
-
-
 @dataclass(frozen=True)
 class BenchSettings:
     """How a network is timed. A model by name is timed under a scheme that is searched first."""
@@ -231,9 +236,8 @@ class BenchSettings:
     threads: str = option("", "numbers of threads; 1 and all", metavar="T,T,...")
     turns: int = option(15, "turns of every engine", least=1, most=100_000)
     engines: str = option(
-        "", "dense engines beside PyTorch: onnxruntime, onnxruntime-int8, openvino, openvino-int8, or none; those installed",
-        metavar="E,E,...",
-    )  # fmt: skip
+        "", f"dense engines beside PyTorch: {', '.join(ENGINES)}, or none; those installed", metavar="E,E,..."
+    )
     tune: Literal["quick", "full"] = option("quick", "how nmfx chooses: by short turns of few ways, or by long ones of all")
 
     def __post_init__(self) -> None:
@@ -254,13 +258,13 @@ class BenchSettings:
     def engine_names(self) -> tuple[str, ...]:
         """``engines`` as names; none: those that are installed."""
         if not self.engines:
-            return tuple(name for name, packages in ENGINE_PACKAGES.items() if all(map(find_spec, packages)))
+            return tuple(name for name, engine in ENGINES.items() if engine.is_installed)
         if self.engines == "none":
             return ()
         names = tuple(dict.fromkeys(self.engines.split(",")))
         for name in names:
-            if name not in ENGINE_PACKAGES:
-                raise NmfxError(f"engines {self.engines}: expected names of {', '.join(ENGINE_PACKAGES)} with commas, or none")
+            if name not in ENGINES:
+                raise NmfxError(f"engines {self.engines}: expected names of {', '.join(ENGINES)} with commas, or none")
         return names
 
 

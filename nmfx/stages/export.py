@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import filecmp
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from nmfx.errors import NmfxError
 from nmfx.export.checkpoint import load_checkpoint, save_checkpoint
 from nmfx.files.atomic import all_or_nothing
 from nmfx.models.site import Sites
 from nmfx.passes.baking import bake
 from nmfx.passes.transform import transform
 from nmfx.passes.verification import Verified, verify
+from nmfx.progress import Progress, silent
 from nmfx.scheme import Scheme
 from nmfx.settings.formats import FORMATS
 from nmfx.settings.methods import resolve
 from nmfx.settings.option import values_of
 from nmfx.settings.stages import ExportSettings
-from nmfx.stages.work import EXPORT, FINISHING, SCHEME, WorkDirectory, save_scheme
+from nmfx.stages.work import EXPORT, FINISHING, SCHEME, WorkDirectory, check_free, save_scheme
 from nmfx.stages.written import drop_stamp, leave_stamp
 
 
@@ -27,6 +30,7 @@ class ExportRecord:
 
     Attributes:
         files: by kind (``scheme``, ``published``, ``checkpoint`` and the formats), the names in the folder.
+        kept: those names of which the folder had the same to the last bit, and has it still.
         weights: where the weights come from.
         taken: the checkpoint they were taken from; None for those that the work directory was made with.
         dense_bytes: of the dense weights.
@@ -34,6 +38,7 @@ class ExportRecord:
     """
 
     files: dict[str, str]
+    kept: list[str]
     weights: str
     taken: Path | None
     scheme: Scheme
@@ -69,10 +74,14 @@ def export(
     *,
     scheme: str | None = None,
     finished: Sequence[str] = FINISHING,
+    force: bool = True,
     make_way: Callable[[list[str]], list[str]] = lambda names: [],
+    progress: Progress = silent,
 ) -> ExportRecord:
     """Write a work directory's model under its scheme: with the fine-tuned weights if they are under it, else the corrected or
     recalibrated ones, else those it was made with. All files come at once, or none.
+
+    A format can be added to an earlier export: scheme and checkpoint stay where they are the same.
 
     Args:
         work: the model and its scheme.
@@ -80,14 +89,20 @@ def export(
         folder: where the files go.
         scheme: the file of another scheme.
         finished: the stages whose weights are taken, if there are any; without one, those that the network was made with.
+        force: overwrite what is there.
         make_way: told the names of the files before they move to `folder`; its lines become notes.
+        progress: told how far a format is that takes long.
 
     Returns:
         What was written, and where its weights came from.
 
     Raises:
-        NmfxError: no scheme, no last epoch where that is asked for, a format that cannot say it.
+        NmfxError: no scheme, no last epoch where that is asked for, a format that cannot say it; something is in the way, and
+            `force` is false.
     """
+    names = file_names(work, settings)
+    asked = [names[kind] for kind in settings.formats]
+    check_free([folder / name for name in asked or (*names.values(), "scheme.txt")], force=force)
     model = work.load()
     sites, example = work.sites(model), work.example(model)
     chosen = work.scheme(sites, scheme)
@@ -98,13 +113,35 @@ def export(
     else:
         transform(model, chosen, sites=sites, inplace=True)
     weights = done.weights if done is not None else work.weights
-    verified, files = verify(model, example_input=example) if len(chosen) else None, file_names(work, settings)
+    verified = verify(model, example_input=example) if len(chosen) else None
     with all_or_nothing(folder) as draft:
-        written, said = save_scheme(chosen, draft / files["scheme"], sites)
-        files |= {"published": written[1].name} if len(written) > 1 else {}
+        written, said = save_scheme(chosen, draft / names["scheme"], sites)
+        files = names | ({"published": written[1].name} if len(written) > 1 else {})
         save_checkpoint(model, draft / files["checkpoint"], info={**chosen.info, "weights": weights})
-        plain = bake(model, inplace=True)
+        kept = [] if force else _leave_same(draft, folder)
+        plain, given = bake(model, inplace=True), {"progress": progress} | values_of(settings)
         for kind in settings.formats:
-            resolve(FORMATS[kind].function)(plain, draft / files[kind], example)
+            one = FORMATS[kind]
+            resolve(one.function)(plain, draft / files[kind], example, **{name: given[name] for name in one.takes})
         notes += [*said, *make_way(list(files.values()))]
-    return ExportRecord(files, weights, done.path if done else None, chosen, sites, dense, verified, notes)
+    return ExportRecord(files, kept, weights, done.path if done else None, chosen, sites, dense, verified, notes)
+
+
+def _leave_same(draft: Path, folder: Path) -> list[str]:
+    """Take out of a draft what the folder has to the last bit, and give the names.
+
+    Raises:
+        NmfxError: another file of that name is there.
+    """
+    same = list[str]()
+    for new in sorted(draft.iterdir()):
+        there = folder / new.name
+        if there.is_file() and not there.is_symlink() and filecmp.cmp(new, there, shallow=False):
+            new.unlink()
+            same.append(new.name)
+        elif there.exists():
+            raise NmfxError(
+                f"{there} exists already, of another scheme or other weights; give --force to overwrite it, or --out for "
+                "another folder"
+            )
+    return same

@@ -128,7 +128,8 @@ def _export(job: Job, folder: Path, device: str, progress: Progress) -> Done:
         return left.clear(*paths, *stale)
 
     finished = [name for name, asked in (("finetune", job.finetune), ("correct", job.correct)) if asked is not None]
-    record = export(open_work(folder), job.export, folder / EXPORT, finished=finished, make_way=make_way)
+    place = folder / EXPORT
+    record = export(open_work(folder), job.export, place, finished=finished, make_way=make_way, progress=progress)
     paths = tuple(f"{EXPORT}/{name}" for name in record.files.values())
     lines, checked = list[str](), record.verified
     if checked is not None:

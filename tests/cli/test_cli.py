@@ -477,8 +477,12 @@ def test_what_is_there_is_not_overwritten(digits: Path, nmfx: Run, fails: Callab
     nmfx("search", "--target", "0.5")
     assert "scheme.yaml exists already" in fails("search", "--target", "0.6")
     nmfx("export")
-    for argv in (["export"], ["export", "--baked"]):
-        assert "scheme.yaml exists already" in fails(*argv)
+    assert "scheme.yaml exists already" in fails("export")
+    nmfx("export", "--baked")  # a format more of what is there
+    for argv in (["export"], ["export", "--baked"], ["export", "--baked", "--onnx"]):
+        assert "exists already; give --force to overwrite it, or --out" in fails(*argv)
+    nmfx("search", "--target", "0.6", "--force")
+    assert "digits.safetensors exists already, of another scheme or other weights" in fails("export", "--onnx")
     nmfx("export", "--force")
 
 

@@ -196,7 +196,10 @@ def test_more_epochs_extend_a_finished_run(work: Path, nmfx: Run) -> None:
 def test_piped_lines_come_while_it_runs(work: Path, nmfx: Run) -> None:
     """An epoch's line is there before the next one ends; in long epochs a line on standard error now and then."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    patch = "import sys; from nmfx.cli import console, main; console.PIPED_SECONDS = 0.0; sys.exit(main.main(sys.argv[1:]))"
+    patch = (
+        "import sys; from nmfx.cli import console, main; console.PIPED_SECONDS = console.FIRST_SECONDS = 0.0; "
+        "sys.exit(main.main(sys.argv[1:]))"
+    )
     command = [sys.executable, "-c", patch, "finetune", str(work), *DIGITS, "--epochs", "1000", "--lr", "0.02"]
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None

@@ -27,7 +27,7 @@ from nmfx.errors import CheckpointError, NmfxError
 from nmfx.files.sealed import read_sealed, write_sealed
 from nmfx.runtime.chain import link
 from nmfx.runtime.compiled import CompiledModel, Lowered
-from nmfx.runtime.kernel.library import load_kernel
+from nmfx.runtime.kernel.library import load_kernel, loaded
 from nmfx.runtime.layers import Depthwise, sparse_layer
 from nmfx.runtime.layout.tiles import Tile
 from nmfx.runtime.lowering.exporting import export
@@ -118,6 +118,18 @@ def test_outputs_are_the_same_to_the_last_bit(name: str, tmp_path: Path) -> None
         assert loaded.choices == model.choices
         assert (loaded.batch, loaded._first.images, loaded.machine) == (model.batch, model._first.images, model.machine)
         assert loaded._first.domain.apart == model._first.domain.apart
+
+
+def test_a_compiled_model_says_what_it_is(saved: tuple[CompiledModel, Tensor, Path]) -> None:
+    model, _, path = saved
+    said = (
+        "CompiledModel(12 operators, 5 of them sites, 5 of those sparse; float32 of sizes (3, 16, 16) in batches of {}; "
+        f"passes of 2; kernel {loaded().name}; threads 1, ways chosen for 1)"
+    )
+    assert repr(model) == said.format("2 or more")
+    assert repr(nmfx.load_compiled(path)) == said.format("2 to 4096")
+    without = CompiledModel(model._first, kernel="none here")
+    assert "; no kernel; " in repr(without)
 
 
 def test_what_compile_gives_is_saved_and_saved_again(tmp_path: Path) -> None:

@@ -250,7 +250,7 @@ def killed(folder: str, update: int) -> None:
 def test_kill_9_loses_nothing(few: Data, tmp_path: Path) -> None:
     process = mp.get_context("spawn").Process(target=killed, args=(str(tmp_path / "cut"), 7))
     process.start()
-    process.join(60)
+    process.join()  # however busy the machine is; pytest's own limit holds
     assert process.exitcode == -signal.SIGKILL
     whole, again = demo(), demo()
     finetune(whole, few, settings=QUICK, folder=tmp_path / "whole")

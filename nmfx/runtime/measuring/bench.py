@@ -16,9 +16,10 @@ from nmfx.errors import NmfxError
 from nmfx.progress import Progress, silent
 from nmfx.runtime.compiler import compile
 from nmfx.runtime.measuring.choices import Choice
-from nmfx.runtime.measuring.engines import ENGINES
+from nmfx.runtime.measuring.engines import open_engine
 from nmfx.runtime.measuring.latency import COMPILED, dense_runs
 from nmfx.runtime.measuring.timing import mean_seconds, on_threads, portion
+from nmfx.settings.engines import ENGINES
 
 Run = Callable[[], object]
 NMFX, MASKED = "nmfx", "masked, eager"
@@ -103,7 +104,7 @@ def bench(
         threads: numbers of threads of every engine; 1 and torch's own when empty.
         turns: turns of each engine, of `TURN` seconds or more.
         onnx: the dense model as ONNX with a free batch size; None leaves the engines out that need it.
-        engines: names of `ENGINES` to time beside PyTorch's own.
+        engines: names of `nmfx.settings.engines.ENGINES` to time beside PyTorch's own.
         tune: as `nmfx.compile` has it.
         progress: called with the share done and what is being done.
 
@@ -125,16 +126,16 @@ def bench(
             runs = dense_runs(dense, x)
             if COMPILED not in runs:
                 missing[COMPILED] = "it cannot compile this model"
-            for number, engine in enumerate(ENGINES[name] for name in engines if onnx is not None):
-                say(0.2 + 0.3 * number / len(engines), f"opening {engine.label}")
-                try:
-                    assert onnx is not None
-                    runs[engine.label] = engine.open(onnx, x, count)
-                except NmfxError as error:
-                    missing[engine.label] = str(error)
+            if onnx is not None:
+                for done, engine in enumerate(ENGINES[name] for name in engines):
+                    say(0.2 + 0.3 * done / len(engines), f"opening {engine.label}")
+                    try:
+                        runs[engine.label] = open_engine(engine, onnx, x, count)
+                    except NmfxError as error:
+                        missing[engine.label] = str(error)
             runs[MASKED] = partial(converted, x)
             say(0.5, "compiling with nmfx")
-            ours = compile(converted.eval(), x, tune=tune)
+            ours = compile(converted.eval(), x, tune=tune, progress=portion(say, 5, 10))
             runs[NMFX] = partial(ours, x)
             choices[batch, count] = ours.choices
             difference = max(difference, _difference(ours(x), converted(x)))

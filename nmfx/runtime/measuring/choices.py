@@ -99,14 +99,14 @@ def time_sites(
         sites: of the graph, as `lower` gave them.
         example: the input of the graph, whose inner results the sites are timed on.
         times: what was measured before, and takes what is measured now; a quick one tries few ways.
-        progress: called with the share done and the site's name.
+        progress: called with the share done and which site is timed.
 
     Returns:
         The sites in the same order, with their times.
     """
     seen, timed = inputs_of(graph, sites, example), []
     for index, (node, fused) in enumerate(sites):
-        progress(index / len(sites), fused.name)
+        progress(index / len(sites), f"timing {fused.name}")
         timed.append(time_site(node, fused, seen[str(node.target)], times))
     return timed
 

@@ -10,7 +10,6 @@ import contextlib
 import logging
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,46 +18,36 @@ from torch import Tensor
 
 from nmfx.errors import NmfxError
 from nmfx.runtime.kernel.library import processor
+from nmfx.settings.engines import Engine
+from nmfx.settings.methods import resolve
 
 Run = Callable[[], object]
 CALIBRATION = 8  # batches: ranges, which change no time
 
 
-@dataclass(frozen=True)
-class Engine:
-    """An engine that runs ONNX files.
+def open_engine(engine: Engine, path: Path, x: Tensor, threads: int) -> Run:
+    """A call of a network on an engine.
 
-    Attributes:
-        label: what tables call it.
-        build: a call of the network, from its file, a batch and a number of threads.
-        int8: whether the network is quantised first.
+    Args:
+        path: the network as ONNX, with a free batch.
+        x: the batch to run.
+        threads: of the engine.
+
+    Raises:
+        NmfxError: the engine is missing, or cannot run the network.
     """
-
-    label: str
-    build: Callable[[Path, Tensor, int], Run]
-    int8: bool = False
-
-    def open(self, path: Path, x: Tensor, threads: int) -> Run:
-        """A call of the network.
-
-        Args:
-            path: the ONNX file, with a free batch.
-            x: the batch to run.
-            threads: of the engine.
-
-        Raises:
-            NmfxError: the engine is missing, or cannot run the network.
-        """
-        try:
-            with _silent():
-                return self.build(path, x, threads)
-        except ImportError as error:
-            raise NmfxError(f"pip install 'nmfx[engines]' ({error})") from None
-        except Exception as error:  # whatever an engine raises: an engine less
-            raise NmfxError(" ".join(f"{type(error).__name__}: {error}".split())[:200]) from error
+    try:
+        with _silent():
+            run: Run = resolve(engine.function)(path, x, threads)
+            return run
+    except ImportError as error:
+        raise NmfxError(f"pip install 'nmfx[engines]' ({error})") from None
+    except Exception as error:  # whatever an engine raises: an engine less
+        raise NmfxError(" ".join(f"{type(error).__name__}: {error}".split())[:200]) from error
 
 
-def _onnxruntime(path: Path, x: Tensor, threads: int) -> Run:
+def onnxruntime_fp32(path: Path, x: Tensor, threads: int) -> Run:
+    """ONNX Runtime as it comes."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -69,7 +58,8 @@ def _onnxruntime(path: Path, x: Tensor, threads: int) -> Run:
     return lambda: session.run(None, feed)
 
 
-def _onnxruntime_int8(path: Path, x: Tensor, threads: int) -> Run:
+def onnxruntime_int8(path: Path, x: Tensor, threads: int) -> Run:
+    """ONNX Runtime after its own static quantisation."""
     import onnx
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
@@ -91,16 +81,18 @@ def _onnxruntime_int8(path: Path, x: Tensor, threads: int) -> Run:
             activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
             reduce_range="vnni" not in processor(),  # whose 16-bit sums saturate
         )  # fmt: skip
-        return _onnxruntime(small, x, threads)
+        return onnxruntime_fp32(small, x, threads)
 
 
-def _openvino(path: Path, x: Tensor, threads: int) -> Run:
+def openvino_fp32(path: Path, x: Tensor, threads: int) -> Run:
+    """OpenVINO, held to float32."""
     import openvino
 
     return _compiled(openvino.Core().read_model(str(path)), x, threads)
 
 
-def _openvino_int8(path: Path, x: Tensor, threads: int) -> Run:
+def openvino_int8(path: Path, x: Tensor, threads: int) -> Run:
+    """OpenVINO after quantisation by NNCF."""
     import nncf
     import openvino
 
@@ -140,11 +132,3 @@ def _silent() -> Iterator[None]:
     finally:
         for one, level in zip(loggers, before, strict=True):
             one.setLevel(level)
-
-
-ENGINES = {  # by their names in settings (ENGINE_PACKAGES)
-    "onnxruntime": Engine("ONNX Runtime", _onnxruntime),
-    "openvino": Engine("OpenVINO", _openvino),
-    "onnxruntime-int8": Engine("ONNX Runtime, int8", _onnxruntime_int8, int8=True),
-    "openvino-int8": Engine("OpenVINO, int8", _openvino_int8, int8=True),
-}

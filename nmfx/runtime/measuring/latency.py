@@ -111,7 +111,7 @@ def measure_latency(
     prices: dict[str, dict[Pattern, int]] = {}
     as_they_are, sparsest = list[TimedSite](), list[TimedSite]()  # the time between sites is measured in networks of these
     for index, (node, fused) in enumerate(sites):
-        progress(index / len(sites), fused.name)
+        progress(index / len(sites), f"timing {fused.name}")
         inputs, offered = seen[str(node.target)], groupings.get(fused.name, {})
         timed = {Pattern.DENSE: time_site(node, fused, inputs, times)}
         least = round(timed[Pattern.DENSE].choice().seconds * NANO)

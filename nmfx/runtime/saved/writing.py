@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_unflatten
 
 from nmfx.errors import CheckpointError
 from nmfx.files.sealed import write_sealed
+from nmfx.progress import Progress, silent
 from nmfx.runtime.chain import Chain
 from nmfx.runtime.layers import DenseConv2d, DenseLinear, KernelLayer
 from nmfx.runtime.layout.tiles import Tile
@@ -64,8 +65,12 @@ def save(compiled: CompiledModel, path: Path, *, force: bool) -> None:
     write_sealed(path, content, writer.tensors, force=force)
 
 
-def save_compiled(model: nn.Module, path: Path, example: Example) -> None:
-    """A baked model compiled for an example, a single picture as a rule, and saved.
+def save_compiled(model: nn.Module, path: Path, example: Example, *, batch: int = 1, progress: Progress = silent) -> None:
+    """A baked model compiled for a batch of an example's first picture, and saved.
+
+    Args:
+        batch: pictures at a time.
+        progress: as `nmfx.compile` has it.
 
     Raises:
         CheckpointError: the model takes more than one tensor, or its graph has an operator that no file may call.
@@ -73,9 +78,10 @@ def save_compiled(model: nn.Module, path: Path, example: Example) -> None:
     """
     from nmfx.runtime.compiler import compile
 
-    if len(example.args) != 1 or example.kwargs:
+    if len(example.args) != 1 or example.kwargs or not isinstance(example.args[0], Tensor):
         raise CheckpointError(f"{path}: {type(model).__name__} takes several inputs, and only models of one can be compiled")
-    compile(model, example.args[0], shapes=0).save(path)
+    first = example.args[0][:1]
+    compile(model, first.expand(batch, *first.shape[1:]), shapes=0, progress=progress).save(path)
 
 
 def _spans(domain: Domain) -> list[tuple[int, int]]:
