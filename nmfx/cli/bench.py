@@ -6,12 +6,13 @@ from argparse import Namespace
 
 import torch
 
-from nmfx.cli.common import check_kernel, check_random
+from nmfx.cli.common import check_kernel, check_random, data_settings
 from nmfx.cli.console import advancing, output, warn
 from nmfx.cli.tables import table
 from nmfx.runtime.measuring.bench import NMFX, Bench
-from nmfx.settings.flags import read_flags
-from nmfx.settings.stages import BenchSettings, ModelSettings
+from nmfx.runtime.quantized.compiling import INT8
+from nmfx.settings.flags import read_flags, typed
+from nmfx.settings.stages import BenchSettings, DataSettings, ModelSettings, PrecisionSettings
 from nmfx.stages import report
 from nmfx.stages.bench import load_pair, time_pair
 from nmfx.stages.work import asked
@@ -30,7 +31,9 @@ def run(args: Namespace) -> None:
         warn(f"{pair.random}: times are right, outputs mean nothing")
     check_kernel()
     with advancing(f"timing {pair.label}") as progress:
-        found, notes = time_pair(pair, settings, progress)
+        precision = read_flags(args, PrecisionSettings)
+        pictures = data_settings(args) if typed(args, DataSettings) else None
+        found, notes = time_pair(pair, settings, precision, pictures, progress)
     for line in notes:
         warn(line)
     _show(found, pair.label, args)
@@ -58,19 +61,25 @@ def _show(found: Bench, label: str, args: Namespace) -> None:
     out.print(times)
     for engine, reason in found.missing.items():
         out.print(f"no {engine}: {reason}", soft_wrap=True)
-    out.print(f"\n{label}: outputs differ from the masked model's by {found.difference:.1e} of the largest at most")
+    apart = f"outputs differ from the masked model's by {found.difference:.1e} of the largest at most"
+    out.print(f"\n{label}: {apart if found.agreement is None else found.agreement}", soft_wrap=True)
     batch, threads = combinations[-1] if not args.sites else min(combinations, key=lambda one: (one[0], -one[1]))
     choices = found.choices[batch, threads]
-    sparse = sum(one.is_sparse for one in choices)
-    out.print(f"{sparse} of {len(choices)} sites are computed by the sparse kernel, the rest dense (--sites lists them)")
+    how = {"sparse kernel": sum(one.is_sparse for one in choices), "int8 kernel": sum(one.chosen == INT8 for one in choices)}
+    used = (
+        " and ".join(f"{count} of {len(choices)} sites by the {name}" for name, count in how.items() if count)
+        or "no site by a kernel"
+    )
+    out.print(f"computed: {used}, the rest dense in float32 (--sites lists them)")
     if not args.sites:
         return
     out.print(f"\nsites, batch {batch}, {threads} threads:")
     rows = table("site~", "shape", "kept>", "dense ms>", "sparse ms>", "chosen")
     for choice in choices:
         kept, shape = choice.kept / torch.Size(choice.shape).numel(), "x".join(map(str, choice.shape))
-        time = "-" if choice.sparse is None else f"{choice.sparse * 1e3:.3f}"
-        rows.add_row(choice.name, shape, f"{kept:.1%}", f"{choice.dense * 1e3:.3f}", time, choice.chosen)
+        dense, sparse = ("-" if one is None else f"{one * 1e3:.3f}" for one in (choice.dense, choice.sparse))
+        why = f" ({choice.reason})" if choice.reason else ""
+        rows.add_row(choice.name, shape, f"{kept:.1%}", dense, sparse, choice.chosen + why)
     out.print(rows)
 
 

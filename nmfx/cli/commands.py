@@ -19,6 +19,7 @@ from nmfx.settings.stages import (
     ExportSettings,
     FinetuneSettings,
     ModelSettings,
+    PrecisionSettings,
     RecalibrateSettings,
 )
 from nmfx.settings.training import Settings
@@ -92,6 +93,7 @@ WHAT = arg("what", nargs="?", metavar="FILE|DIR|MODEL", help="default: the work 
 OTHER_SCHEME = arg("--scheme", metavar="FILE", help="another scheme than the work directory's")
 DEVICE = arg("--device", default="auto", help="auto: the first GPU, or the CPU (GPUs are untested)")
 PICTURES = group("pictures", flags(DataSettings), DEVICE)
+INT8 = group("compiling in int8", flags(PrecisionSettings), flags(DataSettings, required=False))
 NETWORK = flags(ModelSettings, only=("input_size", "classes"))
 FIGURE = arg("--figure", metavar="FILE", help="draw the result: .png, .svg or .pdf (needs nmfx[figures])")
 HTML = arg("--html", metavar="FILE", help="write the result as one page (needs nmfx[figures])")
@@ -197,7 +199,7 @@ COMMANDS = {
         "Write the scheme files and the compressed checkpoint of a work directory to DIR/export/: the fine-tuned weights if "
         "they were trained under this scheme, else the recalibrated ones, else those it was made with. A format can be added "
         "to an earlier export of the same.",
-        [CONVERTED, OTHER_SCHEME, flags(ExportSettings)],
+        [CONVERTED, OTHER_SCHEME, flags(ExportSettings), INT8],
         out="folder to write to (default: DIR/export)",
     ),
     "bench": Command(
@@ -209,6 +211,7 @@ COMMANDS = {
             WHAT,
             OTHER_SCHEME,
             flags(BenchSettings),
+            INT8,
             NETWORK,
             arg("--sites", action="store_true", help="also list how each site is computed, and what was measured"),
             FIGURE,

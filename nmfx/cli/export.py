@@ -6,11 +6,12 @@ from argparse import Namespace
 from pathlib import Path
 
 from nmfx.cli import tables
-from nmfx.cli.common import warn_random, work_of
+from nmfx.cli.common import data_settings, warn_random, work_of
 from nmfx.cli.console import advancing, heading, output, warn
-from nmfx.settings.flags import read_flags
+from nmfx.errors import NmfxError
+from nmfx.settings.flags import read_flags, typed
 from nmfx.settings.formats import FORMATS
-from nmfx.settings.stages import ExportSettings
+from nmfx.settings.stages import DataSettings, ExportSettings, PrecisionSettings
 from nmfx.stages.export import export, stamp_export
 from nmfx.stages.work import EXPORT
 from nmfx.text import size
@@ -20,8 +21,13 @@ def run(args: Namespace) -> None:
     """Write the work directory's model under its scheme, show."""
     work, settings, out = work_of(args), read_flags(args, ExportSettings), output()
     folder = Path(args.out) if args.out else work.path / EXPORT
+    precision = read_flags(args, PrecisionSettings)
+    if precision.precision == "int8" and "compiled" not in settings.formats:
+        raise NmfxError("`precision` says nothing without `compiled`")
+    pictures = data_settings(args) if typed(args, DataSettings) else None
     with advancing(f"exporting {work.model}") as progress:
-        done = export(work, settings, folder, scheme=args.scheme, force=args.force, progress=progress)
+        how = {"scheme": args.scheme, "force": args.force, "precision": precision, "pictures": pictures}
+        done = export(work, settings, folder, progress=progress, **how)
     for line in done.notes:
         warn(line)
     out.print(heading("weights: ", done.weights))

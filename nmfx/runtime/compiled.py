@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -24,6 +24,9 @@ from nmfx.runtime.lowering.fusion import lower
 from nmfx.runtime.measuring.choices import Choice
 from nmfx.runtime.saved.machine import Machine, this_machine
 from nmfx.runtime.saved.writing import save
+
+if TYPE_CHECKING:
+    from nmfx.runtime.quantized.compiling import Agreement
 
 SHAPES = 8  # lowerings for other sizes that are kept
 
@@ -82,6 +85,7 @@ class CompiledModel(nn.Module):
         batch: samples of a pass; larger batches go through in several, so that activations stay in the cache.
         kernel: why the kernel is missing; empty when it is there.
         machine: where choices were made.
+        agreement: of an int8 model, how near it came to float32 when it was compiled; None of others, and of those from files.
     """
 
     def __init__(
@@ -92,8 +96,10 @@ class CompiledModel(nn.Module):
         original: nn.Module | None = None,
         shapes: int = SHAPES,
         machine: Machine | None = None,
+        agreement: Agreement | None = None,
     ) -> None:
         super().__init__()
+        self.agreement = agreement
         self.machine, self._is_loaded = machine or this_machine(), machine is not None
         self.graph, self.kernel = lowered.graph, kernel
         self.others: tuple[Lowered, ...] = ()

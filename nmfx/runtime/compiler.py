@@ -20,8 +20,8 @@ from nmfx.runtime.layout.tiles import LANES
 from nmfx.runtime.lowering.exporting import copy_of, export
 from nmfx.runtime.lowering.fusion import lower
 from nmfx.runtime.measuring.choices import Choice, TimedSite, install_layers, time_sites
-from nmfx.runtime.quantized.compiling import calibration_batches, in_bytes
 from nmfx.runtime.measuring.timing import HOPELESS, NETWORK_SECONDS, QUICK_ROUNDS, Times, measure, on_threads, portion
+from nmfx.runtime.quantized.compiling import agreement, calibration_batches, in_bytes
 
 SURELY = 1.2  # times as long
 
@@ -43,7 +43,8 @@ def compile(
 
     Every convolution and linear layer is fused with its batch norm, residual and clamp, and computed by PyTorch's dense
     operator or by the sparse kernel, whichever is faster here for this shape; what was measured is kept on disk.
-    The outputs are the model's up to rounding, for other sizes and batches too (`CompiledModel` says how, and what is refused).
+    In float32 the outputs are the model's up to rounding, for other sizes and batches too (`CompiledModel` says how, and what is
+    refused).
 
     Args:
         example_input: a batch of the size and shape to be fast for.
@@ -59,7 +60,7 @@ def compile(
         A `CompiledModel`; `model` is not changed.
 
     Raises:
-        ModelError: torch.export cannot follow the model, or an argument is none that it takes.
+        ModelError: torch.export cannot follow the model, or an argument is none that it takes; int8 without the kernel.
     """
     if isinstance(example_input, Tensor) and example_input.is_nested:
         raise ModelError("compile: expected a plain tensor, got a nested one")
@@ -80,6 +81,8 @@ def compile(
     example = example_input.detach().cpu().clone(memory_format=torch.contiguous_format)
     if precision not in ("float32", "int8"):
         raise ModelError(f"compile: expected precision='float32' or 'int8', got {precision!r}")
+    if precision == "float32" and (calibration is not None or float32):
+        raise ModelError("compile: calibration and float32 say nothing without precision='int8'")
     plain = bake(model).cpu().eval()
     kernel = load_kernel()
     progress(0.0, "following the model")
@@ -93,7 +96,8 @@ def compile(
             raise ModelError("compile: precision='int8' needs calibration: batches of pictures, as the network is used on")
         batches = calibration_batches(calibration, example)
         lowered = in_bytes(graph, domain, sites, example, batches, keep=float32, progress=progress)
-        return CompiledModel(fastest(lowered, example, quick=True), shapes=0)
+        made = fastest(lowered, example, quick=True)
+        return CompiledModel(made, shapes=0, agreement=agreement(plain, made, batches))
     found = list[Lowered]()
     quick = tune == "quick"
     passes = _passes(len(example), batch, domain.apart, alone=not kernel, quick=quick)

@@ -1,4 +1,4 @@
-"""The steps of a program that compute in bytes: pictures as planes, and int8 weights in blocks (kernel/planes.h, quantized.h)."""
+"""The steps of a program that compute in bytes: pictures as planes, int8 weights in blocks (kernel/planes.h, quantized.h)."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ class PlanesWriter:
         return self.slots[picture]
 
     def _weight(self, named: dict[str, Any]) -> list[int]:
-        """Values, columns, blocks, scales, shifts and sums of the rows of a weight; one that is used several times is there once."""
+        """Values, columns, blocks, scales, shifts and sums of the rows of a weight, once for all steps that use it."""
 
         def make() -> list[int]:
             tensors = [named[name] for name in ("values", "columns", "blocks", "scales", "shifts")]

@@ -18,8 +18,10 @@ class Format:
     Attributes:
         help: of its option.
         ending: of the file's name.
-        function: ``(model, path, example) -> None``, which writes it; `example` is an input of the model, an `Example`.
-        takes: what else it is given, by keyword: options of the export settings, and ``progress``, a `Progress`.
+        function: ``(model, path, example)``, which writes it, and may give lines to say of it; `example` is an input of the
+            model, an `Example`.
+        takes: what else it is given, by keyword: options of the export settings, ``progress``, a `Progress`,
+            and ``calibration``, pictures for int8 or None.
     """
 
     help: str
@@ -35,7 +37,7 @@ FORMATS: dict[str, Format] = {
         "also a model compiled for this processor (nmfx.load_compiled)",
         ".nmfxc",
         "nmfx.runtime.saved.writing:save_compiled",
-        takes=("batch", "progress"),
+        takes=("batch", "progress", "calibration"),
     ),
 }
 

@@ -62,9 +62,7 @@ METHODS: dict[str, Method] = {
     "uniform": Method("nmfx.search.methods.uniform:uniform"),
     "erk": Method("nmfx.search.methods.erk:erk"),
     "knapsack": Method("nmfx.search.methods.knapsack:knapsack", "if given", sums=True, mixed=True, timed=True),
-    "spdy": Method(
-        "nmfx.search.methods.spdy:spdy", "always", labels=True, mixed=True, timed=True, options=("seconds", "seed")
-    ),
+    "spdy": Method("nmfx.search.methods.spdy:spdy", "always", labels=True, mixed=True, timed=True, options=("seconds", "seed")),
 }
 SENSITIVITIES: dict[str, Sensitivity] = {
     "weight": Sensitivity("nmfx.search.sensitivity.weight:squared_errors"),

@@ -205,6 +205,17 @@ class ExportSettings:
 
 
 @dataclass(frozen=True)
+class PrecisionSettings:
+    """The numbers that a compiled model computes with."""
+
+    precision: Literal["float32", "int8"] = option("float32", "what nmfx.compile computes in; int8 looks at pictures of --data")
+    calibrate: int = option(256, "pictures that int8 chooses its ranges by, without their labels", least=1, most=100_000)
+
+    def __post_init__(self) -> None:
+        check_options(self, "precision")
+
+
+@dataclass(frozen=True)
 class CompressSettings:
     """From a trained network to a sparse one without labels: what the stages of `nmfx compress` are told."""
 

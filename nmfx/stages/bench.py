@@ -6,6 +6,7 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from nmfx.errors import NmfxError
@@ -20,7 +21,8 @@ from nmfx.progress import Progress, silent
 from nmfx.runtime.measuring.bench import Bench, bench
 from nmfx.scheme import Scheme
 from nmfx.search.finder import find_scheme
-from nmfx.settings.stages import BenchSettings, ModelSettings
+from nmfx.settings.stages import BenchSettings, DataSettings, ModelSettings, PrecisionSettings
+from nmfx.stages.data import calibration_for
 from nmfx.stages.evaluate import load_candidate
 from nmfx.stages.work import example_of, open_work, pictures_of
 
@@ -72,18 +74,36 @@ def load_pair(what: str, model: ModelSettings, settings: BenchSettings, scheme: 
     return Pair(dense, transform(dense, chosen, sites=sites), pictures_of(example), what, random=one.random)
 
 
-def time_pair(pair: Pair, settings: BenchSettings, progress: Progress = silent) -> tuple[Bench, list[str]]:
-    """Time it on PyTorch, torch.compile, other engines and nmfx; what was measured, and notes on what was left out."""
+def time_pair(
+    pair: Pair,
+    settings: BenchSettings,
+    precision: PrecisionSettings,
+    pictures: DataSettings | None = None,
+    progress: Progress = silent,
+) -> tuple[Bench, list[str]]:
+    """Time it on PyTorch, torch.compile, other engines and nmfx; what was measured, and notes on what was left out.
+
+    Args:
+        precision: of nmfx.
+        pictures: that int8 is calibrated on; None: noise, as times do not hang on it.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        path, notes = Path(folder) / "dense.onnx", list[str]()
+        path, onnx, notes = Path(folder) / "dense.onnx", None, list[str]()
+        calibration = None
+        if precision.precision == "int8" and pictures is None:
+            calibration = torch.randn(8, *pair.pictures.shape[1:], generator=torch.Generator().manual_seed(0))
+            notes.append("int8 calibrated on noise: times are right, its outputs are not; --data says which pictures to take")
+        elif precision.precision == "int8":
+            calibration = calibration_for(precision, pictures, pair.dense, tuple(pair.pictures.shape[1:]))
         progress(0.0, "exporting the dense model to ONNX")
         try:
             save_onnx(bake(pair.dense), path, Example((pair.pictures,)))
+            onnx = path
         except NmfxError as error:
             notes.append(f"PyTorch alone in the table: {error}")
         found = bench(
             pair.dense, pair.converted, pair.pictures, batches=settings.batches, threads=settings.thread_counts,
-            turns=settings.turns, onnx=None if notes else path, engines=settings.engine_names, tune=settings.tune,
-            progress=progress,
+            turns=settings.turns, onnx=onnx, engines=settings.engine_names, tune=settings.tune,
+            calibration=calibration, progress=progress,
         )  # fmt: skip
     return found, notes

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sized
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from nmfx.data.config import PictureConfig, check_classes, picture_config
 from nmfx.data.sample import calibration
 from nmfx.data.source import Data, open_data
 from nmfx.errors import NmfxError
-from nmfx.settings.stages import FOLDER, CorrectSettings, DataSettings, RecalibrateSettings
+from nmfx.settings.stages import FOLDER, CorrectSettings, DataSettings, PrecisionSettings, RecalibrateSettings
 
 
 def open_pictures(settings: DataSettings | None, *, labels: bool = True) -> Data:
@@ -71,6 +72,24 @@ def sample_for(
     size = min(settings.batch_size, max(1, count // least))
     how = {"count": count, "batch_size": size, "seed": settings.seed, "workers": pictures.workers}
     return data.name, count, sample(data, model, input_size, labels=False, **how)
+
+
+def calibration_for(
+    settings: PrecisionSettings, pictures: DataSettings | None, model: nn.Module, input_size: tuple[int, ...] | None
+) -> Tensor | None:
+    """The pictures that int8 chooses its ranges by, ``(pictures, channels, height, width)``; None in float32.
+
+    Raises:
+        NmfxError: no such pictures.
+    """
+    if settings.precision == "float32":
+        return None
+    if pictures is None:
+        raise NmfxError("int8 looks at pictures: say which with --data")
+    data = open_pictures(pictures, labels=False)
+    count = min(settings.calibrate, len(data.train)) if isinstance(data.train, Sized) else settings.calibrate
+    how = {"count": count, "batch_size": count, "seed": 0, "workers": pictures.workers}
+    return torch.cat([batch for batch, _ in sample(data, model, input_size, labels=False, **how)])
 
 
 def sample(

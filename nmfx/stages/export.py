@@ -19,7 +19,8 @@ from nmfx.scheme import Scheme
 from nmfx.settings.formats import FORMATS
 from nmfx.settings.methods import resolve
 from nmfx.settings.option import values_of
-from nmfx.settings.stages import ExportSettings
+from nmfx.settings.stages import DataSettings, ExportSettings, PrecisionSettings
+from nmfx.stages.data import calibration_for
 from nmfx.stages.work import EXPORT, FINISHING, SCHEME, WorkDirectory, check_free, save_scheme
 from nmfx.stages.written import drop_stamp, leave_stamp
 
@@ -77,6 +78,8 @@ def export(
     force: bool = True,
     make_way: Callable[[list[str]], list[str]] = lambda names: [],
     progress: Progress = silent,
+    precision: PrecisionSettings | None = None,
+    pictures: DataSettings | None = None,
 ) -> ExportRecord:
     """Write a work directory's model under its scheme: with the fine-tuned weights if they are under it, else the corrected or
     recalibrated ones, else those it was made with. All files come at once, or none.
@@ -92,6 +95,8 @@ def export(
         force: overwrite what is there.
         make_way: told the names of the files before they move to `folder`; its lines become notes.
         progress: told how far a format is that takes long.
+        precision: of a compiled model; None: float32.
+        pictures: that int8 is calibrated on.
 
     Returns:
         What was written, and where its weights came from.
@@ -119,10 +124,14 @@ def export(
         files = names | ({"published": written[1].name} if len(written) > 1 else {})
         save_checkpoint(model, draft / files["checkpoint"], info={**chosen.info, "weights": weights})
         kept = [] if force else _leave_same(draft, folder)
-        plain, given = bake(model, inplace=True), {"progress": progress} | values_of(settings)
+        plain = bake(model, inplace=True)
+        calibration = None if precision is None else calibration_for(precision, pictures, plain, work.input_size)
+        given = {"progress": progress, "calibration": calibration} | values_of(settings)
         for kind in settings.formats:
             one = FORMATS[kind]
-            resolve(one.function)(plain, draft / files[kind], example, **{name: given[name] for name in one.takes})
+            notes += (
+                resolve(one.function)(plain, draft / files[kind], example, **{name: given[name] for name in one.takes}) or []
+            )
         notes += [*said, *make_way(list(files.values()))]
     return ExportRecord(files, kept, weights, done.path if done else None, chosen, sites, dense, verified, notes)
 

@@ -27,8 +27,12 @@ VERSION, DIMS = 1, 8  # NMFX_VERSION, NMFX_DIMS
 FOLDER = Path(__file__).parent / "lib"
 VARIANTS = ("avx512_vnni", "avx512", "avx2_vnni", "avx2", "neon")  # the best first
 KINDS = {  # DLPack's code and bits
-    **{torch.float32: (2, 32), torch.int16: (0, 16), torch.int32: (0, 32), torch.int64: (0, 64)},
-    **{torch.uint8: (1, 8), torch.int8: (0, 8)},
+    torch.float32: (2, 32),
+    torch.int16: (0, 16),
+    torch.int32: (0, 32),
+    torch.int64: (0, 64),
+    torch.uint8: (1, 8),
+    torch.int8: (0, 8),
 }
 log = logging.getLogger(__name__)
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from nmfx.runtime.measuring.choices import Choice
 from nmfx.runtime.measuring.engines import open_engine
 from nmfx.runtime.measuring.latency import COMPILED, dense_runs
 from nmfx.runtime.measuring.timing import mean_seconds, on_threads, portion
+from nmfx.runtime.quantized.compiling import Agreement
 from nmfx.settings.engines import ENGINES
 
 Run = Callable[[], object]
@@ -57,12 +59,14 @@ class Bench:
         choices: how nmfx computes each site, by (batch, threads).
         missing: engines that could not run, and why.
         difference: the largest difference between nmfx's outputs and the masked model's, as a share of the largest output.
+        agreement: of nmfx in int8 with float32; None in float32.
     """
 
     timings: tuple[Timing, ...]
     choices: Mapping[tuple[int, int], tuple[Choice, ...]]
     missing: Mapping[str, str]
     difference: float
+    agreement: Agreement | None = None
 
     def of(self, engine: str, batch: int, threads: int) -> Timing | None:
         """The timing of one engine; None if it could not run."""
@@ -92,6 +96,7 @@ def bench(
     onnx: Path | None = None,
     engines: Sequence[str] = tuple(ENGINES),
     tune: str = "quick",
+    calibration: Tensor | None = None,
     progress: Progress = silent,
 ) -> Bench:
     """Time a dense model and its converted counterpart on `example` repeated to each batch size.
@@ -106,6 +111,7 @@ def bench(
         onnx: the dense model as ONNX with a free batch size; None leaves the engines out that need it.
         engines: names of `nmfx.settings.engines.ENGINES` to time beside PyTorch's own.
         tune: as `nmfx.compile` has it.
+        calibration: pictures by which nmfx compiles for int8; None: float32. Fewer than a batch are repeated.
         progress: called with the share done and what is being done.
 
     Returns:
@@ -116,7 +122,7 @@ def bench(
     """
     threads = threads or tuple(dict.fromkeys((1, torch.get_num_threads())))
     timings, choices, missing = list[Timing](), dict[tuple[int, int], tuple[Choice, ...]](), dict[str, str]()
-    difference = 0.0
+    difference, agreement = 0.0, None
     combinations = [(batch, count) for count in threads for batch in batches]
     for number, (batch, count) in enumerate(combinations):
         x = example[:1].expand(batch, *example.shape[1:]).contiguous()
@@ -135,13 +141,18 @@ def bench(
                         missing[engine.label] = str(error)
             runs[MASKED] = partial(converted, x)
             say(0.5, "compiling with nmfx")
-            ours = compile(converted.eval(), x, tune=tune, progress=portion(say, 5, 10))
+            how: dict[str, Any] = {"tune": tune, "progress": portion(say, 5, 10)}
+            if calibration is not None:
+                times = -(-batch // len(calibration))
+                how |= {"precision": "int8", "calibration": calibration.repeat(times, *[1] * (calibration.dim() - 1))}
+            ours = compile(converted.eval(), x, **how)
+            agreement = ours.agreement or agreement
             runs[NMFX] = partial(ours, x)
             choices[batch, count] = ours.choices
             difference = max(difference, _difference(ours(x), converted(x)))
             found = in_turns(runs, turns, say)
             timings += [Timing(name, batch, count, seconds) for name, seconds in found.items()]
-    return Bench(tuple(timings), choices, missing, difference)
+    return Bench(tuple(timings), choices, missing, difference, agreement)
 
 
 def in_turns(runs: Mapping[str, Run], turns: int, progress: Progress) -> dict[str, tuple[float, ...]]:

@@ -38,6 +38,7 @@ class Choice:
         plain: the fastest sparse way on plain pictures, for where there are no lanes.
         chosen: ``dense``, ``dense, channels last``, ``dense, depthwise``, or ``sparse CHUNKxVECTORS``; the last two also by
             ``lanes``, and the last ``with zeros`` where the kernel takes all weights; or ``int8``.
+        reason: why an int8 model computes it in float32; empty where it does not.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Choice:
     sparse: float | None
     chosen: str
     plain: str | None = None
+    reason: str = ""
 
     @property
     def is_sparse(self) -> bool:

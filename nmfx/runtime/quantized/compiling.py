@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+import math
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
 
 from nmfx.errors import ModelError
 from nmfx.progress import Progress, silent
@@ -20,6 +23,41 @@ from nmfx.runtime.measuring.timing import Times, portion
 from nmfx.runtime.quantized.lowering import Quantizer
 
 INT8 = "int8"  # what a choice says of a site that is computed so
+LOOKED_AT = 64  # calibration pictures that outputs are compared on
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How near int8 outputs come to the float32 model's, on calibration pictures.
+
+    Attributes:
+        pictures: that were looked at.
+        difference: the norm of the difference by the norm of the float32 outputs, all tensors together.
+        same: the share of pictures with the same class, for outputs ``(pictures, classes)``; None without such.
+    """
+
+    pictures: int
+    difference: float
+    same: float | None
+
+    def __str__(self) -> str:
+        same = "" if self.same is None else f", the same class for {self.same:.1%}"
+        return f"int8 outputs differ by {self.difference:.2%} from float32 on {self.pictures} calibration pictures{same}"
+
+
+@torch.no_grad()
+def agreement(model: nn.Module, quantized: Callable[[Tensor], Any], batches: Sequence[Tensor]) -> Agreement:
+    """Compare a model with its int8 lowering."""
+    apart = norm = 0.0
+    same, rows, pictures = 0, 0, 0
+    for batch in batches[: max(1, LOOKED_AT // len(batches[0]))]:
+        pairs = zip(tree_leaves(model(batch)), tree_leaves(quantized(batch)), strict=True)
+        for wanted, found in ((a, b) for a, b in pairs if isinstance(a, Tensor) and a.is_floating_point()):
+            apart, norm = apart + float((found - wanted).square().sum()), norm + float(wanted.square().sum())
+            if wanted.dim() == 2 and wanted.shape[1] > 1:
+                same, rows = same + int((found.argmax(1) == wanted.argmax(1)).sum()), rows + len(wanted)
+        pictures += len(batch)
+    return Agreement(pictures, math.sqrt(apart / norm) if norm else 0.0, same / rows if rows else None)
 
 
 def calibration_batches(calibration: Tensor | Iterable[Any], example: Tensor) -> list[Tensor]:
@@ -42,7 +80,9 @@ def calibration_batches(calibration: Tensor | Iterable[Any], example: Tensor) ->
     joined = torch.cat(found) if found else example[:0]
     whole = len(joined) // len(example) * len(example)
     if not whole:
-        raise ModelError(f"calibration: expected at least one batch of {len(example)} pictures, as the example, got {len(joined)}")
+        raise ModelError(
+            f"calibration: expected at least one batch of {len(example)} pictures, as the example, got {len(joined)}"
+        )
     if not bool(torch.isfinite(joined).all()):
         raise ModelError("calibration: expected finite pictures, got NaN or inf")
     return list(joined[:whole].split(len(example)))
@@ -70,7 +110,9 @@ def in_bytes(
         ModelError: a name of `keep` is no site's.
     """
     if unknown := sorted(set(keep) - {fused.name for _, fused in sites}):
-        raise ModelError(f"float32: {unknown[0]} is no site of this model, which has {', '.join(f.name for _, f in sites[:3])}, ...")
+        raise ModelError(
+            f"float32: {unknown[0]} is no site of this model, which has {', '.join(f.name for _, f in sites[:3])}, ..."
+        )
     for node, fused in sites:
         graph.add_submodule(str(node.target), next(iter(dense_layers(fused).values())))
     progress(0.0, "calibrating")
@@ -97,6 +139,7 @@ def in_bytes(
 def _choice(node: fx.Node, fused: Any, reasons: dict[str, str], plain: dict[str, Choice]) -> Choice:
     name = str(node.target)
     if name in plain:
-        return plain[name]
-    shape = tuple(fused.weight.shape)
-    return Choice(fused.name, shape, fused.kept, None, None, "dense" if reasons[name] else INT8)
+        return replace(plain[name], reason=reasons[name])
+    return Choice(
+        fused.name, tuple(fused.weight.shape), fused.kept, None, None, "dense" if reasons[name] else INT8, None, reasons[name]
+    )

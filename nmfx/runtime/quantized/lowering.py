@@ -55,9 +55,9 @@ class Quantizer:
     def __init__(
         self, graph: fx.GraphModule, sites: Sites, batches: Sequence[Tensor], *, keep: Collection[str] = (), method: str = "mse"
     ) -> None:
-        self.graph, self.sites, self.method = graph, {node: fused for node, fused in sites}, method
+        self.graph, self.sites, self.method = graph, dict(sites), method
         self.reasons = {str(node.target): self._reason(node, fused, keep) for node, fused in sites}
-        wanted = {node for node in self.sites} | {each for node in self.sites for each in node.all_input_nodes}
+        wanted = set(self.sites) | {each for node in self.sites for each in node.all_input_nodes}
         self.seen = observe(graph, wanted, batches)
         self.steps: dict[fx.Node, Step] = {}
         self.bytes: dict[fx.Node, fx.Node] = {}  # what stands for a node in bytes
@@ -116,8 +116,15 @@ class Quantizer:
         shifts = made.zero - read.zero * weight.double().flatten(1).sum(1) * factors
         if fused.bias is not None:
             shifts += fused.bias.double() / made.scale
-        options = dict(zip(("stride", "padding", "dilation"), map(list, fused.geometry), strict=True))
-        options |= {"out_channels": len(weight), "kernel": list(weight.shape[2:]), "groups": fused.groups, "zero": read.zero, "zero_out": made.zero, "residual_scale": 0.0}
+        options: dict[str, Any] = dict(zip(("stride", "padding", "dilation"), map(list, fused.geometry), strict=True))
+        options |= {
+            "out_channels": len(weight),
+            "kernel": list(weight.shape[2:]),
+            "groups": fused.groups,
+            "zero": read.zero,
+            "zero_out": made.zero,
+            "residual_scale": 0.0,
+        }
         options |= {"low": made.byte(fused.low), "high": made.byte(fused.high)}
         if rest:
             added = self._step(rest[0])  # type: ignore[arg-type]
@@ -157,7 +164,7 @@ class Quantizer:
         source: Any = node.args[0]
         if source not in self.bytes or self.steps[source].zero or self.bytes[source].target == kernel.quantize.default:
             return  # zeros around a picture are no pixels: nothing may be below them
-        size, stride, padding = (tuple(each) for each in node.args[1:4])  # type: ignore[union-attr]
+        size, stride, padding = (tuple(each) for each in node.args[1:4])  # type: ignore[union-attr, arg-type]
         shapes = [tuple(each.meta["val"].shape[2:]) for each in (source, node)]
         if Window.of(shapes[0], shapes[1], size, stride, padding, (1, 1)) is None:  # type: ignore[arg-type]
             return
@@ -186,7 +193,9 @@ class Quantizer:
         for node, made in self.bytes.items():
             if made.target == kernel.quantize.default:
                 continue
-            others = [user for user in node.users if user not in self.bytes or self.bytes[user].target == kernel.quantize.default]
+            others = [
+                user for user in node.users if user not in self.bytes or self.bytes[user].target == kernel.quantize.default
+            ]
             if others:
                 step = self.steps[node]
                 with self.graph.graph.inserting_after(made):

@@ -32,7 +32,9 @@ class Step:
 
     def byte(self, value: float) -> int:
         """The byte nearest to a number."""
-        return 0 if value == -math.inf else 255 if value == math.inf else min(255, max(0, round(value / self.scale) + self.zero))
+        return (
+            0 if value == -math.inf else 255 if value == math.inf else min(255, max(0, round(value / self.scale) + self.zero))
+        )
 
 
 @dataclass

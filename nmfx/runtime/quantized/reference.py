@@ -41,8 +41,10 @@ def quantize_sizes(given: Any, known: bool) -> Sequence[int]:
 
 def quantize(given: Any) -> Tensor:
     """Float32 as bytes: ``x * inverse + zero``, rounded to the nearest, half to even."""
-    exact = given.input.double() * torch.tensor(given.inverse, dtype=torch.float32).double() + given.zero  # rounded once, as by a fused multiply-add
-    return exact.float().nan_to_num(0.0).round().clamp(0, 255).to(torch.uint8)
+    exact = (
+        given.input.double() * torch.tensor(given.inverse, dtype=torch.float32).double() + given.zero
+    )  # rounded once, as by a fused multiply-add
+    return exact.float().nan_to_num(0.0).round().clamp(0, 255).to(torch.uint8)  # type: ignore[no-any-return]
 
 
 def dequantize_sizes(given: Any, known: bool) -> Sequence[int]:
@@ -54,7 +56,7 @@ def dequantize_sizes(given: Any, known: bool) -> Sequence[int]:
 
 def dequantize(given: Any) -> Tensor:
     """Bytes as float32."""
-    return (given.input.float() - given.zero) * given.scale
+    return (given.input.float() - given.zero) * given.scale  # type: ignore[no-any-return]
 
 
 def _weight(given: Any, shape: Sequence[int], groups: int) -> Tensor:
@@ -65,13 +67,18 @@ def conv2d_sizes(given: Any, known: bool) -> Sequence[int]:
     """``(batch, out, height, width)``."""
     x, out, groups = given.input, given.out_channels, given.groups
     check_bytes(x)
-    expect(groups > 0 and x.shape[1] % groups == 0 and 0 < out <= LONGEST and out % groups == 0, "channels that divide by the groups")
+    expect(
+        groups > 0 and x.shape[1] % groups == 0 and 0 < out <= LONGEST and out % groups == 0,
+        "channels that divide by the groups",
+    )
     sizes = (x.shape[0], out, *check_window(x, given.kernel, given.stride, given.padding, given.dilation))
     check_blocks(given, out, x.shape[1] // groups * math.prod(given.kernel), groups, known)
     _check_rows(given, out)
     _check_zero(given.zero, given.zero_out, given.low, given.high)
     one = given.residual
-    expect(one is None or (one.dtype == torch.uint8 and tuple(one.shape) == sizes), f"a uint8 residual of the shape {list(sizes)}")
+    expect(
+        one is None or (one.dtype == torch.uint8 and tuple(one.shape) == sizes), f"a uint8 residual of the shape {list(sizes)}"
+    )
     return sizes
 
 
@@ -90,7 +97,7 @@ def conv2d(given: Any) -> Tensor:
     if given.residual is not None:
         factor = torch.tensor(given.residual_scale, dtype=torch.float32).double()
         y = (given.residual.double() * factor + y.double()).float()
-    return y.round().clamp(given.low, given.high).to(torch.uint8)
+    return y.round().clamp(given.low, given.high).to(torch.uint8)  # type: ignore[no-any-return]
 
 
 def linear_sizes(given: Any, known: bool) -> Sequence[int]:
@@ -110,7 +117,7 @@ def linear(given: Any) -> Tensor:
     q = quantize(given).double()
     sums = F.linear(q - given.zero, weight) + given.zero * weight.sum(1)
     y = (sums.float().double() * given.scales.double() + given.shifts.double()).float()
-    return y.clamp(given.low, given.high)
+    return y.clamp(given.low, given.high)  # type: ignore[no-any-return]
 
 
 def max_pool2d_sizes(given: Any, known: bool) -> Sequence[int]:
@@ -118,7 +125,10 @@ def max_pool2d_sizes(given: Any, known: bool) -> Sequence[int]:
     check_bytes(given.input)
     expect(len(given.padding) == 2, "padding of two numbers")
     sizes = check_window(given.input, given.kernel, given.stride, given.padding, (1, 1))
-    expect(all(2 * pad <= size for pad, size in zip(given.padding, given.kernel, strict=True)), "padding of half the kernel at most")
+    expect(
+        all(2 * pad <= size for pad, size in zip(given.padding, given.kernel, strict=True)),
+        "padding of half the kernel at most",
+    )
     return (*given.input.shape[:2], *sizes)
 
 
@@ -138,4 +148,4 @@ def average_sizes(given: Any, known: bool) -> Sequence[int]:
 def average(given: Any) -> Tensor:
     """The mean of every channel, float32; `scale` is that of a byte by the number of pixels."""
     sums = (given.input.long() - given.zero).sum((2, 3), keepdim=True)
-    return sums.float() * torch.tensor(given.scale, dtype=torch.float32)
+    return sums.float() * torch.tensor(given.scale, dtype=torch.float32)  # type: ignore[no-any-return]

@@ -201,7 +201,11 @@ class Reader:
     def _dtype(self, node: fx.Node) -> torch.dtype:
         """The type of what a node gives, as far as operators of the kernel ask for it: bytes, else float32."""
         layer = self.root[str(node.target)] if node.op == "call_module" else None
-        name = layer.operator if isinstance(layer, KernelLayer) else str(node.target).removeprefix("nmfx.").removesuffix(".default")
+        name = (
+            layer.operator
+            if isinstance(layer, KernelLayer)
+            else str(node.target).removeprefix("nmfx.").removesuffix(".default")
+        )
         operator = OPERATORS.get(name)
         if operator is None or not operator.planes:
             return torch.float32

@@ -65,12 +65,24 @@ def save(compiled: CompiledModel, path: Path, *, force: bool) -> None:
     write_sealed(path, content, writer.tensors, force=force)
 
 
-def save_compiled(model: nn.Module, path: Path, example: Example, *, batch: int = 1, progress: Progress = silent) -> None:
+def save_compiled(
+    model: nn.Module,
+    path: Path,
+    example: Example,
+    *,
+    batch: int = 1,
+    calibration: Tensor | None = None,
+    progress: Progress = silent,
+) -> list[str]:
     """A baked model compiled for a batch of an example's first picture, and saved.
 
     Args:
         batch: pictures at a time.
+        calibration: pictures to compile for int8 by; None: float32.
         progress: as `nmfx.compile` has it.
+
+    Returns:
+        How near int8 outputs come to float32, in a line; nothing for float32.
 
     Raises:
         CheckpointError: the model takes more than one tensor, or its graph has an operator that no file may call.
@@ -81,7 +93,11 @@ def save_compiled(model: nn.Module, path: Path, example: Example, *, batch: int 
     if len(example.args) != 1 or example.kwargs or not isinstance(example.args[0], Tensor):
         raise CheckpointError(f"{path}: {type(model).__name__} takes several inputs, and only models of one can be compiled")
     first = example.args[0][:1]
-    compile(model, first.expand(batch, *first.shape[1:]), shapes=0, progress=progress).save(path)
+    example_input = first.expand(batch, *first.shape[1:])
+    precision = "float32" if calibration is None else "int8"
+    made = compile(model, example_input, shapes=0, precision=precision, calibration=calibration, progress=progress)
+    made.save(path)
+    return [] if made.agreement is None else [str(made.agreement)]
 
 
 def _spans(domain: Domain) -> list[tuple[int, int]]:
