@@ -43,7 +43,7 @@ def compile(
 
     Every convolution and linear layer is fused with its batch norm, residual and clamp, and computed by PyTorch's dense
     operator or by the sparse kernel, whichever is faster here for this shape; what was measured is kept on disk.
-    In float32 the outputs are the model's up to rounding, for other sizes and batches too (`CompiledModel` says how, and what is
+    In float32 the outputs are the model's up to rounding, for other sizes and batches too (`CompiledModel` says how and what is
     refused).
 
     Args:

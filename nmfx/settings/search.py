@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from nmfx import text
 from nmfx.errors import NmfxError, SearchError
@@ -174,6 +174,9 @@ class SearchSettings:
         "times faster than the best dense run on this CPU, by nmfx.compile; every pattern of every site is timed first",
         metavar="2x",
     )
+    precision: Literal[float32, int8] = option(
+        "float32", "with --target-latency: what nmfx.compile computes in; int8 is timed beside the best dense int8 engine here"
+    )
     latency_batch: int = option(1, "batch size to be fast for", least=1, most=4096, metavar="B")
     pictures: int = option(256, "training pictures to look at", least=1)
     seconds: float = option(60.0, "time limit of spdy", least=0, above=True)
@@ -225,6 +228,8 @@ class SearchSettings:
             raise SearchError(f"method {self.method} looks at no pictures; leave `data` out")
         if self.data and needs.sums and not any(looks.values()):
             raise SearchError("`sensitivity` weight looks at no pictures: take activation, corrected, gradient or measured")
+        if self.precision == "int8" and not self.timed:
+            raise SearchError("`precision` int8 counts for times only: give `target_latency`")
         if self.timed and not needs.timed:
             raise SearchError(
                 f"times are the knapsack's and spdy's to budget; method {self.method} counts parameters, MACs or bytes"

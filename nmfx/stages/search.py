@@ -129,7 +129,7 @@ def choose(
         one, find = pictures_of(example_of(model, size)), _finder(settings, model, sites, data, size, device)
         pictures = one.expand(settings.latency_batch, *one.shape[1:]).contiguous()
         target = settings.target_latency or ("2x" if settings.target is None else settings.target)
-        reached = search_latency(model, sites, pictures, target, question, find, progress)
+        reached = search_latency(model, sites, pictures, target, question, find, settings.precision, progress)
         return SearchRecord(reached.result.scheme, sites, reached.result, reached=reached)
     question |= {"budget": settings.budget}
     target, said = DEFAULT_TARGET if settings.target is None else settings.target, ""

@@ -23,7 +23,7 @@ from nmfx.runtime.kernel.library import load_kernel
 from nmfx.runtime.layers import KernelLayer
 from nmfx.runtime.layout.blocks import HEIGHTS, block, check_blocks, row_sums, unblock
 from nmfx.runtime.program import Program
-from nmfx.runtime.quantized.lowering import quantize_weight
+from nmfx.runtime.quantized.layers import quantize_weight
 from nmfx.runtime.quantized.ranges import Step, Values
 
 
@@ -83,7 +83,7 @@ def chosen(compiled: CompiledModel) -> dict[str, str]:
 def plain(compiled: CompiledModel, x: Tensor) -> Tensor:
     """The outputs operator by operator in plain PyTorch, whose integers are float64."""
     for chain in chains(compiled):
-        chain.program, kept = None, chain.program  # noqa: B018
+        chain.program, kept = None, chain.program
         chain.__dict__["kept"] = kept
     found = compiled(x)
     for chain in chains(compiled):
@@ -187,7 +187,9 @@ def test_what_int8_needs_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
         nmfx.compile(model, x, precision="int8")
     with pytest.raises(ModelError, match="expected precision='float32' or 'int8', got 'int4'"):
         nmfx.compile(model, x, precision="int4")
-    with pytest.raises(ModelError, match=r"calibration: expected pictures of torch.float32 \(batch, 3, 32, 32\).*\(2, 3, 16, 16\)"):
+    with pytest.raises(
+        ModelError, match=r"calibration: expected pictures of torch.float32 \(batch, 3, 32, 32\).*\(2, 3, 16, 16\)"
+    ):
         in_int8(model, x, calibration=[torch.randn(2, 3, 16, 16)])
     with pytest.raises(ModelError, match="at least one batch of 2 pictures, as the example, got 1"):
         in_int8(model, x, calibration=x[:1])
@@ -240,7 +242,9 @@ def test_steps_hold_zero_exactly_and_ranges_are_of_least_error() -> None:
     errors = {}
     for method in ("mse", "minmax"):
         step = values.step(method)
-        errors[method] = float((((x / step.scale).round() + step.zero).clamp(0, 255).sub(step.zero) * step.scale - x).square().sum())
+        errors[method] = float(
+            (((x / step.scale).round() + step.zero).clamp(0, 255).sub(step.zero) * step.scale - x).square().sum()
+        )
     assert errors["mse"] < errors["minmax"]
 
 
@@ -250,7 +254,9 @@ def test_blocks_hold_every_weight_once(groups: int, height: int) -> None:
     for density, inner, taps in itertools.product((0.0, 0.2, 1.0), (1, 5), (1, 9)):
         weight = torch.randint(-127, 128, (18, inner, taps)) * (torch.rand(18, inner, taps) < density)
         blocks = block(weight.to(torch.int8), groups, height)
-        assert torch.equal(unblock(blocks.values, blocks.columns, blocks.blocks, height, weight.shape, groups), weight.to(torch.int8))
+        assert torch.equal(
+            unblock(blocks.values, blocks.columns, blocks.blocks, height, weight.shape, groups), weight.to(torch.int8)
+        )
         assert torch.equal(row_sums(blocks.values, blocks.blocks, height), weight.flatten(1).sum(1).int())
         check_blocks(blocks, 18, inner * taps, groups, True)
         for broken in ("rows", "columns", "starts"):
@@ -277,7 +283,15 @@ def test_bytes_leave_and_enter_chains() -> None:
     torch.manual_seed(0)
     q, scales = quantize_weight(torch.randn(6, 4, 3, 3))
     blocks = block(q)
-    options = {"out_channels": 6, "kernel": [3, 3], "stride": [1, 1], "padding": [1, 1], "dilation": [1, 1], "groups": 1, "zero": 9}
+    options = {
+        "out_channels": 6,
+        "kernel": [3, 3],
+        "stride": [1, 1],
+        "padding": [1, 1],
+        "dilation": [1, 1],
+        "groups": 1,
+        "zero": 9,
+    }
     options |= {"zero_out": 100, "residual_scale": 0.0, "low": 3, "high": 250, "height": blocks.height}
     tensors = {"values": blocks.values, "columns": blocks.columns, "blocks": blocks.blocks}
     tensors |= {"scales": (scales * 0.1).float(), "shifts": torch.randn(6)}

@@ -97,20 +97,28 @@ void fill_planes(const Planed& y, int64_t image, int64_t channel, int64_t height
                  Rows& rows, const Row& row) {
   const Planes& p = y.planes;
   const auto count = static_cast<int64_t>(phases.size());
-  uint8_t* first = y.at(image, channel * count);
-  std::memset(first, static_cast<int>(p.zero), count * p.pitch);
+  const auto zero = static_cast<int>(p.zero);
+  const auto put = [&](int64_t i, int64_t r, int64_t all, const uint8_t* from, int64_t pixels) {  // row r of `all`, and what is behind it
+    uint8_t* to = y.at(image, channel * count + i) + r * p.row;
+    std::memcpy(to, from, pixels);
+    std::memset(to + pixels, zero, (r + 1 < all ? p.row : p.pitch - r * p.row) - pixels);
+  };
+  for (int64_t i = 0; i < count; ++i) {  // a picture of one row or column has phases without pixels
+    const int64_t phase = phases.data()[i];
+    if (phase / 2 >= height || phase % 2 >= width) std::memset(y.at(image, channel * count + i), zero, p.pitch);
+  }
   for (int64_t r = 0; r < height; ++r) {
     if (stride == 1) {
-      std::memcpy(first + r * p.row, row(r, rows.at(0)), width);
+      put(0, r, height, row(r, rows.at(0)), width);
       continue;
     }
     bool split = false;
     for (int64_t i = 0; i < count; ++i) {
-      const int64_t phase = phases.data()[i], odd = phase % 2;
-      if (phase / 2 != r % 2) continue;
+      const int64_t phase = phases.data()[i], odd = phase % 2, first = phase / 2;
+      if (first != r % 2 || odd >= width) continue;
       if (!split) split_bytes(row(r, rows.at(0)), width, rows.at(1), rows.at(2));
       split = true;
-      std::memcpy(first + i * p.pitch + r / 2 * p.row, rows.at(1 + odd), (width - odd + 1) / 2);
+      put(i, r / 2, (height - first + 1) / 2, rows.at(1 + odd), (width - odd + 1) / 2);
     }
   }
 }

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
+from nmfx.errors import ModelError
 from nmfx.passes.baking import bake
 from nmfx.progress import Progress, silent
 from nmfx.runtime.compiled import Lowered
 from nmfx.runtime.compiler import compile, fastest, with_and_without_lanes
 from nmfx.runtime.kernel.library import load_kernel, quiet
+from nmfx.runtime.layers import Fused
 from nmfx.runtime.lowering.exporting import copy_of, export
-from nmfx.runtime.lowering.fusion import lower
+from nmfx.runtime.lowering.fusion import Sites, lower
 from nmfx.runtime.measuring.choices import TimedSite, inputs_of, install_layers, time_site
 from nmfx.runtime.measuring.timing import NETWORK_SECONDS, Times, measure
+from nmfx.runtime.quantized.compiling import in_bytes
+from nmfx.runtime.quantized.timing import int8_seconds
 from nmfx.sparsity.layout import Grouping
 from nmfx.sparsity.mask import make_mask
 from nmfx.sparsity.pattern import Pattern
@@ -92,6 +97,8 @@ def measure_latency(
     groupings: Mapping[str, Mapping[Pattern, Grouping]],
     example: Tensor,
     *,
+    precision: str = "float32",
+    rivals: Mapping[str, Callable[[], object]] | None = None,
     progress: Progress = silent,
 ) -> Latency:
     """Time every pattern of every site that the runtime can lower, and the rest of the network.
@@ -99,56 +106,99 @@ def measure_latency(
     Args:
         groupings: the patterns to time, by site, with how each divides the weight.
         example: a batch of the size to be fast for.
+        precision: ``int8``: sites that can be are timed in int8, and what is dense is dense int8.
+        rivals: other dense runs of the model, by name, for the same batch.
 
     Raises:
-        ModelError: torch.export cannot follow the model.
+        ModelError: torch.export cannot follow the model; int8 without the kernel.
     """
-    load_kernel()
+    if (reason := load_kernel()) and precision == "int8":
+        raise ModelError(f"int8 needs the kernel: {reason}")
+    seconds = partial(_seconds, in_int8=precision == "int8")
     times = Times()
     graph, domain = export(bake(model).eval(), example)
     sites = lower(graph)
     seen = inputs_of(graph, sites, example)
     prices: dict[str, dict[Pattern, int]] = {}
-    as_they_are, sparsest = list[TimedSite](), list[TimedSite]()  # the time between sites is measured in networks of these
+    as_they_are, sparsest = list[_Timed](), list[_Timed]()  # the time between sites is measured in networks of these
     for index, (node, fused) in enumerate(sites):
         progress(index / len(sites), f"timing {fused.name}")
         inputs, offered = seen[str(node.target)], groupings.get(fused.name, {})
-        timed = {Pattern.DENSE: time_site(node, fused, inputs, times)}
-        least = round(timed[Pattern.DENSE].choice().seconds * NANO)
+        timed = {Pattern.DENSE: seconds(node, fused, inputs, times)}
+        least = round(timed[Pattern.DENSE].seconds * NANO)
         found = {Pattern.DENSE: least}
         patterns = [pattern for pattern in offered if not pattern.is_dense]
         for pattern in sorted(patterns, key=lambda one: one.density, reverse=True):
             pruned = replace(fused, weight=fused.weight * make_mask(fused.weight, pattern.n, offered[pattern]))
-            timed[pattern] = time_site(node, pruned, inputs, times)
-            least = min(least, round(timed[pattern].choice().seconds * NANO))
+            timed[pattern] = seconds(node, pruned, inputs, times)
+            least = min(least, round(timed[pattern].seconds * NANO))
             found[pattern] = least
         twice = prices.get(fused.name, {})  # a weight read at two places is paid for twice
         prices[fused.name] = {pattern: price + twice.get(pattern, 0) for pattern, price in found.items()}
         as_they_are.append(timed[Pattern.DENSE])
         sparsest.append(timed[min(patterns, key=lambda one: one.density, default=Pattern.DENSE)])
-    other = copy_of(graph)
-    install_layers(other, as_they_are, [one.choice(sparse=False) for one in as_they_are])
-    dense = Lowered(other, domain, (), len(example))
     times.save()
-    built = with_and_without_lanes(graph, sparsest)
-    sparse = fastest([Lowered(mine, domain, choices, len(example)) for mine, choices in built], example)
-    runs = dense_runs(model, example) | {"dense": lambda: dense(example), "sparse": lambda: sparse(example)}
+    runs = dict(rivals or {})
+    if precision == "int8":
+        (dense,) = in_bytes(graph, domain, _sites(as_they_are), example, noise(example), passes=(0,))
+        graph, domain = export(bake(model).eval(), example)
+        again = zip(lower(graph), sparsest, strict=True)
+        pruned_sites = [(node, timed.site.fused) for (node, _), timed in again]
+        (sparse,) = in_bytes(graph, domain, pruned_sites, example, noise(example), passes=(0,))
+    else:
+        plain = [one.site for one in as_they_are]
+        other = copy_of(graph)
+        install_layers(other, plain, [one.choice(sparse=False) for one in plain])
+        dense = Lowered(other, domain, (), len(example))
+        built = with_and_without_lanes(graph, [one.site for one in sparsest])
+        sparse = fastest([Lowered(mine, domain, choices, len(example)) for mine, choices in built], example)
+        runs |= dense_runs(model, example)
+    runs |= {"dense": lambda: dense(example), "sparse": lambda: sparse(example)}
     with torch.no_grad():
         took = measure(runs, seconds=NETWORK_SECONDS)
-    rest = round((took.pop("sparse") - sum(one.choice().seconds for one in sparsest)) * NANO)
+    rest = round((took.pop("sparse") - sum(one.seconds for one in sparsest)) * NANO)
     best = min(took, key=lambda name: took[name])
     return Latency(prices, rest, round(took[best] * NANO), runs[best])
 
 
+@dataclass(frozen=True)
+class _Timed:
+    """A site under a pattern: its ways in float32, those that were timed, and the seconds of the one it is computed in."""
+
+    site: TimedSite
+    seconds: float
+
+
+def _seconds(node: fx.Node, fused: Fused, inputs: tuple[Tensor, ...], times: Times, *, in_int8: bool) -> _Timed:
+    seconds = int8_seconds(node, fused, inputs, times) if in_int8 else None
+    if seconds is not None:
+        return _Timed(TimedSite(node, fused, {}), seconds)
+    site = time_site(node, fused, inputs, times)
+    return _Timed(site, site.choice(lanes=not in_int8).seconds)
+
+
+def _sites(timed: Iterable[_Timed]) -> Sites:
+    return [(one.site.node, one.site.fused) for one in timed]
+
+
+def noise(example: Tensor) -> list[Tensor]:
+    """A batch to choose ranges by where only times count, which do not hang on them."""
+    return [torch.randn(example.shape, generator=torch.Generator().manual_seed(0))]
+
+
 @torch.no_grad()
-def measured_seconds(model: nn.Module, example: Tensor, beside: Latency | None = None) -> float:
+def measured_seconds(model: nn.Module, example: Tensor, beside: Latency | None = None, precision: str = "float32") -> float:
     """Seconds of a pass of a converted model, compiled for this batch.
 
     Args:
         beside: measure the dense run as well, in turns, and say how long the model would have taken when that one took its
             `baseline`: a machine that others use is not always as fast.
+        precision: as `nmfx.compile` has it.
     """
-    compiled = compile(model, example, batch=len(example), tune="full")
+    how: dict[str, Any] = {"batch": len(example), "tune": "full"}
+    if precision == "int8":
+        how = {"precision": precision, "calibration": noise(example)}
+    compiled = compile(model, example, **how)
     runs: dict[str, Callable[[], object]] = {"compiled": lambda: compiled(example)}
     if beside is None or beside.run is None:
         return measure(runs, seconds=NETWORK_SECONDS)["compiled"]

@@ -96,6 +96,7 @@ def in_bytes(
     batches: list[Tensor],
     *,
     keep: Collection[str] = (),
+    passes: Sequence[int] | None = None,
     progress: Progress = silent,
 ) -> list[Lowered]:
     """Lowerings of a graph to int8, alike but for how threads share a batch.
@@ -105,6 +106,7 @@ def in_bytes(
         sites: of the graph.
         batches: that ranges are chosen by.
         keep: names of sites that stay float32.
+        passes: how many samples stay on one thread, for each lowering (see `Lowered.images`); None: what may be fastest.
 
     Raises:
         ModelError: a name of `keep` is no site's.
@@ -127,9 +129,8 @@ def in_bytes(
     plain = {str(one.node.target): choice for one, choice in zip(timed, made, strict=True)}
     choices = tuple(_choice(node, fused, quantizer.reasons, plain) for node, fused in sites)
     count, threads = len(example), torch.get_num_threads()
-    ways = [1, 0] if domain.apart and 1 < threads <= count else [0]
     found = []
-    for images in ways:
+    for images in passes or ([1, 0] if domain.apart and 1 < threads <= count else [0]):
         mine = copy_of(graph)
         link(mine, images)
         found.append(Lowered(mine, domain, choices, count, images))

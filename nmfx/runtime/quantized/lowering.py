@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -10,32 +9,12 @@ import torch
 from torch import Tensor, fx
 
 from nmfx.runtime.layers import Fused, KernelLayer
-from nmfx.runtime.layout.blocks import MOST_COLUMNS, Blocks, block
 from nmfx.runtime.layout.lanes import Window
 from nmfx.runtime.lowering.fusion import Sites
+from nmfx.runtime.quantized.layers import conv_layer, linear_layer, unfit
 from nmfx.runtime.quantized.ranges import Step, observe
 
-FEW_TOKENS = 16  # fewer than these leave most of a vector empty
 kernel = torch.ops.nmfx
-
-
-def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """A weight ``(out, ...)`` as int8, and what one of each row stands for, float64 ``(out,)``: symmetric, by the largest."""
-    largest = weight.detach().double().flatten(1).abs().amax(1)
-    scales = torch.where(largest > 0, largest, 127.0) / 127
-    return (weight.double() / scales.reshape(-1, *[1] * (weight.dim() - 1))).round().to(torch.int8), scales
-
-
-def _in_reach(weight: Tensor, factors: Tensor, shifts: Tensor) -> bool:
-    """Whether what a row's sum can be at most becomes an integer of 32 bits (kernel/quantized.h)."""
-    largest = (weight[0].numel() + 3) * 255 * 127 * float(factors.abs().max())
-    return largest < 1 << 30 and float(shifts.abs().max()) < 1 << 29
-
-
-def _layer(operator: str, blocks: Blocks, factors: Tensor, shifts: Tensor, options: dict[str, Any]) -> KernelLayer:
-    tensors = {"values": blocks.values, "columns": blocks.columns, "blocks": blocks.blocks}
-    tensors |= {"scales": factors.float(), "shifts": shifts.float()}
-    return KernelLayer(operator, tensors, options | {"height": blocks.height})
 
 
 class Quantizer:
@@ -56,7 +35,7 @@ class Quantizer:
         self, graph: fx.GraphModule, sites: Sites, batches: Sequence[Tensor], *, keep: Collection[str] = (), method: str = "mse"
     ) -> None:
         self.graph, self.sites, self.method = graph, dict(sites), method
-        self.reasons = {str(node.target): self._reason(node, fused, keep) for node, fused in sites}
+        self.reasons = {str(node.target): "asked for" if fused.name in keep else unfit(node, fused) for node, fused in sites}
         wanted = set(self.sites) | {each for node in self.sites for each in node.all_input_nodes}
         self.seen = observe(graph, wanted, batches)
         self.steps: dict[fx.Node, Step] = {}
@@ -66,32 +45,12 @@ class Quantizer:
         """Rewrite the graph."""
         for node in list(self.graph.graph.nodes):
             if node in self.sites and not self.reasons[str(node.target)]:
-                fused = self.sites[node]
-                self.reasons[str(node.target)] = self._conv(node, fused) if fused.is_conv else self._linear(node, fused)
+                self.reasons[str(node.target)] = self._site(node, self.sites[node])
             elif node.target == kernel.max_pool2d.default:
                 self._max_pool(node)
             elif node.target == kernel.average.default:
                 self._average(node)
         self._finish()
-
-    def _reason(self, node: fx.Node, fused: Fused, keep: Collection[str]) -> str:
-        if fused.name in keep:
-            return "asked for"
-        values = [each.meta.get("val") for each in (node, *node.all_input_nodes)]
-        if not all(isinstance(one, Tensor) for one in values):
-            return "its sizes are not known"
-        if not fused.is_conv:
-            tokens = [size for size in values[0].shape[:-1] if isinstance(size, int)]  # type: ignore[union-attr]
-            return "few tokens" if math.prod(tokens) < FEW_TOKENS else ""
-        shapes = [tuple(one.shape[2:]) for one in values]  # type: ignore[union-attr]
-        if not all(isinstance(size, int) for shape in shapes for size in shape):
-            return "its sizes are free"
-        channels, taps = values[1].shape[1], math.prod(fused.weight.shape[2:])  # type: ignore[union-attr]
-        stride, padding, dilation = fused.geometry
-        window = Window.of(shapes[1], shapes[0], tuple(fused.weight.shape[2:]), stride, padding, dilation)  # type: ignore[arg-type]
-        if window is None:
-            return "a window that planes cannot compute"
-        return "more columns than 16 bits can count" if channels * taps > MOST_COLUMNS else ""
 
     def _step(self, node: fx.Node) -> Step:
         if node not in self.steps:
@@ -108,48 +67,19 @@ class Quantizer:
             self.bytes[node] = made
         return self.bytes[node]
 
-    def _conv(self, node: fx.Node, fused: Fused) -> str:
-        source, *rest = node.args
-        read, made = self._step(source), self._step(node)  # type: ignore[arg-type]
-        weight, scales = quantize_weight(fused.weight)
-        factors = scales * read.scale / made.scale
-        shifts = made.zero - read.zero * weight.double().flatten(1).sum(1) * factors
-        if fused.bias is not None:
-            shifts += fused.bias.double() / made.scale
-        options: dict[str, Any] = dict(zip(("stride", "padding", "dilation"), map(list, fused.geometry), strict=True))
-        options |= {
-            "out_channels": len(weight),
-            "kernel": list(weight.shape[2:]),
-            "groups": fused.groups,
-            "zero": read.zero,
-            "zero_out": made.zero,
-            "residual_scale": 0.0,
-        }
-        options |= {"low": made.byte(fused.low), "high": made.byte(fused.high)}
-        if rest:
-            added = self._step(rest[0])  # type: ignore[arg-type]
-            options["residual_scale"] = added.scale / made.scale
-            shifts -= added.zero * added.scale / made.scale
-        if not _in_reach(weight, factors, shifts) or options["residual_scale"] >= 1 << 20:
-            return "its outputs are small beside its inputs"
-        layer = _layer("int8_conv2d", block(weight, fused.groups), factors, shifts, options)
-        inputs = tuple(self._source(each) for each in (source, *rest))  # type: ignore[arg-type]
-        self._put(node, layer, inputs)
-        return ""
-
-    def _linear(self, node: fx.Node, fused: Fused) -> str:
-        source = node.all_input_nodes[0]
+    def _site(self, node: fx.Node, fused: Fused) -> str:
+        """Why a site stays float32 after all; empty where it has become int8."""
+        nodes: Any = node.args
+        source, *rest = nodes
         read = self._step(source)
-        weight, scales = quantize_weight(fused.weight)
-        factors = scales * read.scale
-        shifts = -read.zero * weight.double().sum(1) * factors
-        if fused.bias is not None:
-            shifts += fused.bias.double()
-        if not _in_reach(weight, factors, shifts):
-            return "its inputs are too large"
-        options = {"inverse": 1 / read.scale, "zero": read.zero, "low": fused.low, "high": fused.high}
-        options |= {"out_features": len(weight), "width": weight.shape[1]}
-        self.graph.add_submodule(str(node.target), _layer("int8_linear", block(weight), factors, shifts, options))
+        added = self._step(rest[0]) if rest else None
+        layer = conv_layer(fused, read, self._step(node), added) if fused.is_conv else linear_layer(fused, read)
+        if isinstance(layer, str):
+            return layer
+        if fused.is_conv:
+            self._put(node, layer, tuple(map(self._source, nodes)))
+        else:
+            self.graph.add_submodule(str(node.target), layer)
         return ""
 
     def _put(self, node: fx.Node, layer: KernelLayer, inputs: tuple[fx.Node, ...]) -> None:
