@@ -174,7 +174,7 @@ class SearchSettings:
         "times faster than the best dense run on this CPU, by nmfx.compile; every pattern of every site is timed first",
         metavar="2x",
     )
-    precision: Literal[float32, int8] = option(
+    precision: Literal["float32", "int8"] = option(
         "float32", "with --target-latency: what nmfx.compile computes in; int8 is timed beside the best dense int8 engine here"
     )
     latency_batch: int = option(1, "batch size to be fast for", least=1, most=4096, metavar="B")

@@ -154,7 +154,8 @@ Floats values_of(const DLManagedTensor& one) {
     count *= t.shape[i];
   }
   const auto* data = static_cast<const float*>(t.data);
-  return {data, data + count};
+  const auto* bytes = static_cast<const uint8_t*>(t.data);
+  return t.dtype.bits == 8 ? Floats(bytes, bytes + count) : Floats(data, data + count);
 }
 
 }  // namespace

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -263,8 +264,8 @@ def test_blocks_hold_every_weight_once(groups: int, height: int) -> None:
             table = blocks.blocks.clone()
             place = {"rows": 1, "columns": 3, "starts": 4}[broken]
             table[-1, place] += 1 << 20
+            wrong = SimpleNamespace(**{**vars(blocks), "blocks": table})
             with pytest.raises(RuntimeError, match="expected blocks"):
-                wrong = type("Wrong", (), {**vars(blocks), "blocks": table})
                 check_blocks(wrong, 18, inner * taps, groups, True)
 
 
