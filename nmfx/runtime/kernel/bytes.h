@@ -99,10 +99,12 @@ constexpr int32_t BIAS = 128;  // bytes are taken less 128, since sdot takes sig
 constexpr int64_t SUMS = 16;
 
 INLINE inline void interleave(bytes a, bytes b, bytes c, bytes d, bytes& x0, bytes& x1, bytes& x2, bytes& x3) {
-  const uint8x16_t i(a), j(b), k(c), l(d);
-  const uint16x8_t ab0(vzip1q_u8(i, j)), ab1(vzip2q_u8(i, j)), cd0(vzip1q_u8(k, l)), cd1(vzip2q_u8(k, l));
-  x0 = bytes(vzip1q_u16(ab0, cd0)) ^ 128, x1 = bytes(vzip2q_u16(ab0, cd0)) ^ 128;
-  x2 = bytes(vzip1q_u16(ab1, cd1)) ^ 128, x3 = bytes(vzip2q_u16(ab1, cd1)) ^ 128;
+  const auto i = uint8x16_t(a), j = uint8x16_t(b), k = uint8x16_t(c), l = uint8x16_t(d);
+  const uint16x8_t ab0 = vreinterpretq_u16_u8(vzip1q_u8(i, j)), ab1 = vreinterpretq_u16_u8(vzip2q_u8(i, j));
+  const uint16x8_t cd0 = vreinterpretq_u16_u8(vzip1q_u8(k, l)), cd1 = vreinterpretq_u16_u8(vzip2q_u8(k, l));
+  const auto less = [](uint16x8_t v) INLINE { return bytes(vreinterpretq_u8_u16(v)) ^ 128; };
+  x0 = less(vzip1q_u16(ab0, cd0)), x1 = less(vzip2q_u16(ab0, cd0));
+  x2 = less(vzip1q_u16(ab1, cd1)), x3 = less(vzip2q_u16(ab1, cd1));
 }
 INLINE inline ints dot(ints sum, bytes x, int32_t weights) {
   return ints(vdotq_s32(int32x4_t(sum), int8x16_t(x), int8x16_t(vdupq_n_s32(weights))));
