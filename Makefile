@@ -18,6 +18,7 @@ demo: $(VENV)/.ready
 kernel:
 	cmake --fresh -S nmfx/runtime/kernel -B build/kernel
 	cmake --build build/kernel -j2
+	$(PYTHON) nmfx/runtime/kernel/record.py nmfx/runtime/kernel/lib
 
 kernel-test: $(VENV)/.ready
 	$(BIN)/python -m pytest -m 'slow or not slow' --timeout=3600 tests/runtime/test_kernel_alone.py

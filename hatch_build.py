@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 import sysconfig
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,16 @@ class KernelHook(BuildHookInterface):  # type: ignore[misc]
         """Build; `version` is "standard" or "editable"."""
         root = Path(self.root)
         source, build, built = root / "nmfx" / "runtime" / "kernel", root / "build" / "kernel", []
+        folder = source / "lib"
+        (folder / "SHA256SUMS").unlink(missing_ok=True)  # of what is built anew now
         try:
             import cmake
 
             command = str(Path(cmake.CMAKE_BIN_DIR) / "cmake")
             subprocess.run([command, "--fresh", "-S", source, "-B", build], check=True)
             subprocess.run([command, "--build", build, "--parallel"], check=True)
-            built = sorted((source / "lib").glob("*.so"))
+            subprocess.run([sys.executable, source / "record.py", folder], check=True)
+            built = sorted((*folder.glob("*.so"), folder / "SHA256SUMS"))
         except (ImportError, OSError, subprocess.CalledProcessError) as error:
             self.app.display_warning(f"nmfx is built without its kernel, and computes sparse layers slowly: {error}")
         if built and version == "standard":

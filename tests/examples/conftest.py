@@ -20,7 +20,7 @@ def example() -> Callable[..., str]:
     def run(script: str, *options: object) -> str:
         command = [sys.executable, "-W", "error", f"examples/{script}", *map(str, options)]
         environment = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "FORCE_COLOR")} | {"PYTHONPATH": str(ROOT)}
-        run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+        run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
         assert run.returncode == 0, run.stderr
         return run.stdout
 

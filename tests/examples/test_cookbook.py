@@ -9,7 +9,8 @@ import pytest
 import torch
 import torchvision
 
-from nmfx import Scheme, bake, find_sites, load_checkpoint, scheme_of, transform, verify
+from nmfx import Scheme, bake, find_sites, load_checkpoint, load_compiled, scheme_of, transform, verify
+from nmfx.demo.digits import load_demo
 from nmfx.export.checkpoint import read_checkpoint
 from nmfx.masking.sites import masked_sites
 
@@ -58,6 +59,25 @@ def test_to_onnx_gives_what_torch_gives(example, tmp_path):
     with torch.no_grad():
         (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
         torch.testing.assert_close(torch.from_numpy(found), model(x), rtol=1e-4, atol=1e-4)
+
+
+def test_compiled_loads_as_it_was_saved(example, tmp_path):
+    printed = example("compiled.py", "--out", tmp_path)
+    model, loaded = load_demo(trained=True), load_compiled(tmp_path / "digits.nmfxc")
+    assert printed.startswith(
+        f"CompiledModel({numbers(printed, 'CompiledModel(')[0]:g} operators, {len(loaded.choices)} of them"
+    )
+    sites = {site.name for site in find_sites(model)}
+    assert {choice.name for choice in loaded.choices} >= sites
+    assert all(f"  {choice.name}: {choice.kept:,} weights, {choice.chosen}\n" in printed for choice in loaded.choices)
+    kept = sum(choice.kept for choice in loaded.choices if choice.name in sites)
+    assert kept <= 0.5 * sum(weight.numel() for name, weight in model.named_parameters() if name in sites)
+    assert numbers(printed, "digits.nmfxc:") == [(tmp_path / "digits.nmfxc").stat().st_size]
+    difference, largest = numbers(printed, "logits differ by")
+    assert difference <= 1e-5 * largest
+    assert "loaded: the same, bit for bit" in printed
+    masked, compiled, pictures = numbers(printed, "test digits read right:")
+    assert masked == compiled >= 0.9 * pictures
 
 
 def test_mac_budget_holds_every_limit(example):

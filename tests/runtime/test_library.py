@@ -12,10 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 from children import apart
+from torch import nn
 
+import nmfx
 from nmfx.errors import NmfxError
-from nmfx.runtime.kernel import library
-from nmfx.runtime.kernel.library import FOLDER, Library, NativeProgram, load_kernel, loaded, variants
+from nmfx.runtime.kernel import library, record
+from nmfx.runtime.kernel.library import FOLDER, VARIANTS, Library, NativeProgram, load_kernel, loaded, variants
+from nmfx.runtime.kernel.record import RECORD, write_record
 from nmfx.runtime.operators import OPERATORS
 
 ROOT = Path(__file__).parents[2]
@@ -78,6 +81,97 @@ def test_a_library_that_does_not_load_is_passed_over(tmp_path: Path, monkeypatch
     assert "nmfx_kernel_avx512.so" in apart(lambda: (library._loaded.cache_clear(), load_kernel())[1])
     shutil.copy(loaded().path, tmp_path / "nmfx_kernel_own.so")
     assert apart(lambda: (library._loaded.cache_clear(), load_kernel(), loaded().name)[1:]) == ["", "own"]
+
+
+def said_of(content: bytes, folder: Path, name: str = "avx512", *, recorded: bool = False) -> str:
+    """What a process of its own says that it has no kernel for, if its only one has this content; empty if it has one."""
+    path = folder / f"nmfx_kernel_{name}.so"
+    if recorded:
+        shutil.copy(loaded().path, path)
+        write_record(folder)
+    path.write_bytes(content)
+    return str(apart(lambda: with_kernels_of(folder)))
+
+
+def with_kernels_of(folder: Path) -> str:
+    library.FOLDER = folder
+    library._loaded.cache_clear()
+    return load_kernel()
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_a_library_that_is_cut_short_is_refused(recorded: bool, tmp_path: Path) -> None:
+    """It would end the process by SIGBUS."""
+    content = loaded().path.read_bytes()
+    for length in (0, 4, 63, 64, 4096, *(len(content) * part // 100 for part in (10, 50, 90)), len(content) - 1):
+        said = said_of(content[:length], tmp_path, recorded=recorded)
+        assert "nmfx_kernel_avx512.so" in said
+        assert "install nmfx anew" in said
+
+
+def test_a_library_that_was_altered_is_refused(tmp_path: Path) -> None:
+    content = loaded().path.read_bytes()
+    altered = [
+        content[:at] + bytes([content[at] ^ 255]) + content[at + 1 :] for at in (70, len(content) // 2, len(content) - 1)
+    ]
+    for one in (*altered, bytes(len(content)), content + b"more"):
+        said = said_of(one, tmp_path, recorded=True)
+        assert f"{tmp_path}/nmfx_kernel_avx512.so is damaged: not what SHA256SUMS beside it says; install nmfx anew" in said
+    assert said_of(content, tmp_path, loaded().name, recorded=True) == ""
+
+
+def test_a_variant_under_the_name_of_another_is_refused(tmp_path: Path) -> None:
+    for name in VARIANTS:
+        said = said_of(loaded().path.read_bytes(), tmp_path, name)
+        assert bool(said) == (name != loaded().name)
+        assert (f"nmfx_kernel_{name}.so is another variant than its name says, of vectors of" in said) == bool(said)
+        (tmp_path / f"nmfx_kernel_{name}.so").unlink()
+
+
+def test_a_damaged_kernel_costs_speed_only(tmp_path: Path) -> None:
+    (tmp_path / loaded().path.name).write_bytes(loaded().path.read_bytes()[:-1])
+
+    def right() -> bool:
+        assert "cut short" in with_kernels_of(tmp_path)
+        x = torch.randn(2, 32)
+        model = nmfx.transform(nn.Sequential(nn.Linear(32, 8)), "2:16", example_input=x).eval()
+        with torch.no_grad():
+            return torch.allclose(nmfx.compile(model, x)(x), model(x), atol=1e-5)
+
+    assert apart(right)
+
+
+def test_the_next_best_takes_the_place_of_a_damaged_one(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    good = loaded().path.read_bytes()
+    (tmp_path / "nmfx_kernel_own.so").write_bytes(good)
+    (tmp_path / "nmfx_kernel_bad.so").write_bytes(good[:-100])
+    code = (
+        "import logging, pathlib; logging.basicConfig(format='%(levelname)s %(message)s')\n"
+        "from nmfx.runtime.kernel import library\n"
+        f"library.FOLDER, library.VARIANTS = pathlib.Path({str(tmp_path)!r}), ('bad', 'own')\n"
+        "print(library.loaded().name)"
+    )
+    said = asked(code)
+    assert said.startswith("own")
+    assert "WARNING a kernel cannot be loaded" in said
+    assert "nmfx_kernel_bad.so is damaged: cut short; install nmfx anew" in said
+    said = asked(code, NMFX_ISA="bad")
+    assert "nmfx.errors.NmfxError" in said
+    assert "nmfx_kernel_bad.so is damaged" in said
+
+
+def test_what_builds_a_kernel_records_it(tmp_path: Path) -> None:
+    """As hatch_build.py and make kernel do, without a package."""
+    for name in ("nmfx_kernel_a.so", "nmfx_kernel_b.so"):
+        (tmp_path / name).write_bytes(name.encode())
+    subprocess.run([sys.executable, "-I", "-S", Path(record.__file__), tmp_path], check=True)
+    subprocess.run(["sha256sum", "--check", "--strict", RECORD], cwd=tmp_path, check=True, capture_output=True)
+    assert [line.split()[1] for line in (tmp_path / RECORD).read_text().splitlines()] == [
+        "nmfx_kernel_a.so",
+        "nmfx_kernel_b.so",
+    ]
+    for builder in ("hatch_build.py", "Makefile"):
+        assert "record.py" in (ROOT / builder).read_text()
 
 
 def test_a_library_of_another_version_is_refused(tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
 """The kernel's library, called through ctypes (kernel/nmfx_kernel.h): found, loaded once a process, and its programs run.
 
-It is built when nmfx is installed (CMakeLists.txt), in variants for what processors can do, of which the best that this one can
-run is loaded; $NMFX_ISA names another. It needs neither a compiler nor a certain version of torch.
+It is built when nmfx is installed (CMakeLists.txt), in variants for what processors can do. The best that this one can run, and
+that is still what was built (kernel/record.py), is loaded; $NMFX_ISA names another. It needs neither a compiler nor a certain
+version of torch.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-import hashlib
 import logging
 import os
 import platform
@@ -22,19 +22,21 @@ import torch
 from torch import Tensor
 
 from nmfx.errors import NmfxError
+from nmfx.runtime.kernel.record import damage_of, digest_of
 
 VERSION, DIMS = 1, 8  # NMFX_VERSION, NMFX_DIMS
 FOLDER = Path(__file__).parent / "lib"
-VARIANTS = ("avx512_vnni", "avx512", "avx2_vnni", "avx2", "neon")  # the best first
+LENGTHS = {"avx512_vnni": 16, "avx512": 16, "avx2_vnni": 8, "avx2": 8, "neon": 4}  # floats of a vector, by variant
+VARIANTS = tuple(LENGTHS)  # the best first
 KINDS = {  # DLPack's code and bits
-    torch.float32: (2, 32),
-    torch.int16: (0, 16),
-    torch.int32: (0, 32),
-    torch.int64: (0, 64),
-    torch.uint8: (1, 8),
-    torch.int8: (0, 8),
+    **{torch.float32: (2, 32), torch.int16: (0, 16), torch.int32: (0, 32), torch.int64: (0, 64)},
+    **{torch.uint8: (1, 8), torch.int8: (0, 8)},
 }
 log = logging.getLogger(__name__)
+
+
+class UnsupportedError(NmfxError):
+    """This processor cannot run a variant."""
 
 
 class _DLTensor(ctypes.Structure):
@@ -60,19 +62,25 @@ class Library:
 
     Attributes:
         name: of the variant.
+        digest: stands for the content of the file.
         operators: their numbers in programs, by name.
         vector_length: floats of a vector.
 
     Raises:
-        NmfxError: this processor or this nmfx cannot run it.
+        UnsupportedError: this processor cannot run it.
+        NmfxError: it is damaged, of another nmfx, or not the variant that its name says.
         OSError: the system cannot load it.
     """
 
     def __init__(self, path: Path) -> None:
-        self.path, self.name = path, path.stem.removeprefix("nmfx_kernel_")
+        self.path, self.name, content = path, path.stem.removeprefix("nmfx_kernel_"), path.read_bytes()
+        digest = digest_of(content)
+        if damage := damage_of(path, content, digest):
+            raise NmfxError(damage)
+        self.digest = digest[:32]
         c = self._c = ctypes.CDLL(str(path))
         if not c.nmfx_supported():
-            raise NmfxError(f"this processor cannot run the kernel's variant {self.name}")
+            raise UnsupportedError(f"this processor cannot run the kernel's variant {self.name}")
         if c.nmfx_version() != VERSION:
             raise NmfxError(f"{path} is of another version of nmfx: install nmfx anew")
         c.nmfx_vector_length.restype = ctypes.c_int64
@@ -85,14 +93,13 @@ class Library:
         c.nmfx_program_run.argtypes = [ctypes.c_void_p, tensors, number, number, number, ctypes.c_void_p, number]
         c.nmfx_use_openmp.argtypes, c.nmfx_use_openmp.restype = [ctypes.c_void_p] * 3, None
         self.vector_length: int = c.nmfx_vector_length()
+        if self.vector_length != LENGTHS.get(self.name, self.vector_length):
+            raise NmfxError(
+                f"{path} is another variant than its name says, of vectors of {self.vector_length}; install nmfx anew"
+            )
         self.operators: dict[str, int] = {}
         while name := c.nmfx_operator_name(len(self.operators)):
             self.operators[name.decode()] = len(self.operators)
-
-    @functools.cached_property
-    def digest(self) -> str:
-        """Stands for the content of the file; only who keeps measured times asks."""
-        return hashlib.sha256(self.path.read_bytes()).hexdigest()[:32]
 
     def use_openmp(self) -> bool:
         """Share the threads of the OpenMP that torch runs on; false where it has none that is known."""
@@ -231,11 +238,11 @@ def _loaded() -> tuple[Library | None, str]:
             continue
         try:
             library = Library(path)
-        except NmfxError as error:
+        except UnsupportedError as error:
             reasons.append(str(error))
             continue
-        except (OSError, AttributeError) as error:
-            reasons.append(f"{path}: {error}; install nmfx anew")
+        except (NmfxError, OSError, AttributeError) as error:
+            reasons.append(str(error) if isinstance(error, NmfxError) else f"{path}: {error}; install nmfx anew")
             log.warning("a kernel cannot be loaded: %s", reasons[-1])
             continue
         if threads == "openmp" and library.use_openmp() and hasattr(os, "register_at_fork"):
