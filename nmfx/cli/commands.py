@@ -100,6 +100,7 @@ STRICT = arg(
     action="store_true",
     help="random weights are an error, not a warning (as with NMFX_STRICT_WEIGHTS=1 in the environment)",
 )
+JSON = arg("--json", action="store_true", help="show what was found as JSON, and nothing else on standard output")
 FORCE = arg("--force", action="store_true", help="overwrite what is there")
 CHOICES, LOOP, TRAINING = options_of(Choices), options_of(DominoSettings), options_of(Settings)
 WITH_DATA = ("sensitivity", "pictures", "seconds", "lr", "batch_size", "most", "seed", *LOOP)
@@ -196,7 +197,7 @@ COMMANDS = {
         "write scheme files and the compressed checkpoint",
         "Write the scheme files and the compressed checkpoint of a work directory to DIR/export/: the fine-tuned weights if "
         "they were trained under this scheme, else the recalibrated ones, else those it was made with.",
-        [CONVERTED, OTHER_SCHEME, flags(ExportSettings)],
+        [CONVERTED, OTHER_SCHEME, flags(ExportSettings), JSON],
         out="folder to write to (default: DIR/export)",
     ),
     "bench": Command(

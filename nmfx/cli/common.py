@@ -54,13 +54,16 @@ def warn_random(work: WorkDirectory) -> None:
         warn(f"{work.random}: anything found reflects shapes only", "WARNING")
 
 
-def hint_scheme(work: WorkDirectory, data: DataSettings | None = None, scheme: str | None = None) -> None:
+def hint_scheme(
+    work: WorkDirectory, data: DataSettings | None = None, scheme: str | None = None, platform: str | None = None
+) -> None:
     """What can be done with a scheme: what brings accuracy back comes before the export."""
+    there = ("--for", platform) if platform else ()
     pictures = data.flags if data else ("--data", "digits" if work.model == "demo:digits" else "DIR")
     hint(
         (work.command("finetune", *pictures, scheme=scheme), "train it under this scheme"),
         (work.command("correct", *pictures, scheme=scheme), "new values for kept weights, no training"),
-        (work.command("export", scheme=scheme), "as it is"),
+        (work.command("export", *there, scheme=scheme), "as it is"),
     )
 
 

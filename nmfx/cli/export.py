@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
+
+from rich.text import Text
 
 from nmfx.cli import tables
 from nmfx.cli.common import warn_random, work_of
-from nmfx.cli.console import advancing, heading, output, warn
+from nmfx.cli.console import advancing, heading, output, quieten, show_json, warn
 from nmfx.settings.flags import read_flags
 from nmfx.settings.formats import FORMATS
 from nmfx.settings.stages import ExportSettings
-from nmfx.stages.export import export, file_names, stamp_export
+from nmfx.stages.export import ExportRecord, export, file_names, stamp_export
+from nmfx.stages.runs import Runs, json_of, shown
 from nmfx.stages.work import EXPORT, check_free
 from nmfx.text import size
 
@@ -21,6 +26,8 @@ def run(args: Namespace) -> None:
     work, settings, out = work_of(args), read_flags(args, ExportSettings), output()
     folder, files = Path(args.out) if args.out else work.path / EXPORT, file_names(work, settings)
     check_free([folder / name for name in (*files.values(), "scheme.txt")], force=args.force)
+    if args.json:
+        quieten()
     with advancing(f"exporting {work.model}"):
         done = export(work, settings, folder, scheme=args.scheme)
     for line in done.notes:
@@ -37,7 +44,42 @@ def run(args: Namespace) -> None:
     warn_random(work)
     if not args.out:
         stamp_export(work, settings, done, own=args.scheme is None)
+    if done.runs is not None:
+        _show_runs(done.runs, folder / done.files[done.runs.platform.format])
     for kind, one in FORMATS.items():
         stale = folder / f"{work.source.name}{one.ending}"
         if kind not in done.files and stale.exists():
             warn(f"{stale} was there and is not of this export, so perhaps of another scheme; it is left as it was")
+    if args.json:
+        show_json(_values(done, folder))
+
+
+def _show_runs(runs: Runs, file: Path) -> None:
+    """What a platform runs sparse, a row a site; where that is said, and what comes next."""
+    out, there = output(), runs.platform
+    out.print(heading(f"\n{there.label}", f": {there.gain}"), soft_wrap=True)
+    rows = tables.table("site~", "shape", "pattern>", "runs", "why~")
+    for run in runs.sites:
+        ran = Text("sparse", "green") if run.sparse else Text("dense", "dim")
+        rows.add_row(run.site, "x".join(map(str, run.shape)), shown(run.pattern), ran, run.why)
+    out.print(rows)
+    out.print(f"{runs}; {there.checked}", soft_wrap=True)
+    out.print(f"next: {there.then.replace('FILE', str(file))}", soft_wrap=True)
+    for source in there.sources:
+        out.print(f"see {source}", soft_wrap=True)
+
+
+def _values(done: ExportRecord, folder: Path) -> dict[str, Any]:
+    totals = done.scheme.totals(done.sites)
+    return {
+        "weights": done.weights,
+        "totals": {**asdict(totals), "sparsity": totals.sparsity, "mac_sparsity": totals.mac_sparsity},
+        "dense_bytes": done.dense_bytes,
+        "files": [
+            {"kind": kind, "path": str(folder / name), "bytes": (folder / name).stat().st_size}
+            for kind, name in done.files.items()
+        ],
+        "verified": None if done.verified is None else str(done.verified),
+        "notes": done.notes,
+        "runs": None if done.runs is None else json_of(done.runs),
+    }

@@ -13,6 +13,7 @@ from nmfx.processes import first_alone, rank
 from nmfx.scheme import Scheme
 from nmfx.search.finder import SearchResult
 from nmfx.settings.flags import read_flags, typed
+from nmfx.settings.platforms import PLATFORMS
 from nmfx.settings.search import DEFAULT_TARGET, SearchSettings
 from nmfx.settings.stages import DataSettings, ModelSettings
 from nmfx.stages import report
@@ -43,6 +44,9 @@ def run(args: Namespace) -> None:
         assert record.result is not None  # no scheme or pattern can be asked for here
         if record.target:
             out.print(heading("target:", f" {record.target}, --target says another"), soft_wrap=True)
+        if settings.platform:
+            there = PLATFORMS[settings.platform]
+            out.print(heading(f"{there.label}: ", there.gain), soft_wrap=True)
         _show(record.result, record.scheme, events=args.events)
         if (reached := record.reached) is not None:
             out.print(heading("latency: ", str(reached)), soft_wrap=True)
@@ -61,7 +65,7 @@ def run(args: Namespace) -> None:
         if is_state(path.with_suffix(SEARCHING)):
             path.with_suffix(SEARCHING).unlink()
         out.print(f"wrote {', '.join(map(str, written))}", soft_wrap=True)
-        hint_scheme(work, data, str(path) if args.out else None)
+        hint_scheme(work, data, str(path) if args.out else None, settings.platform)
 
 
 def _work(args: Namespace) -> WorkDirectory:

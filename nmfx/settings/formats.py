@@ -18,17 +18,25 @@ class Format:
     Attributes:
         help: of its option.
         ending: of the file's name.
-        function: ``(model, path, example) -> None``, which writes it; `example` is an input of the model, an `Example`.
+        function: ``(model, path, example, **options) -> None``, which writes it; `example` is an input of the model, an
+            `Example`. It may write ``PATH.data`` beside it.
+        options: the export settings that are options of its function.
     """
 
     help: str
     ending: str
     function: Function
+    options: tuple[str, ...] = ()
 
 
 FORMATS: dict[str, Format] = {
     "baked": Format("also a plain state dict with real zeros", ".baked.safetensors", "nmfx.export.plain:save_baked"),
-    "onnx": Format("also an ONNX file with real zeros (needs nmfx[onnx])", ".onnx", "nmfx.export.plain:save_onnx"),
+    "onnx": Format(
+        "also an ONNX file with real zeros and a free batch (needs nmfx[onnx])",
+        ".onnx",
+        "nmfx.export.onnx:save_onnx",
+        options=("opset", "free_size"),
+    ),
     "compiled": Format(
         "also a model compiled for this processor and one picture at a time (nmfx.load_compiled)",
         ".nmfxc",

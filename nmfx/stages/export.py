@@ -16,7 +16,9 @@ from nmfx.scheme import Scheme
 from nmfx.settings.formats import FORMATS
 from nmfx.settings.methods import resolve
 from nmfx.settings.option import values_of
+from nmfx.settings.platforms import PLATFORMS
 from nmfx.settings.stages import ExportSettings
+from nmfx.stages.runs import Runs, runs_on
 from nmfx.stages.work import EXPORT, FINISHING, SCHEME, WorkDirectory, save_scheme
 from nmfx.stages.written import drop_stamp, leave_stamp
 
@@ -31,6 +33,7 @@ class ExportRecord:
         taken: the checkpoint they were taken from; None for those that the work directory was made with.
         dense_bytes: of the dense weights.
         verified: the check of the masks; None without any.
+        runs: what will run sparse on the platform that was named; None without one.
     """
 
     files: dict[str, str]
@@ -41,6 +44,7 @@ class ExportRecord:
     dense_bytes: int
     verified: Verified | None
     notes: list[str]
+    runs: Runs | None = None
 
 
 def stamp_export(work: WorkDirectory, settings: ExportSettings, done: ExportRecord, *, own: bool) -> None:
@@ -105,6 +109,11 @@ def export(
         save_checkpoint(model, draft / files["checkpoint"], info={**chosen.info, "weights": weights})
         plain = bake(model, inplace=True)
         for kind in settings.formats:
-            resolve(FORMATS[kind].function)(plain, draft / files[kind], example)
+            options = {name: getattr(settings, name) for name in FORMATS[kind].options}
+            resolve(FORMATS[kind].function)(plain, draft / files[kind], example, **options)
+            if (beside := draft / f"{files[kind]}.data").is_file():
+                files[f"{kind} data"] = beside.name
+        there = settings.platform
+        runs = runs_on(there, sites, chosen, draft / files[PLATFORMS[there].format]) if there is not None else None
         notes += [*said, *make_way(list(files.values()))]
-    return ExportRecord(files, weights, done.path if done else None, chosen, sites, dense, verified, notes)
+    return ExportRecord(files, weights, done.path if done else None, chosen, sites, dense, verified, notes, runs)

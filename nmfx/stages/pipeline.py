@@ -133,6 +133,7 @@ def _export(job: Job, folder: Path, device: str, progress: Progress) -> Done:
     lines, checked = list[str](), record.verified
     if checked is not None:
         lines.append(str(checked))
+    lines += [str(record.runs)] if record.runs is not None else []
     lines += [*record.notes, *(f"wrote {folder / path} ({(folder / path).stat().st_size:,} bytes)" for path in paths)]
     return Done(paths, tuple(lines))
 

@@ -81,6 +81,10 @@ ROWS = [
     ("search W --force --method spdy", 1, "method spdy looks at pictures: give --data"),
     ("search W --force --sensitivity gradeint", 1, "unknown sensitivity 'gradeint' (did you mean 'gradient'?)"),
     (f"finetune W {DATA} --from a --weights none", 1, "give --from or --weights, not both"),
+    ("search W --force --for tensorrt --m 16", 1, "--for tensorrt: 4:16 may keep more than 2 of 4 consecutive input channels"),
+    ("search W --force --for coreml --target-latency 2x", 1, "--for coreml: times are those of nmfx's own runtime; give --for"),
+    ("search W --force --for tensort", 2, "found 'tensort' (did you mean 'tensorrt'?)"),
+    ("export W --force --opset 19", 1, "--opset says nothing without --onnx"),
     # Files for folders, folders for files, neither there.
     ("search nowhere", 1, "nowhere: not a work directory, there is no such folder; make one with `nmfx convert nowhere`"),
     ("search W/scheme.yaml", 1, "scheme.yaml: not a work directory, it is a file; did you mean W?"),
