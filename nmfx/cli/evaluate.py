@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 
 from rich.table import Table
 
 from nmfx.cli.common import check_random, data_settings, processes
 from nmfx.cli.console import advancing, output, warn
 from nmfx.cli.tables import table
+from nmfx.processes import rank
 from nmfx.settings.flags import read_flags
 from nmfx.settings.stages import EvaluateSettings, ModelSettings
 from nmfx.stages.evaluate import FIRST, Candidate, candidates_of, load_candidate, score
+from nmfx.stages.measured import record_scores
 from nmfx.stages.work import asked
 from nmfx.training.evaluation import Evaluation
 
@@ -28,6 +31,8 @@ def run(args: Namespace) -> None:
         found = candidates_of(asked(args.what, "evaluate"), model, args.model)
         with advancing(f"evaluating on {data.name}") as progress:
             done = score(_told(args, found), settings, data, reference=reference, device=device, progress=progress)
+        if done.files and rank() == 0:
+            record_scores(Path(asked(args.what, "evaluate")), done.scores, done.files, data.name)
         output().print(score_table(done.scores))
         samples = next(iter(done.scores.values())).samples
         output().print(f"{samples:,} validation pictures of {done.data}", soft_wrap=True)

@@ -189,6 +189,9 @@ class ExportSettings:
         "where the network is to run: also the format that is taken there, and what of it will run sparse (docs/platforms.md)",
         flag="for",
     )
+    folder: bool = option(
+        False, "also a folder hub/ as model hubs expect it: plain weights, timm's config.json, the scheme, a model card"
+    )
     opset: int | None = option(None, "of the ONNX file: version of its operators; the exporter's own", least=7, most=99)
     free_size: bool = option(False, "of the ONNX file: height and width are free too, where the model does not fix them")
 

@@ -6,7 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from torch import nn
+
+from nmfx.export.card import write_card
 from nmfx.export.checkpoint import load_checkpoint, save_checkpoint
+from nmfx.export.hub import NAMES, save_hub
 from nmfx.files.atomic import all_or_nothing
 from nmfx.models.site import Sites
 from nmfx.passes.baking import bake
@@ -18,8 +22,9 @@ from nmfx.settings.methods import resolve
 from nmfx.settings.option import values_of
 from nmfx.settings.platforms import PLATFORMS
 from nmfx.settings.stages import ExportSettings
+from nmfx.stages.measured import figures_of
 from nmfx.stages.runs import Runs, runs_on
-from nmfx.stages.work import EXPORT, FINISHING, SCHEME, WorkDirectory, save_scheme
+from nmfx.stages.work import EXPORT, FINISHING, HUB, SCHEME, WEIGHTS, WorkDirectory, save_scheme
 from nmfx.stages.written import drop_stamp, leave_stamp
 
 
@@ -63,7 +68,8 @@ def file_names(work: WorkDirectory, settings: ExportSettings) -> dict[str, str]:
     """What the stage writes, by kind."""
     name = work.source.name
     formats = {kind: f"{name}{FORMATS[kind].ending}" for kind in settings.formats}
-    return {"scheme": SCHEME, "checkpoint": f"{name}.safetensors"} | formats
+    shared = {f"hub {name}": f"{HUB}/{name}" for name in NAMES} if settings.folder else {}
+    return {"scheme": SCHEME, "checkpoint": f"{name}.safetensors"} | formats | shared
 
 
 def export(
@@ -113,7 +119,24 @@ def export(
             resolve(FORMATS[kind].function)(plain, draft / files[kind], example, **options)
             if (beside := draft / f"{files[kind]}.data").is_file():
                 files[f"{kind} data"] = beside.name
+        if settings.folder:
+            (draft / HUB).mkdir()
+            card = _card(work, model, chosen, sites, weights, draft / files["checkpoint"], done.path if done else None)
+            save_hub(plain, draft / HUB, chosen, sites, work.source, card, input_size=work.input_size)
         there = settings.platform
         runs = runs_on(there, sites, chosen, draft / files[PLATFORMS[there].format]) if there is not None else None
         notes += [*said, *make_way(list(files.values()))]
     return ExportRecord(files, weights, done.path if done else None, chosen, sites, dense, verified, notes, runs)
+
+
+def _card(
+    work: WorkDirectory, model: nn.Module, scheme: Scheme, sites: Sites, weights: str, checkpoint: Path, taken: Path | None
+) -> str:
+    """The model card: sizes of what was written, and accuracies that the work directory has recorded of these very weights."""
+    figures = figures_of(work.path, {"dense": work.path / WEIGHTS} | ({"here": taken} if taken else {}))
+    figures += [one for one in figures_of(work.path, {"here": checkpoint}) if one not in figures]
+    config = dict(getattr(model, "pretrained_cfg", None) or {})
+    if work.input_size:
+        config["input_size"] = work.input_size
+    sizes = {"compressed checkpoint of nmfx": checkpoint.stat().st_size}
+    return write_card(work.source, scheme, sites, figures, weights=weights, bytes_of=sizes, config=config)
