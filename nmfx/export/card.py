@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,9 @@ from nmfx.models.site import Sites
 from nmfx.models.source import Source, versions
 from nmfx.scheme import Scheme
 from nmfx.text import size
+
+
+HERE = "here"  # what the network of a card is called in its tables
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,7 @@ def write_card(
     lines += [f"# {source.name}, {sparse} of its weights zero", ""]
     lines += [
         f"`{source}` under a layer-wise N:M scheme: of each M weights along the input channels of a layer, N are kept "
-        f"({scheme.counts(sites)}). Made by [nmfx](https://pypi.org/project/nmfx/) {__version__}.",
+        f"({scheme.counts(sites)}). Made by nmfx {__version__}.",
         "",
         "| | dense | here |",
         "|---|---|---|",
@@ -80,24 +83,23 @@ def write_card(
             for key, value in scheme.info.items()
             if key in ("method", "score", "budget", "target") and value
         ),
-        f"- pictures of {'x'.join(map(str, config['input_size']))}" if config.get("input_size") else "",
+        *([f"- pictures of {'x'.join(map(str, config['input_size']))}"] if config.get("input_size") else []),
         f"- {', '.join(f'{name} {version}' for name, version in versions().items())}",
         "",
         "`scheme.yaml` has the pattern of every layer.",
     ]
-    return "\n".join(line for line in lines if line is not None).replace("\n\n\n", "\n\n") + "\n"
+    return "\n".join(lines) + "\n"
 
 
-def _measured(figures: Iterable[Figure]) -> list[str]:
-    rows = [
-        f"| {one.what} | {one.top1:.2%} | {one.top5:.2%} | {one.samples:,} validation pictures of {one.data} |"
-        for one in figures
-    ]
-    if not rows:
-        return [
-            "No accuracy of these weights was recorded. `nmfx evaluate DIR --data PICTURES` records it; export again after it."
-        ]
-    return ["| | top-1 | top-5 | on |", "|---|---|---|---|", *rows]
+def _measured(figures: Sequence[Figure]) -> list[str]:
+    """A table of them, and a line where none is of the weights that lie here."""
+    lines = ["| | top-1 | top-5 | on |", "|---|---|---|---|"] if figures else []
+    for one in figures:
+        lines.append(f"| {one.what} | {one.top1:.2%} | {one.top5:.2%} | {one.samples:,} validation pictures of {one.data} |")
+    if not any(one.what == HERE for one in figures):
+        how = "`nmfx evaluate DIR --data PICTURES` records it; export again after it"
+        lines += [*([""] if lines else []), f"No accuracy of these weights was recorded. {how}."]
+    return lines
 
 
 def _loading(source: Source) -> list[str]:

@@ -38,7 +38,7 @@ class Candidate:
     Attributes:
         note: what is to be said of its weights.
         random: what is to be said of random weights; empty where they are none.
-        file: that its weights are; None where they are no file of a work directory.
+        files: that its weights are, and the scheme that masks them; none where they are not of a work directory.
     """
 
     label: str
@@ -46,7 +46,7 @@ class Candidate:
     size: tuple[int, ...] | None = None
     note: str = ""
     random: str = ""
-    file: Path | None = None
+    files: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class EvaluateRecord:
 
     scores: dict[str, Evaluation]
     data: Data
-    files: dict[str, Path] = field(default_factory=dict)
+    files: dict[str, tuple[Path, ...]] = field(default_factory=dict)
 
 
 def score(
@@ -83,7 +83,7 @@ def score(
     Raises:
         NmfxError: pictures that a model cannot take.
     """
-    data, scores, files = open_pictures(pictures), dict[str, Evaluation](), dict[str, Path]()
+    data, scores, files = open_pictures(pictures), dict[str, Evaluation](), dict[str, tuple[Path, ...]]()
     size = max(1, settings.batch_size // world())
     reference = reference.to(device) if reference is not None else None
     for one in candidates:
@@ -98,7 +98,7 @@ def score(
                 f"{one.label}: the forward pass fails on pictures of {shape}: {sentence(error)}; give --input-size as the "
                 f"model expects it"
             ) from error
-        files |= {one.label: one.file} if one.file is not None else {}
+        files |= {one.label: one.files} if one.files else {}
         if reference is None and one.label in FIRST:
             reference = one.model
     return EvaluateRecord(scores, data, files)
@@ -137,26 +137,27 @@ def candidates_of(what: str, settings: ModelSettings, network: str | None = None
     work = open_work(Path(what))
     size, dense, scheme = settings.size or work.input_size, work.load(), None
     first = "start" if work.start_path.is_file() else "dense"
-    yield Candidate(first, dense, size, random=work.random, file=work.path / WEIGHTS)
+    yield Candidate(first, dense, size, random=work.random, files=(work.path / WEIGHTS,))
     if work.scheme_path.is_file():
         sites = work.sites(dense)
         scheme = Scheme.load(work.scheme_path, sites)
-        yield Candidate("masked, untrained", transform(dense, scheme, sites=sites), size)
+        masked = transform(dense, scheme, sites=sites)
+        yield Candidate("masked, untrained", masked, size, files=(work.path / WEIGHTS, work.scheme_path))
     finished = {"recalibrated": work.recalibrated_path, "corrected": work.corrected_path, "fine-tuned": work.tuned_path}
     for label, file in finished.items():
         if file.is_file():
             model = load_checkpoint(file)
             other = scheme is not None and scheme_of(model).patterns != scheme.patterns
-            yield Candidate(f"{label}{', another scheme' if other else ''}", model, size, file=file)
+            yield Candidate(f"{label}{', another scheme' if other else ''}", model, size, files=(file,))
 
 
 def exported(work: WorkDirectory) -> Iterator[Candidate]:
     """The model that a recipe started from, if its weights are any, and the one that it exported."""
     if not work.random:
         first = "start" if work.start_path.is_file() else "dense"
-        yield Candidate(first, work.load(), work.input_size, file=work.path / WEIGHTS)
+        yield Candidate(first, work.load(), work.input_size, files=(work.path / WEIGHTS,))
     model = load_checkpoint(work.exported_path, work.load())
-    yield Candidate("exported", model, work.input_size, file=work.exported_path)
+    yield Candidate("exported", model, work.input_size, files=(work.exported_path,))
 
 
 def write_scores(record: EvaluateRecord, folder: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import nn
 
-from nmfx.export.card import write_card
+from nmfx.export.card import HERE, write_card
 from nmfx.export.checkpoint import load_checkpoint, save_checkpoint
 from nmfx.export.hub import NAMES, save_hub
 from nmfx.files.atomic import all_or_nothing
@@ -121,7 +121,8 @@ def export(
                 files[f"{kind} data"] = beside.name
         if settings.folder:
             (draft / HUB).mkdir()
-            card = _card(work, model, chosen, sites, weights, draft / files["checkpoint"], done.path if done else None)
+            taken = (done.path,) if done else (work.path / WEIGHTS, Path(scheme) if scheme else work.scheme_path)
+            card = _card(work, model, chosen, sites, weights, draft / files["checkpoint"], taken)
             save_hub(plain, draft / HUB, chosen, sites, work.source, card, input_size=work.input_size)
         there = settings.platform
         runs = runs_on(there, sites, chosen, draft / files[PLATFORMS[there].format]) if there is not None else None
@@ -130,11 +131,11 @@ def export(
 
 
 def _card(
-    work: WorkDirectory, model: nn.Module, scheme: Scheme, sites: Sites, weights: str, checkpoint: Path, taken: Path | None
+    work: WorkDirectory, model: nn.Module, scheme: Scheme, sites: Sites, weights: str, checkpoint: Path, taken: tuple[Path, ...]
 ) -> str:
     """The model card: sizes of what was written, and accuracies that the work directory has recorded of these very weights."""
-    figures = figures_of(work.path, {"dense": work.path / WEIGHTS} | ({"here": taken} if taken else {}))
-    figures += [one for one in figures_of(work.path, {"here": checkpoint}) if one not in figures]
+    figures = figures_of(work.path, {"dense": (work.path / WEIGHTS,), HERE: taken})
+    figures += [one for one in figures_of(work.path, {HERE: (checkpoint,)}) if one not in figures]
     config = dict(getattr(model, "pretrained_cfg", None) or {})
     if work.input_size:
         config["input_size"] = work.input_size

@@ -6,7 +6,7 @@ So a figure is never said of other weights than it was measured of, whatever was
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from nmfx.errors import NmfxError
@@ -28,30 +28,34 @@ class _Score(Form, frozen=True):
     samples: Count
 
 
-def record_scores(folder: Path, scores: Mapping[str, Evaluation], files: Mapping[str, Path], data: str) -> None:
+def record_scores(folder: Path, scores: Mapping[str, Evaluation], files: Mapping[str, Sequence[Path]], data: str) -> None:
     """Add scores to those of a work directory; newer ones of the same weights on the same data replace older ones.
 
     Args:
-        scores, files: by label; scores without a file are not recorded.
+        scores, files: by label; scores without files are not recorded. Weights that are masked by a scheme are two files.
         data: the pictures, in a few words.
     """
     found = {(one.weights, one.data): one for one in _read(folder)}
     for label, score in scores.items():
-        if label in files and files[label].is_file():
-            weights = digest_of(files[label])
+        if label in files and all(file.is_file() for file in files[label]):
+            weights = _digest(files[label])
             found[weights, data] = _Score(weights, label, data, score.top1, score.top5, score.samples)
     if found:
         content = [{name: getattr(one, name) for name in _Score.__struct_fields__} for one in found.values()]
         write_text(folder / MEASURED, json.dumps(content, indent=1))
 
 
-def figures_of(folder: Path, files: Mapping[str, Path]) -> list[Figure]:
+def figures_of(folder: Path, files: Mapping[str, Sequence[Path]]) -> list[Figure]:
     """What was recorded of these files as they are now, by what they are called here."""
     recorded, found = _read(folder), list[Figure]()
-    for what, file in files.items():
-        digest = digest_of(file)
+    for what, those in files.items():
+        digest = _digest(those)
         found += [Figure(what, one.top1, one.top5, one.samples, one.data) for one in recorded if one.weights == digest]
     return list(dict.fromkeys(found))
+
+
+def _digest(files: Sequence[Path]) -> str:
+    return "+".join(map(digest_of, files))
 
 
 def _read(folder: Path) -> list[_Score]:

@@ -91,7 +91,7 @@ def test_measured_accuracies_come_from_the_work_directory(nmfx: Run) -> None:
     nmfx("correct", "--data", "digits", "--pictures", "96")
     out = nmfx("evaluate", "--data", "digits")
     found = {one["label"]: one for one in json.loads(Path("digits.nmfx/measured.json").read_text())}
-    assert found.keys() == {"dense", "corrected"}
+    assert found.keys() == {"dense", "masked, untrained", "corrected"}
     nmfx("export", "--folder")
     card = Path("digits.nmfx/export/hub/README.md").read_text()
     for label, here in (("dense", "dense"), ("corrected", "here")):
@@ -106,6 +106,11 @@ def test_measured_accuracies_come_from_the_work_directory(nmfx: Run) -> None:
     card = Path("digits.nmfx/export/hub/README.md").read_text()
     assert "| dense |" in card
     assert "| here |" not in card.partition("## Measured")[2], "other weights were exported than were evaluated"
+    assert "No accuracy of these weights was recorded" in card
+    Path("digits.nmfx/corrected/model.safetensors").unlink()
+    nmfx("export", "--folder", "--force")
+    card = Path("digits.nmfx/export/hub/README.md").read_text()
+    assert f"| here | {found['masked, untrained']['top1']:.2%} |" in card
 
 
 def test_a_recipe_writes_it_and_goes_on(nmfx: Run) -> None:
