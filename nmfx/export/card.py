@@ -14,7 +14,6 @@ from nmfx.models.source import Source, versions
 from nmfx.scheme import Scheme
 from nmfx.text import size
 
-
 HERE = "here"  # what the network of a card is called in its tables
 
 
