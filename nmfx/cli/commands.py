@@ -71,9 +71,12 @@ def parser() -> Parser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    result.add_argument(
+        "--completion", choices=SHELLS, help="print what completes commands in a shell (needs nmfx[completion])"
+    )
     result.add_argument("--version", action="version", version=f"nmfx {__version__}")
     result.add_argument("-v", "--verbose", action="store_true", help="log what the library does, show full tracebacks")
-    commands = result.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    commands = result.add_subparsers(dest="command", metavar="COMMAND")
     shared = Parser(add_help=False)
     shared.add_argument(  # SUPPRESS: what was said before the command stays
         "-v", "--verbose", action="store_true", default=argparse.SUPPRESS, help="log what the library does, show tracebacks"
@@ -104,6 +107,7 @@ JSON = arg("--json", action="store_true", help="show what was found as JSON, and
 FORCE = arg("--force", action="store_true", help="overwrite what is there")
 CHOICES, LOOP, TRAINING = options_of(Choices), options_of(DominoSettings), options_of(Settings)
 WITH_DATA = ("sensitivity", "pictures", "seconds", "lr", "batch_size", "most", "seed", *LOOP)
+SHELLS = ("bash", "zsh")  # shtab knows tcsh as well, but not the options of commands there
 STAGES = ("build", "search", "correct", "finetune", "export", "evaluate")
 
 COMMANDS = {
@@ -191,6 +195,7 @@ COMMANDS = {
             PICTURES,
             flags(EvaluateSettings),
             STRICT,
+            JSON,
         ],
     ),
     "export": Command(
@@ -213,6 +218,7 @@ COMMANDS = {
             arg("--sites", action="store_true", help="also list how each site is computed, and what was measured"),
             FIGURE,
             STRICT,
+            JSON,
             FORCE,
         ],
     ),
@@ -247,7 +253,7 @@ COMMANDS = {
     "inspect": Command(
         "show a checkpoint, compiled model, scheme, work directory or model",
         "Show what is in a work directory, a compressed checkpoint, a compiled model, a scheme file, or a model by name.",
-        [WHAT, NETWORK],
+        [WHAT, NETWORK, JSON],
     ),
     "compare": Command(
         "show where schemes for one network differ",
@@ -259,6 +265,7 @@ COMMANDS = {
             arg("--all", action="store_true", help="also list the sites that agree"),
             FIGURE,
             HTML,
+            JSON,
             FORCE,
         ],
     ),
@@ -275,6 +282,7 @@ COMMANDS = {
                 help='a glob such as "timm:vit_*", or part of a name (default: all)',
             ),
             arg("--measure", action="store_true", help="measure those listed that were not measured, without memory"),
+            JSON,
         ],
     ),
 }

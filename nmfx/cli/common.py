@@ -42,14 +42,15 @@ def check_random(args: Namespace, said: str) -> None:
 
 
 def work_of(args: Namespace) -> WorkDirectory:
-    """The work directory that a command needs; raises for random weights where they are an error."""
+    """The work directory that a command needs; raises for random weights where they are an error, else says so once, first."""
     work = need_work(args.work, args.command)
     check_random(args, work.random)
+    warn_random(work)
     return work
 
 
 def warn_random(work: WorkDirectory) -> None:
-    """Repeat what every stage must repeat."""
+    """What every command says before anything else of a network that has random weights."""
     if work.random:
         warn(f"{work.random}: anything found reflects shapes only", "WARNING")
 

@@ -10,7 +10,7 @@ from typing import Any
 from rich.text import Text
 
 from nmfx.cli import tables
-from nmfx.cli.common import warn_random, work_of
+from nmfx.cli.common import work_of
 from nmfx.cli.console import advancing, heading, output, quieten, show_json, warn
 from nmfx.settings.flags import read_flags
 from nmfx.settings.formats import FORMATS
@@ -41,7 +41,6 @@ def run(args: Namespace) -> None:
         taken = (folder / name).stat().st_size
         share = f", {taken / done.dense_bytes:.1%} of the dense weights" if kind == "checkpoint" else ""
         out.print(f"wrote {folder / name} ({size(taken)}{share})", soft_wrap=True)
-    warn_random(work)
     if not args.out:
         stamp_export(work, settings, done, own=args.scheme is None)
     if done.runs is not None:
@@ -58,7 +57,7 @@ def _show_runs(runs: Runs, file: Path) -> None:
     """What a platform runs sparse, a row a site; where that is said, and what comes next."""
     out, there = output(), runs.platform
     out.print(heading(f"\n{there.label}", f": {there.gain}"), soft_wrap=True)
-    rows = tables.table("site~", "shape", "pattern>", "runs", "why~")
+    rows = tables.table("site~", "shape?", "pattern>?", "runs", "why~")
     for run in runs.sites:
         ran = Text("sparse", "green") if run.sparse else Text("dense", "dim")
         rows.add_row(run.site, "x".join(map(str, run.shape)), shown(run.pattern), ran, run.why)

@@ -52,7 +52,6 @@ def run(args: Namespace) -> None:
             out.print(heading("latency: ", str(reached)), soft_wrap=True)
             if reached.measured > reached.wanted:
                 out.print("not reached; the machine may have been busy: run it again", soft_wrap=True)
-        warn_random(work)
         if rank() != 0:
             return
         written, notes = save_scheme(record.scheme, path, record.sites, force=args.force)
@@ -74,6 +73,7 @@ def _work(args: Namespace) -> WorkDirectory:
         raise NmfxError("give a work directory or --model, not both")
     found = None if args.model else find_work(args.work, "search")
     if found is not None:
+        warn_random(found)
         return found
     if args.model is None:
         output().print(
@@ -82,7 +82,10 @@ def _work(args: Namespace) -> WorkDirectory:
         )
     name = args.model or DEMO
     path = directory_for(name)
-    return open_converted(name, path) if path.exists() else convert.convert(args, ModelSettings(name=name), path)
+    if path.exists():
+        warn_random(found := open_converted(name, path))
+        return found
+    return convert.convert(args, ModelSettings(name=name), path)
 
 
 def _searched(

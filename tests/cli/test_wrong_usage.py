@@ -15,7 +15,7 @@ from nmfx.cli.main import main
 DATA = "--data digits"
 ROWS = [
     # The command itself.
-    ("", 2, "the following arguments are required: COMMAND"),
+    ("--completion fish", 2, "argument --completion: invalid choice: 'fish'"),
     ("serch", 2, "no command is called 'serch' (did you mean 'search'?)"),
     ("search --targt 3", 2, "unknown argument '--targt' (did you mean '--target'?)"),
     ("finetune --epcohs=3 --data x", 2, "unknown argument '--epcohs=3' (did you mean '--epochs'?)"),
