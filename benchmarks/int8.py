@@ -29,7 +29,7 @@ from runtime import settled
 from torch import Tensor, nn
 
 import nmfx
-from nmfx.export.plain import save_onnx
+from nmfx.export.onnx import save_onnx
 from nmfx.models.example import Example
 from nmfx.runtime.measuring.bench import in_turns
 from nmfx.runtime.measuring.engines import open_engine

@@ -25,7 +25,7 @@ import torchvision
 from torch import nn
 
 import nmfx
-from nmfx.export.plain import save_onnx
+from nmfx.export.onnx import save_onnx
 from nmfx.models.example import Example
 from nmfx.runtime.measuring.bench import NMFX, bench
 from nmfx.runtime.measuring.latency import measured_seconds

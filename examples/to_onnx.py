@@ -4,7 +4,7 @@
     python examples/to_onnx.py [--out DIR]
 
 A baked model is made of plain modules with real zeros, so torch's own exporter takes it, and so do other tools.
-`nmfx export --onnx` and `nmfx.export.plain.save_onnx` call it the same way.
+`nmfx export --onnx` and `nmfx.export.onnx.save_onnx` call it the same way.
 """
 
 from __future__ import annotations

@@ -37,6 +37,7 @@ AFTER = {  # that flags and keys know the name
     "Sensitivity": 'section({"sensitivity": "absolute"}, SearchSettings, "recipe")',
     "Rule": 'section({"training": "strong-sr-ste"}, FinetuneSettings, "recipe")',
     "Format": 'import numpy; numpy.load("digits.nmfx/export/digits.npz"); section({"npz": "true"}, ExportSettings, "recipe")',
+    "Platform": 'section({"platform": "my-npu"}, ExportSettings, "recipe")',
     "Option": "",
 }
 

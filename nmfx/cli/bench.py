@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from dataclasses import asdict
+from typing import Any
 
 import torch
 
 from nmfx.cli.common import check_kernel, check_random, data_settings
-from nmfx.cli.console import advancing, output, warn
+from nmfx.cli.console import advancing, output, quieten, show_json, warn
 from nmfx.cli.tables import table
 from nmfx.runtime.measuring.bench import NMFX, Bench
 from nmfx.runtime.quantized.compiling import INT8
@@ -20,6 +22,8 @@ from nmfx.stages.work import asked
 
 def run(args: Namespace) -> None:
     """Load, time, show."""
+    if args.json:
+        quieten()
     report.check(args.figure, None, force=args.force)
     settings, what = read_flags(args, BenchSettings), asked(args.what, "bench")
     with advancing(f"loading {what}"):
@@ -40,6 +44,8 @@ def run(args: Namespace) -> None:
     if args.figure:
         report.write_speed(report.speeds_of(found), pair.label, args.figure, force=args.force)
         output().print(f"wrote {args.figure}", soft_wrap=True)
+    if args.json:
+        show_json(_values(found, pair.label))
 
 
 def _show(found: Bench, label: str, args: Namespace) -> None:
@@ -85,3 +91,23 @@ def _show(found: Bench, label: str, args: Namespace) -> None:
 
 def _ms(seconds: float) -> str:
     return f"{seconds * 1e3:.3g}" if seconds < 0.1 else f"{seconds * 1e3:.0f}"
+
+
+def _values(found: Bench, label: str) -> dict[str, Any]:
+    """Seconds of every turn, and how nmfx computes each site."""
+    return {
+        "label": label,
+        "difference": found.difference,
+        "missing": dict(found.missing),
+        "timings": [{**asdict(one), "median": one.median} for one in found.timings],
+        "speedups": [
+            {"batch": batch, "threads": threads, "fp32": found.speedup(batch, threads, int8=False),
+             "int8": found.speedup(batch, threads, int8=True)}
+            for batch, threads in found.choices
+        ],
+        "sites": [
+            {"batch": batch, "threads": threads, **asdict(choice)}
+            for (batch, threads), choices in found.choices.items()
+            for choice in choices
+        ],
+    }  # fmt: skip

@@ -72,9 +72,12 @@ def parser() -> Parser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    result.add_argument(
+        "--completion", choices=SHELLS, help="print what completes commands in a shell (needs nmfx[completion])"
+    )
     result.add_argument("--version", action="version", version=f"nmfx {__version__}")
     result.add_argument("-v", "--verbose", action="store_true", help="log what the library does, show full tracebacks")
-    commands = result.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    commands = result.add_subparsers(dest="command", metavar="COMMAND")
     shared = Parser(add_help=False)
     shared.add_argument(  # SUPPRESS: what was said before the command stays
         "-v", "--verbose", action="store_true", default=argparse.SUPPRESS, help="log what the library does, show tracebacks"
@@ -102,9 +105,11 @@ STRICT = arg(
     action="store_true",
     help="random weights are an error, not a warning (as with NMFX_STRICT_WEIGHTS=1 in the environment)",
 )
+JSON = arg("--json", action="store_true", help="show what was found as JSON, and nothing else on standard output")
 FORCE = arg("--force", action="store_true", help="overwrite what is there")
 CHOICES, LOOP, TRAINING = options_of(Choices), options_of(DominoSettings), options_of(Settings)
 WITH_DATA = ("sensitivity", "pictures", "seconds", "lr", "batch_size", "most", "seed", *LOOP)
+SHELLS = ("bash", "zsh")  # shtab knows tcsh as well, but not the options of commands there
 STAGES = ("build", "search", "correct", "finetune", "export", "evaluate")
 
 COMMANDS = {
@@ -192,6 +197,7 @@ COMMANDS = {
             PICTURES,
             flags(EvaluateSettings),
             STRICT,
+            JSON,
         ],
     ),
     "export": Command(
@@ -199,7 +205,7 @@ COMMANDS = {
         "Write the scheme files and the compressed checkpoint of a work directory to DIR/export/: the fine-tuned weights if "
         "they were trained under this scheme, else the recalibrated ones, else those it was made with. A format can be added "
         "to an earlier export of the same.",
-        [CONVERTED, OTHER_SCHEME, flags(ExportSettings), INT8],
+        [CONVERTED, OTHER_SCHEME, flags(ExportSettings), INT8, JSON],
         out="folder to write to (default: DIR/export)",
     ),
     "bench": Command(
@@ -216,6 +222,7 @@ COMMANDS = {
             arg("--sites", action="store_true", help="also list how each site is computed, and what was measured"),
             FIGURE,
             STRICT,
+            JSON,
             FORCE,
         ],
     ),
@@ -250,7 +257,7 @@ COMMANDS = {
     "inspect": Command(
         "show a checkpoint, compiled model, scheme, work directory or model",
         "Show what is in a work directory, a compressed checkpoint, a compiled model, a scheme file, or a model by name.",
-        [WHAT, NETWORK],
+        [WHAT, NETWORK, JSON],
     ),
     "compare": Command(
         "show where schemes for one network differ",
@@ -262,6 +269,7 @@ COMMANDS = {
             arg("--all", action="store_true", help="also list the sites that agree"),
             FIGURE,
             HTML,
+            JSON,
             FORCE,
         ],
     ),
@@ -278,6 +286,7 @@ COMMANDS = {
                 help='a glob such as "timm:vit_*", or part of a name (default: all)',
             ),
             arg("--measure", action="store_true", help="measure those listed that were not measured, without memory"),
+            JSON,
         ],
     ),
 }

@@ -42,25 +42,29 @@ def check_random(args: Namespace, said: str) -> None:
 
 
 def work_of(args: Namespace) -> WorkDirectory:
-    """The work directory that a command needs; raises for random weights where they are an error."""
+    """The work directory that a command needs; raises for random weights where they are an error, else says so once, first."""
     work = need_work(args.work, args.command)
     check_random(args, work.random)
+    warn_random(work)
     return work
 
 
 def warn_random(work: WorkDirectory) -> None:
-    """Repeat what every stage must repeat."""
+    """What every command says before anything else of a network that has random weights."""
     if work.random:
         warn(f"{work.random}: anything found reflects shapes only", "WARNING")
 
 
-def hint_scheme(work: WorkDirectory, data: DataSettings | None = None, scheme: str | None = None) -> None:
+def hint_scheme(
+    work: WorkDirectory, data: DataSettings | None = None, scheme: str | None = None, platform: str | None = None
+) -> None:
     """What can be done with a scheme: what brings accuracy back comes before the export."""
+    there = ("--for", platform) if platform else ()
     pictures = data.flags if data else ("--data", "digits" if work.model == "demo:digits" else "DIR")
     hint(
         (work.command("finetune", *pictures, scheme=scheme), "train it under this scheme"),
         (work.command("correct", *pictures, scheme=scheme), "new values for kept weights, no training"),
-        (work.command("export", scheme=scheme), "as it is"),
+        (work.command("export", *there, scheme=scheme), "as it is"),
     )
 
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import string
 from argparse import Namespace
 from collections.abc import Sequence
+from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 from rich.text import Text
 
-from nmfx.cli.console import advancing, heading, output
+from nmfx.cli.console import advancing, heading, output, quieten, show_json
 from nmfx.cli.tables import table
 from nmfx.errors import NmfxError
 from nmfx.models.site import Site
@@ -26,6 +28,8 @@ LETTERS = string.ascii_uppercase
 
 def run(args: Namespace) -> None:
     """Read the schemes, find their network, show where they differ, and write what is asked for."""
+    if args.json:
+        quieten()
     paths, out = [Path(name) for name in args.schemes], output()
     if len(paths) < 2:
         raise NmfxError("compare needs two schemes or more; `nmfx inspect` shows one")
@@ -51,6 +55,8 @@ def run(args: Namespace) -> None:
     out.print(f"\n{differing} of {len(sites)} sites differ" if differing else f"\nthe same pattern at all {len(sites)} sites")
     if written := reports_io.write_comparison(reports, args.figure, args.html, force=args.force):
         out.print(f"wrote {', '.join(map(str, written))}", soft_wrap=True)
+    if args.json:
+        show_json(_values(reports, args.schemes))
 
 
 def _site_table(reports: Sequence[Report], *, everything: bool) -> Table:
@@ -82,3 +88,21 @@ def _totals(reports: Sequence[Report]) -> Table:
         cells = (f"{totals.kept:,}", f"{totals.sparsity:.3%}", f"{totals.kept_macs:,}", f"{totals.mac_sparsity:.3%}", *share)
         result.add_row(letter, *cells, "-" if letter == "A" else f"{unlike}")
     return result
+
+
+def _values(reports: Sequence[Report], names: Sequence[str]) -> dict[str, Any]:
+    """All sites, those that agree too, and the totals of each scheme, in the order that they were named."""
+    schemes = [
+        {"scheme": name, "info": dict(report.scheme.info), "totals": asdict(report.totals), "error": report.lost}
+        for name, report in zip(names, reports, strict=True)
+    ]
+    sites = [
+        {
+            "site": site.name,
+            "shape": list(site.shape),
+            "patterns": [str(report.scheme.get(site.name, "dense")) for report in reports],
+            "differs": _differs(reports, site),
+        }
+        for site in reports[0].sites
+    ]
+    return {"model": reports[0].model, "schemes": schemes, "sites": sites}

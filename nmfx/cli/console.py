@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache
+from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.markup import escape
@@ -15,7 +17,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.segment import Segment
 from rich.text import Text
 
-from nmfx.processes import asked_to_stop
+from nmfx.processes import asked_to_stop, rank
 from nmfx.text import printable
 
 PIPED_WIDTH = 160  # no terminal to fit: names stay whole
@@ -50,6 +52,17 @@ def output() -> Console:
 def errors() -> Console:
     """Where everything else goes."""
     return Terminal(stderr=True, highlight=False)
+
+
+def quieten() -> None:
+    """Say nothing on standard output but what `show_json` shows there."""
+    output().quiet = True
+
+
+def show_json(values: Any) -> None:
+    """Plain values as JSON, alone on standard output, for a program that reads it."""
+    if rank() == 0:
+        output().file.write(json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def heading(bold: str, rest: str = "", style: str = "bold") -> Text:

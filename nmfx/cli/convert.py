@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from nmfx.cli import tables
-from nmfx.cli.common import check_random, hint_scheme, warn_random
-from nmfx.cli.console import advancing, heading, hint, output
+from nmfx.cli.common import check_random, hint_scheme
+from nmfx.cli.console import advancing, heading, hint, output, warn
 from nmfx.errors import NmfxError
 from nmfx.models.site import Sites
 from nmfx.models.tracer import describe_trace, to_graph
@@ -47,7 +47,10 @@ def convert(args: Namespace, settings: ModelSettings, path: Path, wanted: Search
     out = output()
     with advancing(f"building {settings.name}"):
         built = build_weights(settings)
-    check_random(args, random_weights(str(built.source), built.weights, built.note))
+    said = random_weights(str(built.source), built.weights, built.note)
+    check_random(args, said)
+    if said:
+        warn(f"{said}: anything found reflects shapes only", "WARNING")
     if built.weights == "file":
         out.print(built.note, soft_wrap=True)
     with advancing("finding the sites, verifying"):
@@ -67,7 +70,6 @@ def convert(args: Namespace, settings: ModelSettings, path: Path, wanted: Search
     if vars(args).get("graph"):
         out.print(str(to_graph(model).graph), soft_wrap=True)
     work = create(record, path, scheme or None, force=args.force, made_by=(settings, wanted))
-    warn_random(work)
     if record.start is not None:
         out.print(f"compressed weights: {tables.start_line(record.start, sites)}")
     out.print(f"wrote {path}/", soft_wrap=True)

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
 
 from rich.table import Table
 
 from nmfx.cli.common import check_random, data_settings, processes
-from nmfx.cli.console import advancing, output, warn
+from nmfx.cli.console import advancing, output, quieten, show_json, warn
 from nmfx.cli.tables import table
+from nmfx.processes import rank
 from nmfx.settings.flags import read_flags
 from nmfx.settings.stages import EvaluateSettings, ModelSettings
 from nmfx.stages.evaluate import FIRST, Candidate, candidates_of, load_candidate, score
+from nmfx.stages.measured import record_scores
 from nmfx.stages.work import asked
 from nmfx.training.evaluation import Evaluation
 
 
 def run(args: Namespace) -> None:
     """Load, evaluate, show."""
+    if args.json:
+        quieten()
     settings, data, model = read_flags(args, EvaluateSettings), data_settings(args), read_flags(args, ModelSettings, name="")
     with processes(args.device) as device:
         reference = None
@@ -28,9 +34,13 @@ def run(args: Namespace) -> None:
         found = candidates_of(asked(args.what, "evaluate"), model, args.model)
         with advancing(f"evaluating on {data.name}") as progress:
             done = score(_told(args, found), settings, data, reference=reference, device=device, progress=progress)
+        if done.files and rank() == 0:
+            record_scores(Path(asked(args.what, "evaluate")), done.scores, done.files, data.name)
         output().print(score_table(done.scores))
         samples = next(iter(done.scores.values())).samples
         output().print(f"{samples:,} validation pictures of {done.data}", soft_wrap=True)
+        if args.json:
+            show_json({"data": str(done.data), "scores": {label: asdict(one) for label, one in done.scores.items()}})
 
 
 def _told(args: Namespace, candidates: Iterable[Candidate]) -> Iterator[Candidate]:

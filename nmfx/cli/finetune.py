@@ -32,6 +32,8 @@ def run(args: Namespace) -> None:
         if work is not None and not args.start:
             fresh = f"{work.model} trains from random weights" if settings.weights == "none" else ""
             check_random(args, work.random or fresh)
+            if not fresh:
+                warn_random(work)
         if rank() == 0:
             for line in make_room(folder, force=args.force):
                 warn(line)
@@ -44,8 +46,6 @@ def run(args: Namespace) -> None:
         with advancing(text, resumable=True) as progress:
             record = finetune(origin, settings, data, folder, device=device, progress=progress)
         _show(record)
-        if work is not None and not args.start and settings.weights == "model":
-            warn_random(work)
         if work is None or args.out:
             return
         if rank() == 0 and not (args.start or args.scheme):

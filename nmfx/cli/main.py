@@ -10,14 +10,19 @@ import warnings
 from collections.abc import Sequence
 from importlib import import_module
 
-from nmfx.cli.commands import COMMANDS, parser
+from nmfx import __version__
+from nmfx.cli.commands import COMMANDS, EPILOG, parser
 from nmfx.errors import NmfxError
+from nmfx.settings.flags import Parser
 from nmfx.text import sentence
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 1 for an error, 2 for wrong usage, 130 when interrupted."""
-    args = parser().read(argv)
+    whole = parser()
+    args = whole.read(argv)
+    if args.command is None:
+        return _without_command(whole, args.completion)
     logging.basicConfig(level=logging.DEBUG if args.verbose else logging.ERROR, format="%(name)s: %(message)s")
     if not args.verbose:
         warnings.simplefilter("ignore")  # of the model libraries; ours are said in plain words
@@ -40,6 +45,26 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         warn(_said(error), "error")
         return 1
+    return 0
+
+
+def _without_command(whole: Parser, shell: str | None) -> int:
+    """The tour, or what completes commands in a shell."""
+    if shell is None:
+        last = "`nmfx --help` lists the commands, `nmfx COMMAND --help` what each takes"
+        print(f"nmfx {__version__}: {whole.description}\n\n{EPILOG}\n{last}")  # noqa: T201
+        return 0
+    try:
+        import shtab
+    except ImportError:
+        print("error: completion needs shtab: pip install 'nmfx[completion]'", file=sys.stderr)  # noqa: T201
+        return 1
+    for one in (whole, *whole.commands().values()):
+        for action in one._actions:
+            words = action.metavar if isinstance(action.metavar, str) else ""
+            if "FILE" in words or "DIR" in words or words in ("PATH", "RECIPE", "SCHEME"):
+                action.complete = shtab.FILE  # type: ignore[attr-defined]
+    print(shtab.complete(whole, shell))  # noqa: T201
     return 0
 
 

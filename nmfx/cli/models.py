@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from typing import Any
 
 from rich.table import Table
 
-from nmfx.cli.console import advancing, output, warn
+from nmfx.cli.console import advancing, output, show_json, warn
 from nmfx.cli.tables import table
 from nmfx.models.coverage import measure
 from nmfx.models.source import find_source, list_models, matching, versions
@@ -22,6 +24,9 @@ def run(args: Namespace) -> None:
     entries = dict(measured.entries)
     if args.measure:
         entries |= _measure([name for name in names if name not in entries])
+    if args.json:
+        show_json({"measured": measured.date, "versions": dict(measured.versions), "models": [*_values(names, entries)]})
+        return
     out.print(_table(names, entries))
     said = ", ".join(f"{name} {version}" for name, version in measured.versions.items())
     changed = [f"{name} {version}" for name, version in versions().items() if measured.versions.get(name) != version]
@@ -43,7 +48,7 @@ def _measure(names: list[str]) -> dict[str, Entry]:
 
 
 def _table(names: list[str], entries: Mapping[str, Entry]) -> Table:
-    result = table("model~", "parameters>", "sites>", "covered>", "fx>", "CPU")
+    result = table("model~", "parameters>", "sites>", "covered>?", "fx>?", "CPU?")
     for name in names:
         if (entry := entries.get(name)) is None:
             result.add_row(name, "", "", "", "not measured")
@@ -52,3 +57,9 @@ def _table(names: list[str], entries: Mapping[str, Entry]) -> Table:
         reach = graph + percent(entry.reach) if entry.parts else "none"
         result.add_row(name, count(entry.parameters), str(entry.sites), percent(entry.share), reach, entry.numerics or "-")
     return result
+
+
+def _values(names: list[str], entries: Mapping[str, Entry]) -> Iterator[dict[str, Any]]:
+    for name in names:
+        entry = entries.get(name)
+        yield {"model": name, "measured": False} if entry is None else {**asdict(entry), "share": entry.share, "measured": True}

@@ -13,6 +13,7 @@ from nmfx.processes import first_alone, rank
 from nmfx.scheme import Scheme
 from nmfx.search.finder import SearchResult
 from nmfx.settings.flags import read_flags, typed
+from nmfx.settings.platforms import PLATFORMS
 from nmfx.settings.search import DEFAULT_TARGET, SearchSettings
 from nmfx.settings.stages import DataSettings, ModelSettings
 from nmfx.stages import report
@@ -43,12 +44,14 @@ def run(args: Namespace) -> None:
         assert record.result is not None  # no scheme or pattern can be asked for here
         if record.target:
             out.print(heading("target:", f" {record.target}, --target says another"), soft_wrap=True)
+        if settings.platform:
+            there = PLATFORMS[settings.platform]
+            out.print(heading(f"{there.label}: ", there.gain), soft_wrap=True)
         _show(record.result, record.scheme, events=args.events)
         if (reached := record.reached) is not None:
             out.print(heading("latency: ", str(reached)), soft_wrap=True)
             if reached.measured > reached.wanted:
                 out.print("not reached; the machine may have been busy: run it again", soft_wrap=True)
-        warn_random(work)
         if rank() != 0:
             return
         written, notes = save_scheme(record.scheme, path, record.sites, force=args.force)
@@ -61,7 +64,7 @@ def run(args: Namespace) -> None:
         if is_state(path.with_suffix(SEARCHING)):
             path.with_suffix(SEARCHING).unlink()
         out.print(f"wrote {', '.join(map(str, written))}", soft_wrap=True)
-        hint_scheme(work, data, str(path) if args.out else None)
+        hint_scheme(work, data, str(path) if args.out else None, settings.platform)
 
 
 def _work(args: Namespace) -> WorkDirectory:
@@ -70,6 +73,7 @@ def _work(args: Namespace) -> WorkDirectory:
         raise NmfxError("give a work directory or --model, not both")
     found = None if args.model else find_work(args.work, "search")
     if found is not None:
+        warn_random(found)
         return found
     if args.model is None:
         output().print(
@@ -78,7 +82,10 @@ def _work(args: Namespace) -> WorkDirectory:
         )
     name = args.model or DEMO
     path = directory_for(name)
-    return open_converted(name, path) if path.exists() else convert.convert(args, ModelSettings(name=name), path)
+    if path.exists():
+        warn_random(found := open_converted(name, path))
+        return found
+    return convert.convert(args, ModelSettings(name=name), path)
 
 
 def _searched(

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import copy
+from dataclasses import replace
 
-from rich.console import Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -15,14 +18,43 @@ from nmfx.text import count
 SHORT = {"conv2d": "conv", "conv_transpose2d": "convT", "conv1d": "conv1d", "linear": "linear"}
 
 
-def table(*columns: str) -> Table:
-    """An empty table: a column a word, to the right where that ends in ``>``, folded instead of cut where it ends in ``~``."""
-    result = Table(box=None, pad_edge=False, header_style="bold", show_edge=False)
+class FittingTable(Table):
+    """A table that leaves columns out, the last of `spare` first, rather than break names where the terminal is narrow."""
+
+    def __init__(self, *spare: str) -> None:
+        super().__init__(box=None, pad_edge=False, header_style="bold", show_edge=False)
+        self.spare = spare
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """The table, and a line on the columns for which there is no room."""
+        shown, left_out = copy(self), list[str]()
+        for name in reversed(self.spare):
+            if Measurement.get(console, options.update(max_width=10_000), shown.plain()).maximum <= options.max_width:
+                break
+            kept = [column for column in shown.columns if column.header != name]
+            shown.columns = [replace(column, _index=index) for index, column in enumerate(kept)]
+            left_out.insert(0, name)
+        yield from Table.__rich_console__(shown, console, options)
+        if left_out:
+            yield Text(f"no room for: {', '.join(left_out)}", "dim")
+
+    def plain(self) -> Table:
+        """Its columns as an ordinary table, whose width can be measured."""
+        result = Table(box=None, pad_edge=False, header_style="bold", show_edge=False)
+        result.columns, result.rows = self.columns, self.rows
+        return result
+
+
+def table(*columns: str) -> FittingTable:
+    """An empty table: a column a word, to the right where that ends in ``>``, folded instead of cut where it ends in ``~``, and
+    left out where there is no room where it ends in ``?``, the last such one first.
+    """
+    result = FittingTable(*(column.rstrip(">~?") for column in columns if column.endswith("?")))
     for column in columns:
-        fold = column.endswith("~")
+        fold, word = "~" in column[-2:], column.rstrip("?")
         result.add_column(
-            column.rstrip(">~"),
-            justify="right" if column.endswith(">") else "left",
+            word.rstrip(">~"),
+            justify="right" if word.endswith(">") else "left",
             no_wrap=not fold,
             overflow="fold" if fold else "ellipsis",
         )
@@ -31,7 +63,7 @@ def table(*columns: str) -> Table:
 
 def site_table(sites: Sites, scheme: Scheme, reasons: Mapping[str, str]) -> Table:
     """One row a site: name, shape, pattern, MACs, and its share of all weights."""
-    result = table("site~", "shape", "pattern>", "MACs>", "of weights>")
+    result = table("site~", "shape?", "pattern>", "MACs>?", "of weights>?")
     for site in sites:
         shape = "x".join(map(str, site.shape))
         pattern = Text(str(scheme[site.name]), "green") if site.name in scheme else Text("dense", "dim")
@@ -45,7 +77,7 @@ def site_table(sites: Sites, scheme: Scheme, reasons: Mapping[str, str]) -> Tabl
 
 def scheme_bars(sites: Sites, scheme: Scheme, width: int) -> Table:
     """The scheme as a picture: one bar a site, its length the share of weights kept."""
-    cells, result = 16 if width < 100 else 32, table("site~", "pattern>", "kept", "weights>", "MACs>")
+    cells, result = 16 if width < 100 else 32, table("site~", "pattern>", "kept", "weights>?", "MACs>?")
     for site in sites:
         kept = scheme.kept(site)
         density = kept / site.weights

@@ -6,7 +6,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from nmfx.cli.common import data_settings, hint_scores, processes, warn_random, work_of
+from nmfx.cli.common import data_settings, hint_scores, processes, work_of
 from nmfx.cli.console import advancing, output
 from nmfx.settings.flags import read_flags
 from nmfx.settings.stages import CorrectSettings, RecalibrateSettings
@@ -34,7 +34,6 @@ def run(args: Namespace) -> None:
         for line in lines:
             output().print(line, soft_wrap=True)
         output().print(f"wrote {path}", soft_wrap=True)
-        warn_random(work)
         if not args.out:
             hint_scores(work, data, args.scheme, distil=args.command == "correct" and not args.scheme)
 

@@ -123,6 +123,7 @@ def load_checkpoint(path: str | Path, model: nn.Module | None = None) -> nn.Modu
     """The converted model of a checkpoint, in eval mode, its weights bit for bit as they were saved.
 
     Args:
+        path: a file, or a folder that ``nmfx export --folder`` wrote.
         model: a dense or converted model to load into, in place. None: the model is rebuilt, which works for those of timm and
             torchvision, built without arguments or with those of `nmfx.models.arguments`.
 
@@ -130,6 +131,10 @@ def load_checkpoint(path: str | Path, model: nn.Module | None = None) -> nn.Modu
         CheckpointError: the file is truncated, altered or foreign, says nothing of how to build its model, or does not fit
             `model`, naming the first difference. `model` is not changed then.
     """
+    if Path(path).is_dir():
+        from nmfx.export.hub import load_hub
+
+        return load_hub(Path(path), model)
     header, tensors = read_checkpoint(path)
     source = _source_of(header, path) if model is None else None
     state: dict[str, Tensor] = {name: value for name, value in tensors.items() if ":" not in name}

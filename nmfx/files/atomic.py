@@ -86,7 +86,7 @@ def draft_in(folder: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def all_or_nothing(folder: Path) -> Iterator[Path]:
-    """A temporary folder whose files move to `folder` when the block ends well, and vanish when it does not.
+    """A temporary folder whose files, those in folders in it too, move to `folder` when the block ends well, or vanish.
 
     Raises:
         NmfxError: `folder` cannot be written to.
@@ -95,12 +95,15 @@ def all_or_nothing(folder: Path) -> Iterator[Path]:
         with draft_in(folder) as draft:
             yield draft
             with _system_errors(folder):
-                files = sorted(draft.iterdir())
+                files = sorted(path for path in draft.rglob("*") if not path.is_dir())
                 for file in files:
                     _sync(file)
                 for file in files:
-                    os.replace(file, folder / file.name)
-                _sync(folder)
+                    place = folder / file.relative_to(draft)
+                    place.parent.mkdir(exist_ok=True)
+                    os.replace(file, place)
+                for place in {folder, *(folder / file.relative_to(draft).parent for file in files)}:
+                    _sync(place)
     except BaseException:
         with contextlib.suppress(OSError):
             folder.rmdir()  # if it was empty before, it is gone again

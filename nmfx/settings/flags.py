@@ -35,19 +35,20 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Exit with code 2."""
         if (found := re.match(r"argument COMMAND: invalid choice: '?([^'( ]*)'?", message)) is not None:
-            message = f"no command is called {found[1]!r}{nearest(found[1], self._commands(), 0.5)}"
+            message = f"no command is called {found[1]!r}{nearest(found[1], self.commands(), 0.5)}"
         self.exit(2, f"error: {' '.join(message.split())}\nusage: {self.prog} ...; `{self.prog} --help` lists what it takes\n")
 
     def read(self, args: Sequence[str] | None = None) -> argparse.Namespace:
         """As `parse_args`; what is not known is named by the parser of the command that was given."""
         found, rest = self.parse_known_args(args)
         if rest:
-            parser, option = self._commands()[found.command], rest[0].partition("=")[0]
+            parser, option = self.commands().get(found.command, self), rest[0].partition("=")[0]
             near = nearest(option, parser._option_string_actions) if option.startswith("-") else ""
             parser.error(f"unknown argument {rest[0]!r}{near}")
         return found
 
-    def _commands(self) -> dict[str, Parser]:
+    def commands(self) -> dict[str, Parser]:
+        """The parsers of the commands, by name."""
         return next(action.choices for action in self._actions if isinstance(action, argparse._SubParsersAction))
 
 

@@ -18,8 +18,8 @@ class Format:
     Attributes:
         help: of its option.
         ending: of the file's name.
-        function: ``(model, path, example)``, which writes it, and may give lines to say of it; `example` is an input of the
-            model, an `Example`.
+        function: ``(model, path, example, **options)``, which writes it, and may give lines to say of it; `example` is an input
+            of the model, an `Example`. It may write ``PATH.data`` beside it.
         takes: what else it is given, by keyword: options of the export settings, ``progress``, a `Progress`,
             and ``calibration``, pictures for int8 or None.
     """
@@ -32,7 +32,12 @@ class Format:
 
 FORMATS: dict[str, Format] = {
     "baked": Format("also a plain state dict with real zeros", ".baked.safetensors", "nmfx.export.plain:save_baked"),
-    "onnx": Format("also an ONNX file with real zeros (needs nmfx[onnx])", ".onnx", "nmfx.export.plain:save_onnx"),
+    "onnx": Format(
+        "also an ONNX file with real zeros and a free batch (needs nmfx[onnx])",
+        ".onnx",
+        "nmfx.export.onnx:save_onnx",
+        takes=("opset", "free_size"),
+    ),
     "compiled": Format(
         "also a model compiled for this processor (nmfx.load_compiled)",
         ".nmfxc",

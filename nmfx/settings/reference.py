@@ -1,4 +1,4 @@
-"""The reference page of every option, docs/options.md: python -m nmfx.settings.reference"""
+"""The reference pages of every option and platform, docs/options.md and docs/platforms.md: python -m nmfx.settings.reference"""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any, get_args, get_origin
 
 from nmfx.settings.flags import name_of
 from nmfx.settings.option import about, is_mapping, is_settings, kinds_of, typed_fields
+from nmfx.settings.platforms import PLATFORMS
 from nmfx.settings.search import SearchSettings
 from nmfx.settings.stages import (
     BenchSettings,
@@ -24,6 +25,8 @@ from nmfx.settings.stages import (
 )
 
 PAGE = Path(__file__).parents[2] / "docs" / "options.md"
+PLACES = PAGE.with_name("platforms.md")
+MARK = "<!-- below: written by hand -->\n"
 SECTIONS: dict[str, tuple[type, str]] = {  # a recipe's section or a command: its settings, and the commands with its flags
     "model": (ModelSettings, "convert"),
     "data": (DataSettings, "search, correct, recalibrate, finetune, evaluate"),
@@ -55,6 +58,29 @@ def reference() -> str:
         parts.append(f"\n## {name}\n\n{said} Flags of `nmfx {commands}`.\n\n{COLUMNS}")
         parts += [_row(item, kind, "" if name in ALONE else f"{name}.{key}") for key, item, kind in _options(cls)]
     return "".join(parts)
+
+
+PLACES_HEAD = """# Platforms
+
+Where a network is to run decides which patterns are worth anything. `nmfx search --for NAME` offers sites what runs faster
+there and leaves the others dense; an option that contradicts it is an error. `nmfx export --for NAME` writes the format that
+is taken there, and says of every site whether it will run sparse, and why not (`--json` for programs). Down to the mark this
+page is written from `nmfx/settings/platforms.py` by `python -m nmfx.settings.reference`.
+
+| `--for` | what runs faster | patterns offered | export |
+|---|---|---|---|
+"""
+
+
+def platforms() -> str:
+    """The page of the platforms, in Markdown, up to what is written by hand."""
+    rows, parts = [], []
+    for name, one in PLATFORMS.items():
+        offered = ", ".join(one.patterns) or "those of `--m`, `--patterns`"
+        rows.append(f"| `{name}` | {one.gain} | {offered} | `--{one.format}` |\n")
+        sources = "\n".join(f"- <{source}>" if source.startswith("http") else f"- {source}" for source in one.sources)
+        parts.append(f"\n## {name}: {one.label}\n\nChecked: {one.checked}.\n\nThen: `{one.then}`\n\n{sources}\n")
+    return "".join((PLACES_HEAD, *rows, *parts, f"\n{MARK}"))
 
 
 def _options(cls: type, prefix: str = "", without: tuple[str, ...] = ()) -> Iterator[tuple[str, Field[Any], Any]]:
@@ -108,3 +134,4 @@ def _default(item: Field[Any]) -> str:
 
 if __name__ == "__main__":
     PAGE.write_text(reference())
+    PLACES.write_text(platforms() + PLACES.read_text().partition(MARK)[2])

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from nmfx import text
 from nmfx.errors import NmfxError, SearchError
 from nmfx.settings.methods import METHODS, SENSITIVITIES, default_sensitivity
 from nmfx.settings.option import check_options, inline, option
+from nmfx.settings.platforms import PLATFORMS
 from nmfx.settings.target import BudgetKind, parse_limit, parse_target
 from nmfx.sparsity.pattern import MAX_M, VECTORS, Layout, Pattern, Remainder
 from nmfx.sparsity.score import SCORES, check_score
@@ -17,6 +18,9 @@ from nmfx.sparsity.score import SCORES, check_score
 if TYPE_CHECKING:
     from nmfx.models.site import Site, Sites
 
+    Where = str
+else:  # the words that the flag may say
+    Where = Literal[tuple(PLATFORMS)]
 QUANTILE = 0.75  # share of a site's groups that must agree before it steps (domino.md, section 4)
 DEFAULT_TARGET, DEFAULT_M = 0.875, 16  # the sparsity where it can be reached, and the group size
 DOUBLINGS = (30_000, 40_000, 50_000, 60_000, 70_000, 80_000)
@@ -154,6 +158,11 @@ class SearchSettings:
     method: str = option("knapsack", ", ".join(dict.fromkeys(("knapsack", *METHODS))))
     target: float | str | None = option(None, "sparsity to reach, as 0.875, or times fewer, as 8x; 0.875, or what is in reach")
     budget: BudgetKind = option("params", "what the target counts; bytes: of the packed weights; latency: see --target-latency")
+    platform: Where | None = option(
+        None,
+        "where the network is to run: sites are offered what runs faster there, and the others stay dense (docs/platforms.md)",
+        flag="for",
+    )
     limits: Mapping[str, float | str] | None = option(
         None,
         "instead of target and budget, one or two of: params, macs or bytes, and the share to keep or times fewer, as in "
@@ -198,6 +207,7 @@ class SearchSettings:
                 what = "all patterns" if leading == "patterns" else "the budget"
                 *first, last = (f"`{key}`" for key in others)
                 raise SearchError(f"`{leading}` says {what}; leave {', '.join(first)} and {last} out")
+        self._check_platform(given)
         loop = (*DominoSettings.__dataclass_fields__, "lr", "most")
         if not self.looping and (extra := next((key for key in loop if key in given), None)):
             raise SearchError(f"`{extra}` is of the published loop: it needs `method` domino with `data`")
@@ -209,6 +219,9 @@ class SearchSettings:
                 raise NmfxError(f"unknown {key} {word!r}{text.nearest(word, known)}; known: {', '.join(filter(None, known))}")
         needs, scored = METHODS[self.method], check_score(self.score).needs
         check_options(self, "search settings")
+        if self.platform is not None and self.platform not in PLATFORMS:
+            near = text.nearest(self.platform, PLATFORMS)
+            raise NmfxError(f"unknown platform {self.platform!r}{near}; known: {', '.join(PLATFORMS)}")
         if self.target is not None:
             parse_target(self.target)
         for share in (self.limits or {}).values():
@@ -234,6 +247,31 @@ class SearchSettings:
             raise SearchError(
                 f"times are the knapsack's and spdy's to budget; method {self.method} counts parameters, MACs or bytes"
             )
+
+    def _check_platform(self, given: Collection[str]) -> None:
+        """Refuse what contradicts the platform: patterns that gain nothing there, groups it does not know, times of another."""
+        if self.platform is None:
+            return
+        there, said = PLATFORMS[self.platform], f"`platform` {self.platform}"
+        if asked := [f"`{key}`" for key in ("patterns", "m", "candidates", "vector") if key in given]:
+            choices = self.choices_there
+            for pattern in (Pattern(n, m) for m, numbers in choices.wanted.items() for n in numbers):
+                if why := there.takes(pattern):
+                    raise SearchError(f"{said}: {why}; leave {' and '.join(asked)} out, or ask for what runs faster there")
+        for key in ("layout", "remainder") if there.whole else ():
+            if getattr(self.choices, key) != (usual := getattr(Choices, key)):
+                raise SearchError(f"{said} wants whole groups within one row of input channels: leave `{key}` at {usual}")
+        if self.timed and not there.measured:
+            raise SearchError(f"{said}: times are those of nmfx's own runtime; give `platform` nmfx, or a `target` to count")
+
+    @property
+    def choices_there(self) -> Choices:
+        """What a site may be given, with the patterns of the platform where none are asked for."""
+        own, there = self.choices, PLATFORMS[self.platform] if self.platform is not None else None
+        if there is None or not there.patterns or (own.m, own.candidates, own.patterns) != (None, None, None):
+            return own
+        patterns = tuple(Pattern(p.n, p.m, own.vector or 1) for p in map(Pattern, there.patterns))
+        return replace(own, patterns=patterns)
 
     @property
     def measured(self) -> str:

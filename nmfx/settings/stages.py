@@ -12,15 +12,18 @@ from nmfx.errors import NmfxError
 from nmfx.settings.engines import ENGINES
 from nmfx.settings.formats import FORMATS, with_formats
 from nmfx.settings.option import check_options, inline, option
+from nmfx.settings.platforms import PLATFORMS
 from nmfx.settings.training import Augment, Settings
 from nmfx.sparsity.rules import RULES
 from nmfx.sparsity.score import SCORES
+from nmfx.text import nearest
 
 if TYPE_CHECKING:
     Training = str
     Ranking = str
+    Where = str
 else:  # the words that flags and keys may say
-    Training, Ranking = Literal[tuple(RULES)], Literal[tuple(SCORES)]
+    Training, Ranking, Where = Literal[tuple(RULES)], Literal[tuple(SCORES)], Literal[tuple(PLATFORMS)]
 FOLDER = "folder"  # the name of the data that is just an image folder: the root
 LARGEST_PICTURE = 1 << 26  # numbers in one input that a file may ask for: 256 MiB
 
@@ -181,6 +184,14 @@ class ExportSettings:
     """What is written beside the scheme and the compressed checkpoint, of the best or the last epoch of fine-tuning."""
 
     epoch: Literal["best", "last"] = option("best", "of fine-tuning: that of the highest top-1, or the last")
+    platform: Where | None = option(
+        None,
+        "where the network is to run: also the format that is taken there, and what of it will run sparse (docs/platforms.md)",
+        flag="for",
+    )
+    folder: bool = option(
+        False, "also a folder hub/ as model hubs expect it: plain weights, timm's config.json, the scheme, a model card"
+    )
     batch: int = option(
         1,
         "pictures at a time that the compiled model is for: 1 takes one alone, others 2 or more",
@@ -188,20 +199,26 @@ class ExportSettings:
         most=4096,
         metavar="B",
     )
+    opset: int | None = option(None, "of the ONNX file: version of its operators; the exporter's own", least=7, most=99)
+    free_size: bool = option(False, "of the ONNX file: height and width are free too, where the model does not fix them")
 
     def __post_init__(self) -> None:
         check_options(self, "export settings")
+        if self.platform is not None and self.platform not in PLATFORMS:
+            near = nearest(self.platform, PLATFORMS)
+            raise NmfxError(f"unknown platform {self.platform!r}{near}; known: {', '.join(PLATFORMS)}")
 
     def check_given(self, given: Collection[str]) -> None:
         """Refuse an option of a format that is not asked for."""
         for name, one in FORMATS.items():
-            if not getattr(self, name) and (extra := next((key for key in one.takes if key in given), None)):
+            if name not in self.formats and (extra := next((key for key in one.takes if key in given), None)):
                 raise NmfxError(f"`{extra}` says nothing without `{name}`")
 
     @property
     def formats(self) -> list[str]:
-        """Those of `FORMATS` that are asked for."""
-        return [name for name in FORMATS if getattr(self, name)]
+        """Those of `FORMATS` that are asked for, or taken by the platform."""
+        taken = None if self.platform is None else PLATFORMS[self.platform].format
+        return [name for name in FORMATS if getattr(self, name) or name == taken]
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from nmfx.errors import NmfxError
 from nmfx.export.checkpoint import load_checkpoint
-from nmfx.export.plain import save_onnx
+from nmfx.export.onnx import save_onnx
 from nmfx.export.start import is_compressed
 from nmfx.models.census import find_sites
 from nmfx.models.example import Example

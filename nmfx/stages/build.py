@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from nmfx.errors import NmfxError, SearchError
+from nmfx.export.hub import NAMES
 from nmfx.export.plain import save_baked
 from nmfx.export.start import build_start, detach_scheme, is_compressed
 from nmfx.files.atomic import replace_folder, write_text
@@ -26,10 +27,12 @@ from nmfx.settings.formats import FORMATS
 from nmfx.settings.search import SearchSettings
 from nmfx.settings.stages import ModelSettings
 from nmfx.stages.finetune import FILES
+from nmfx.stages.measured import MEASURED
 from nmfx.stages.stamp import build_values, search_values
 from nmfx.stages.work import (
     CORRECTED,
     EXPORT,
+    HUB,
     RECALIBRATED,
     SCHEME,
     SCORES,
@@ -47,11 +50,11 @@ from nmfx.stages.written import leave_stamp, strangers
 from nmfx.text import nearest
 
 KNOWN = ("auto", "pretrained", "none")  # words for weights; anything else is a file
-EXPORTS = (".safetensors", *(one.ending for one in FORMATS.values()))
+EXPORTS = (".safetensors", *(one.ending for one in FORMATS.values()), ".onnx.data")
 OURS = {
-    *(WORK, WEIGHTS, START, SCHEME, "scheme.txt", f"scheme{SEARCHING}", CORRECTED, RECALIBRATED, SCORES),
+    *(WORK, WEIGHTS, START, SCHEME, "scheme.txt", f"scheme{SEARCHING}", CORRECTED, RECALIBRATED, SCORES, MEASURED),
     *(f"{TUNING}/{name}" for name in FILES),
-    *(f"{EXPORT}/{SCHEME}", f"{EXPORT}/scheme.txt"),
+    *(f"{EXPORT}/{SCHEME}", f"{EXPORT}/scheme.txt", *(f"{EXPORT}/{HUB}/{name}" for name in NAMES)),
     *(f"stages/{name}.json" for name in ("build", "search", "correct", "finetune", "export", "evaluate", "written")),
 }  # what may lie in a work directory
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from torch import nn
@@ -13,6 +13,7 @@ from nmfx.data.loader import validation_loader
 from nmfx.data.source import Data
 from nmfx.errors import CheckpointError, NmfxError
 from nmfx.export.checkpoint import load_checkpoint
+from nmfx.export.hub import is_hub
 from nmfx.export.start import is_compressed
 from nmfx.files.atomic import write_text
 from nmfx.files.parsing import read_json
@@ -23,7 +24,7 @@ from nmfx.scheme import Scheme
 from nmfx.settings.stages import DataSettings, EvaluateSettings, ModelSettings
 from nmfx.stages.build import build_weights
 from nmfx.stages.data import fit_pictures, open_pictures
-from nmfx.stages.work import SCORES, WorkDirectory, around, open_work, random_weights
+from nmfx.stages.work import SCORES, WEIGHTS, WorkDirectory, around, open_work, random_weights
 from nmfx.text import sentence
 from nmfx.training.evaluation import Evaluation, evaluate
 
@@ -37,6 +38,7 @@ class Candidate:
     Attributes:
         note: what is to be said of its weights.
         random: what is to be said of random weights; empty where they are none.
+        files: that its weights are, and the scheme that masks them; none where they are not of a work directory.
     """
 
     label: str
@@ -44,14 +46,16 @@ class Candidate:
     size: tuple[int, ...] | None = None
     note: str = ""
     random: str = ""
+    files: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)
 class EvaluateRecord:
-    """Scores by label, and the data they are on."""
+    """Scores by label, the data they are on, and the files of the weights that are of a work directory."""
 
     scores: dict[str, Evaluation]
     data: Data
+    files: dict[str, tuple[Path, ...]] = field(default_factory=dict)
 
 
 def score(
@@ -79,7 +83,7 @@ def score(
     Raises:
         NmfxError: pictures that a model cannot take.
     """
-    data, scores = open_pictures(pictures), dict[str, Evaluation]()
+    data, scores, files = open_pictures(pictures), dict[str, Evaluation](), dict[str, tuple[Path, ...]]()
     size = max(1, settings.batch_size // world())
     reference = reference.to(device) if reference is not None else None
     for one in candidates:
@@ -94,9 +98,10 @@ def score(
                 f"{one.label}: the forward pass fails on pictures of {shape}: {sentence(error)}; give --input-size as the "
                 f"model expects it"
             ) from error
+        files |= {one.label: one.files} if one.files else {}
         if reference is None and one.label in FIRST:
             reference = one.model
-    return EvaluateRecord(scores, data)
+    return EvaluateRecord(scores, data, files)
 
 
 def load_candidate(what: str, settings: ModelSettings, network: str | None = None) -> Candidate:
@@ -106,6 +111,8 @@ def load_candidate(what: str, settings: ModelSettings, network: str | None = Non
         NmfxError: plain weights, and nobody says of which network; a file or model that cannot be had.
     """
     path = Path(what)
+    if is_hub(path):
+        return Candidate(what, load_checkpoint(path), settings.size)
     if path.is_dir():
         work = open_work(path)
         return Candidate(what, work.load(), settings.size or work.input_size, random=work.random)
@@ -124,29 +131,33 @@ def load_candidate(what: str, settings: ModelSettings, network: str | None = Non
 
 def candidates_of(what: str, settings: ModelSettings, network: str | None = None) -> Iterator[Candidate]:
     """What is named: one model, or of a work directory the dense (or sparse start), masked and finished ones."""
-    if not Path(what).is_dir():
+    if not Path(what).is_dir() or is_hub(what):
         yield load_candidate(what, settings, network)
         return
     work = open_work(Path(what))
     size, dense, scheme = settings.size or work.input_size, work.load(), None
-    yield Candidate("start" if work.start_path.is_file() else "dense", dense, size, random=work.random)
+    first = "start" if work.start_path.is_file() else "dense"
+    yield Candidate(first, dense, size, random=work.random, files=(work.path / WEIGHTS,))
     if work.scheme_path.is_file():
         sites = work.sites(dense)
         scheme = Scheme.load(work.scheme_path, sites)
-        yield Candidate("masked, untrained", transform(dense, scheme, sites=sites), size)
+        masked = transform(dense, scheme, sites=sites)
+        yield Candidate("masked, untrained", masked, size, files=(work.path / WEIGHTS, work.scheme_path))
     finished = {"recalibrated": work.recalibrated_path, "corrected": work.corrected_path, "fine-tuned": work.tuned_path}
     for label, file in finished.items():
         if file.is_file():
             model = load_checkpoint(file)
             other = scheme is not None and scheme_of(model).patterns != scheme.patterns
-            yield Candidate(f"{label}{', another scheme' if other else ''}", model, size)
+            yield Candidate(f"{label}{', another scheme' if other else ''}", model, size, files=(file,))
 
 
 def exported(work: WorkDirectory) -> Iterator[Candidate]:
     """The model that a recipe started from, if its weights are any, and the one that it exported."""
     if not work.random:
-        yield Candidate("start" if work.start_path.is_file() else "dense", work.load(), work.input_size)
-    yield Candidate("exported", load_checkpoint(work.exported_path, work.load()), work.input_size)
+        first = "start" if work.start_path.is_file() else "dense"
+        yield Candidate(first, work.load(), work.input_size, files=(work.path / WEIGHTS,))
+    model = load_checkpoint(work.exported_path, work.load())
+    yield Candidate("exported", model, work.input_size, files=(work.exported_path,))
 
 
 def write_scores(record: EvaluateRecord, folder: Path) -> None:

@@ -7,8 +7,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from torch import nn
+
 from nmfx.errors import NmfxError
+from nmfx.export.card import HERE, write_card
 from nmfx.export.checkpoint import load_checkpoint, save_checkpoint
+from nmfx.export.hub import NAMES, save_hub
 from nmfx.files.atomic import all_or_nothing
 from nmfx.models.site import Sites
 from nmfx.passes.baking import bake
@@ -19,9 +23,12 @@ from nmfx.scheme import Scheme
 from nmfx.settings.formats import FORMATS
 from nmfx.settings.methods import resolve
 from nmfx.settings.option import values_of
+from nmfx.settings.platforms import PLATFORMS
 from nmfx.settings.stages import DataSettings, ExportSettings, PrecisionSettings
 from nmfx.stages.data import calibration_for
-from nmfx.stages.work import EXPORT, FINISHING, SCHEME, WorkDirectory, check_free, save_scheme
+from nmfx.stages.measured import figures_of
+from nmfx.stages.runs import Runs, runs_on
+from nmfx.stages.work import EXPORT, FINISHING, HUB, SCHEME, WEIGHTS, WorkDirectory, check_free, save_scheme
 from nmfx.stages.written import drop_stamp, leave_stamp
 
 
@@ -36,6 +43,7 @@ class ExportRecord:
         taken: the checkpoint they were taken from; None for those that the work directory was made with.
         dense_bytes: of the dense weights.
         verified: the check of the masks; None without any.
+        runs: what will run sparse on the platform that was named; None without one.
     """
 
     files: dict[str, str]
@@ -47,6 +55,7 @@ class ExportRecord:
     dense_bytes: int
     verified: Verified | None
     notes: list[str]
+    runs: Runs | None = None
 
 
 def stamp_export(work: WorkDirectory, settings: ExportSettings, done: ExportRecord, *, own: bool) -> None:
@@ -65,7 +74,8 @@ def file_names(work: WorkDirectory, settings: ExportSettings) -> dict[str, str]:
     """What the stage writes, by kind."""
     name = work.source.name
     formats = {kind: f"{name}{FORMATS[kind].ending}" for kind in settings.formats}
-    return {"scheme": SCHEME, "checkpoint": f"{name}.safetensors"} | formats
+    shared = {f"hub {name}": f"{HUB}/{name}" for name in NAMES} if settings.folder else {}
+    return {"scheme": SCHEME, "checkpoint": f"{name}.safetensors"} | formats | shared
 
 
 def export(
@@ -106,7 +116,7 @@ def export(
             `force` is false.
     """
     names = file_names(work, settings)
-    asked = [names[kind] for kind in settings.formats]
+    asked = [name for kind, name in names.items() if kind not in ("scheme", "checkpoint")]
     check_free([folder / name for name in asked or (*names.values(), "scheme.txt")], force=force)
     model = work.load()
     sites, example = work.sites(model), work.example(model)
@@ -129,11 +139,20 @@ def export(
         given = {"progress": progress, "calibration": calibration} | values_of(settings)
         for kind in settings.formats:
             one = FORMATS[kind]
-            notes += (
-                resolve(one.function)(plain, draft / files[kind], example, **{name: given[name] for name in one.takes}) or []
-            )
+            options = {name: given[name] for name in one.takes}
+            notes += resolve(one.function)(plain, draft / files[kind], example, **options) or []
+            if (beside := draft / f"{files[kind]}.data").is_file():
+                files[f"{kind} data"] = beside.name
+        if settings.folder:
+            (draft / HUB).mkdir()
+            taken = (done.path,) if done else (work.path / WEIGHTS, Path(scheme) if scheme else work.scheme_path)
+            checkpoint = folder / files["checkpoint"] if files["checkpoint"] in kept else draft / files["checkpoint"]
+            card = _card(work, model, chosen, sites, weights, checkpoint, taken)
+            save_hub(plain, draft / HUB, chosen, sites, work.source, card, input_size=work.input_size)
+        there = settings.platform
+        runs = runs_on(there, sites, chosen, draft / files[PLATFORMS[there].format]) if there is not None else None
         notes += [*said, *make_way(list(files.values()))]
-    return ExportRecord(files, kept, weights, done.path if done else None, chosen, sites, dense, verified, notes)
+    return ExportRecord(files, kept, weights, done.path if done else None, chosen, sites, dense, verified, notes, runs)
 
 
 def _leave_same(draft: Path, folder: Path) -> list[str]:
@@ -143,7 +162,7 @@ def _leave_same(draft: Path, folder: Path) -> list[str]:
         NmfxError: another file of that name is there.
     """
     same = list[str]()
-    for new in sorted(draft.iterdir()):
+    for new in sorted(file for file in draft.iterdir() if file.is_file()):
         there = folder / new.name
         if there.is_file() and not there.is_symlink() and filecmp.cmp(new, there, shallow=False):
             new.unlink()
@@ -154,3 +173,16 @@ def _leave_same(draft: Path, folder: Path) -> list[str]:
                 "another folder"
             )
     return same
+
+
+def _card(
+    work: WorkDirectory, model: nn.Module, scheme: Scheme, sites: Sites, weights: str, checkpoint: Path, taken: tuple[Path, ...]
+) -> str:
+    """The model card: sizes of what was written, and accuracies that the work directory has recorded of these very weights."""
+    figures = figures_of(work.path, {"dense": (work.path / WEIGHTS,), HERE: taken})
+    figures += [one for one in figures_of(work.path, {HERE: (checkpoint,)}) if one not in figures]
+    config = dict(getattr(model, "pretrained_cfg", None) or {})
+    if work.input_size:
+        config["input_size"] = work.input_size
+    sizes = {"compressed checkpoint of nmfx": checkpoint.stat().st_size}
+    return write_card(work.source, scheme, sites, figures, weights=weights, bytes_of=sizes, config=config)

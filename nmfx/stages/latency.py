@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from nmfx.errors import NmfxError, SearchError
-from nmfx.export.plain import save_onnx
+from nmfx.export.onnx import save_onnx
 from nmfx.models.example import Example
 from nmfx.models.site import Sites
 from nmfx.passes.baking import bake

@@ -26,6 +26,7 @@ from nmfx.stages.epochs import TUNED
 from nmfx.stages.evaluate import exported, score, write_scores
 from nmfx.stages.export import export
 from nmfx.stages.finetune import FILES, Origin, finetune
+from nmfx.stages.measured import record_scores
 from nmfx.stages.search import search
 from nmfx.stages.stamp import (
     Stamp,
@@ -39,10 +40,23 @@ from nmfx.stages.stamp import (
     stamp,
     write_stamp,
 )
-from nmfx.stages.work import CORRECTED, EXPORT, SCHEME, SCORES, SEARCHING, START, TUNING, WEIGHTS, WORK, open_work, save_scheme
+from nmfx.stages.work import (
+    CORRECTED,
+    EXPORT,
+    HUB,
+    SCHEME,
+    SCORES,
+    SEARCHING,
+    START,
+    TUNING,
+    WEIGHTS,
+    WORK,
+    open_work,
+    save_scheme,
+)
 from nmfx.stages.written import BOARD, Written, check_folders, is_state, remove_events, remove_state
 
-FOLDERS = ("stages", EXPORT, TUNING, BOARD, "corrected")
+FOLDERS = ("stages", EXPORT, f"{EXPORT}/{HUB}", TUNING, BOARD, "corrected")
 LOOP = f"scheme{SEARCHING}"
 
 
@@ -123,7 +137,7 @@ def _finetune(job: Job, folder: Path, device: str, progress: Progress) -> Done:
 def _export(job: Job, folder: Path, device: str, progress: Progress) -> Done:
     def make_way(names: list[str]) -> list[str]:
         paths, left = [f"{EXPORT}/{name}" for name in names], Written(folder)
-        earlier = [f"{EXPORT}/{file.name}" for file in (folder / EXPORT).iterdir()]
+        earlier = [f"{EXPORT}/{file.relative_to(folder / EXPORT)}" for file in (folder / EXPORT).rglob("*")]
         stale = [path for path in earlier if path not in paths and left.ours(path)]  # of a run with other settings
         return left.clear(*paths, *stale)
 
@@ -134,6 +148,7 @@ def _export(job: Job, folder: Path, device: str, progress: Progress) -> Done:
     lines, checked = list[str](), record.verified
     if checked is not None:
         lines.append(str(checked))
+    lines += [str(record.runs)] if record.runs is not None else []
     lines += [*record.notes, *(f"wrote {folder / path} ({(folder / path).stat().st_size:,} bytes)" for path in paths)]
     return Done(paths, tuple(lines))
 
@@ -145,6 +160,7 @@ def _evaluate(job: Job, folder: Path, device: str, progress: Progress) -> Done:
     if rank() == 0:
         kept = Written(folder).clear(SCORES)
         write_scores(record, folder)
+        record_scores(folder, record.scores, record.files, job.data.name)
     return Done((SCORES,), tuple(kept))
 
 

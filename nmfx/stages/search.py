@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import glob
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import partial
@@ -27,6 +28,7 @@ from nmfx.search.problem import make_problem
 from nmfx.search.tables import Tables
 from nmfx.settings.methods import METHODS
 from nmfx.settings.option import values_of
+from nmfx.settings.platforms import PLATFORMS
 from nmfx.settings.search import DEFAULT_M, DEFAULT_TARGET, SearchSettings
 from nmfx.settings.stages import DataSettings
 from nmfx.stages.data import fit_pictures, open_pictures, sample
@@ -118,11 +120,13 @@ def choose(
         return SearchRecord(resolve_scheme(Path(settings.scheme), sites), sites)
     if settings.pattern is not None:
         return _uniform(settings, sites)
-    question = values_of(settings.choices) | {"within": start}
+    question = values_of(settings.choices_there) | {"within": start}
     if question["m"] is None:  # one that starts from a sparse network keeps its M
         question["m"] = max((pattern.m for pattern in (start or {}).values()), default=DEFAULT_M)
     if question["vector"] is None and question["patterns"] is None:  # and the number of rows that share its masks
         question["vector"] = max((pattern.vector for pattern in (start or {}).values()), default=1)
+    kept = gainless(settings, sites)
+    question["keep_dense"] = (*question["keep_dense"], *map(glob.escape, kept))
     if settings.timed:
         if device != "cpu":
             raise SearchError(f"--device {device}: times are measured on the CPU; say --device cpu")
@@ -130,7 +134,7 @@ def choose(
         pictures = one.expand(settings.latency_batch, *one.shape[1:]).contiguous()
         target = settings.target_latency or ("2x" if settings.target is None else settings.target)
         reached = search_latency(model, sites, pictures, target, question, find, settings.precision, progress)
-        return SearchRecord(reached.result.scheme, sites, reached.result, reached=reached)
+        return SearchRecord(reached.result.scheme, sites, _explained(reached.result, kept, settings.platform), reached=reached)
     question |= {"budget": settings.budget}
     target, said = DEFAULT_TARGET if settings.target is None else settings.target, ""
     if settings.target is None and not (settings.limits or start):
@@ -141,7 +145,31 @@ def choose(
         result = _loop(settings, model, sites, data, size, device, checkpoint, progress, question)
     else:
         result = _finder(settings, model, sites, data, size, device)(**question)
-    return SearchRecord(result.scheme, sites, result, target=said)
+    return SearchRecord(result.scheme, sites, _explained(result, kept, settings.platform), target=said)
+
+
+def gainless(settings: SearchSettings, sites: Sites) -> dict[str, str]:
+    """The sites that no pattern makes faster where the network is to run, and why; none where that is not said.
+
+    Raises:
+        SearchError: those are all.
+    """
+    if settings.platform is None:
+        return {}
+    there = PLATFORMS[settings.platform]
+    found = {site.name: why for site in sites if (why := there.runs(site))}
+    if len(found) == len(sites):
+        raise SearchError(
+            f"{there.label}: nothing of {sites.model} runs faster sparse there ({next(iter(found.values()), 'no sites')}); "
+            f"search without a platform for a smaller checkpoint alone, or for nmfx, which is faster on CPUs"
+        )
+    return found
+
+
+def _explained(result: SearchResult, kept: Mapping[str, str], platform: str | None) -> SearchResult:
+    """With the reason why a site was left dense, instead of the glob that it was left out by."""
+    reasons = {name: f"gains nothing on {platform}: {why}" for name, why in kept.items() if name in result.dense_reasons}
+    return replace(result, dense_reasons={**result.dense_reasons, **reasons})
 
 
 def _finder(

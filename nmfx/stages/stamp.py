@@ -76,7 +76,8 @@ def build_values(model: ModelSettings) -> dict[str, Any]:
 def search_values(search: SearchSettings, data: DataSettings | None) -> dict[str, Any]:
     """What decides the output of the search stage: its settings, pictures if it looks at any, the content of a scheme file."""
     file = {"content of scheme": digest_of(Path(search.scheme))} if search.scheme else {}
-    unsaid = ("data", "vector") if search.choices.vector is None else ("data",)  # stamps from before there was one stay good
+    new = {"vector": search.choices.vector, "platform": search.platform}  # stamps from before there was one stay good
+    unsaid = ("data", *(key for key, value in new.items() if value is None))
     return {"look at data": search.data} | values_of(search, unsaid) | (_pictures(data) if search.data else {}) | file
 
 

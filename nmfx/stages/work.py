@@ -40,6 +40,7 @@ VERSION = 1
 WORK, WEIGHTS, START, SCHEME = "work.yaml", "weights.safetensors", "start.yaml", "scheme.yaml"
 RECALIBRATED, CORRECTED = "recalibrated/model.safetensors", "corrected/model.safetensors"
 TUNING, EXPORT, SCORES = "finetune", "export", "evaluation.json"
+HUB = "hub"  # the folder for model hubs, within that of the exports
 SEARCHING = ".search.safetensors"  # in the place of a scheme's ending: what the published loop goes on with
 HUBS = ("timm/", "torchvision/", "hf-hub:", "hf_hub:")  # names of models that look like paths
 FILES = (".nmfx", ".safetensors", ".yaml", ".yml", ".txt", ".pth", ".pt", ".bin", ".ckpt", ".tar")  # no model is called so
@@ -248,7 +249,7 @@ def open_work(path: Path) -> WorkDirectory:
     Raises:
         NmfxError: it is none, or leads elsewhere by a link in it.
     """
-    check_folders(path, ("export", "finetune", "corrected", "recalibrated", "stages"))
+    check_folders(path, ("export", "export/hub", "finetune", "corrected", "recalibrated", "stages"))
     file = path / WORK
     for folder in (path.parent, path):
         remove_dead_drafts(folder)

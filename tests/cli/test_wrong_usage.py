@@ -15,7 +15,7 @@ from nmfx.cli.main import main
 DATA = "--data digits"
 ROWS = [
     # The command itself.
-    ("", 2, "the following arguments are required: COMMAND"),
+    ("--completion fish", 2, "argument --completion: invalid choice: 'fish'"),
     ("serch", 2, "no command is called 'serch' (did you mean 'search'?)"),
     ("search --targt 3", 2, "unknown argument '--targt' (did you mean '--target'?)"),
     ("finetune --epcohs=3 --data x", 2, "unknown argument '--epcohs=3' (did you mean '--epochs'?)"),
@@ -81,6 +81,10 @@ ROWS = [
     ("search W --force --method spdy", 1, "method spdy looks at pictures: give --data"),
     ("search W --force --sensitivity gradeint", 1, "unknown sensitivity 'gradeint' (did you mean 'gradient'?)"),
     (f"finetune W {DATA} --from a --weights none", 1, "give --from or --weights, not both"),
+    ("search W --force --for tensorrt --m 16", 1, "--for tensorrt: 4:16 may keep more than 2 of 4 consecutive input channels"),
+    ("search W --force --for coreml --target-latency 2x", 1, "--for coreml: times are those of nmfx's own runtime; give --for"),
+    ("search W --force --for tensort", 2, "found 'tensort' (did you mean 'tensorrt'?)"),
+    ("export W --force --opset 19", 1, "--opset says nothing without --onnx"),
     # Files for folders, folders for files, neither there.
     ("search nowhere", 1, "nowhere: not a work directory, there is no such folder; make one with `nmfx convert nowhere`"),
     ("search W/scheme.yaml", 1, "scheme.yaml: not a work directory, it is a file; did you mean W?"),

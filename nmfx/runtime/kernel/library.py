@@ -29,8 +29,12 @@ FOLDER = Path(__file__).parent / "lib"
 LENGTHS = {"avx512_vnni": 16, "avx512": 16, "avx2_vnni": 8, "avx2": 8, "neon": 4}  # floats of a vector, by variant
 VARIANTS = tuple(LENGTHS)  # the best first
 KINDS = {  # DLPack's code and bits
-    **{torch.float32: (2, 32), torch.int16: (0, 16), torch.int32: (0, 32), torch.int64: (0, 64)},
-    **{torch.uint8: (1, 8), torch.int8: (0, 8)},
+    torch.float32: (2, 32),
+    torch.int16: (0, 16),
+    torch.int32: (0, 32),
+    torch.int64: (0, 64),
+    torch.uint8: (1, 8),
+    torch.int8: (0, 8),
 }
 log = logging.getLogger(__name__)
 
