@@ -134,7 +134,7 @@ def table(records: Records) -> None:
         for which, what in (("", "adjacent outputs share"), ("all", "similar outputs"), ("inner", "similar ones where free")):
             own = [one for one in records if measure in one and one["order"] == which]
             if own:
-                print(f"\n{title}, {what}: top-1, in brackets less V = 1\n")
+                print(f"\n{title}, {what}: top-1, then less V = 1; (1): seeds, where not three\n")
                 rows(own, measure, [one for one in records if measure in one and one["vector"] == 1])
     print("\n| network | at about the same time | corrected | fine-tuned |\n|---|---|---|---|")
     for network in dict.fromkeys(one["network"] for one in records):
@@ -153,8 +153,8 @@ def rows(own: Records, measure: str, alone: Records) -> None:
             base, cells = cell(alone, network, scheme, 1, measure), []
             for vector in VECTORS:
                 found = cell(own, network, scheme, vector, measure)
-                less = said([found[seed] - base[seed] for seed in sorted(found.keys() & base.keys())])
-                cells.append(said(list(found.values())) + (f" ({less})" if less and vector > 1 else ""))
+                less = [found[seed] - base[seed] for seed in sorted(found.keys() & base.keys())] if vector > 1 else []
+                cells.append(", ".join(filter(None, (said(list(found.values())), said(less)))))
             if any(cells):
                 print(f"| {network} | {scheme} | {' | '.join(cells)} |")
 
