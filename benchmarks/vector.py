@@ -124,6 +124,7 @@ KEY = ("network", "scheme", "vector", "order", "seed", "pictures", "epochs", "ba
 Records = list[dict[str, Any]]
 PAIRS = (  # what takes about the same time, by the prototype of docs/vector-study.md: the first should be no slower
     (("4:16", 4), ("2:16", 1)),
+    (("2:16", 4), ("1:16", 1)),
     (("0.75", 4), ("0.875", 1)),
 )
 
@@ -149,7 +150,7 @@ def table(records: Records) -> None:
 def rows(own: Records, measure: str, alone: Records) -> None:
     print("| network | scheme | " + " | ".join(f"V = {vector}" for vector in VECTORS) + " |\n|---|---|---|---|---|---|")
     for network in dict.fromkeys(one["network"] for one in own):
-        for scheme in SCHEMES:
+        for scheme in dict.fromkeys([*SCHEMES, *(one["scheme"] for one in own)]):
             base, cells = cell(alone, network, scheme, 1, measure), []
             for vector in VECTORS:
                 found = cell(own, network, scheme, vector, measure)
