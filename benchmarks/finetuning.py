@@ -6,7 +6,7 @@ flips), in bfloat16 to save time. Three seeds, of the order of pictures and thei
 Accuracy is that after the last epoch, on test pictures. One JSON line a run in --out; what has a line is not run again.
 `--table` makes the tables of docs/correction.md from them.
 
-The arms `gradual` and `soft` are prototypes that live here alone.
+The arms `gradual`, `soft` and `step` are prototypes of benchmarks/training_tricks.py; of AdamW: `--arms adamw,step --lr 0.001`.
 """
 
 from __future__ import annotations
@@ -14,128 +14,40 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 from correction import MEAN, STD, Pictures, accuracy, cifar, published
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from training_tricks import Hook, gradually, preconditioned, softly
 
 import nmfx
 from nmfx.data.config import PictureConfig
 from nmfx.data.pictures import ArrayPictures
 from nmfx.data.source import Data
-from nmfx.masking.owner import unmask_model
-from nmfx.masking.sites import masked_sites, respec
 from nmfx.scheme import Scheme
-from nmfx.sparsity.layout import Grouping
-from nmfx.sparsity.mask import check_groups, make_mask
-from nmfx.sparsity.pattern import Pattern
-from nmfx.sparsity.rules import RULES
-from nmfx.training.record import Progress
+from nmfx.sparsity.mask import check_groups
 
 WATCHED = 100  # test pictures that an epoch is watched with
 FITTED = 512  # training pictures, without labels, that correction and scores look at
 CONFIG = PictureConfig((3, 32, 32), MEAN, STD)
-Hook = Callable[[nn.Module], Callable[[Progress], None]]  # prepares a masked model; told of every update
-
-
-class Through(torch.autograd.Function):
-    """``where(mask, weight * factor, 0)``; the gradient goes straight through the mask, and SR-STE pulls what is dropped."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, factor: Tensor, mask: Tensor) -> Tensor:
-        ctx.save_for_backward(weight, factor, mask)
-        return torch.where(mask, weight * factor, 0.0)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        weight, factor, mask = ctx.saved_tensors
-        return grads[0] * factor + RULES["sr-ste"].decay * torch.where(mask, 0.0, weight), None, None
-
-
-def importance(weight: Tensor) -> Tensor:
-    """``1 + filter-wise + kernel-wise importance``, each the sigmoid of its standardised sum of magnitudes."""
-    size, factor = weight.abs(), torch.ones(())
-    for dims in (tuple(range(1, weight.dim())), tuple(range(2, weight.dim()))):
-        sums = size.sum(dims, keepdim=True) if dims else size
-        factor = factor + torch.sigmoid((sums - sums.mean()) / sums.std())
-    return factor
-
-
-class Soft(nn.Module):
-    """The soft mask of MaxQ (Xiang et al., CVPR 2024): kept weights times their importance, groups made sparse gradually.
-
-    How importances are normalised is our choice; the first values are those of the weight without it.
-    """
-
-    def __init__(self, n: int, grouping: Grouping) -> None:
-        super().__init__()
-        self.n, self.grouping, self.share = n, grouping, 0.0
-
-    def right_inverse(self, value: Tensor) -> Tensor:
-        factor = importance(value)
-        for _ in range(200):
-            factor = factor**0.95 * importance(value / factor) ** 0.05  # in small steps, or it swings
-        return value / factor
-
-    def forward(self, weight: Tensor) -> Tensor:
-        dense = weight.detach()
-        mask = make_mask(dense, self.n, self.grouping)
-        (block,) = self.grouping.blocks(self.grouping.as_lines(dense.abs().contiguous()))
-        sums = block.sum(2, keepdim=True)  # outer, groups, 1, inner
-        rank = sums.flatten().argsort().argsort().view(sums.shape)
-        late = (rank >= round(self.share * sums.numel())).expand(block.shape).reshape(weight.shape)
-        return Through.apply(weight, importance(dense), mask | late)
-
-
-def gradually(model: nn.Module) -> Callable[[Progress], None]:
-    """N falls from M to its value by a cubic over the first half of the updates (Zhu and Gupta, 2017)."""
-    sites = list(masked_sites(model))
-    final = [site.spec.pattern for site in sites]
-
-    def at(share: float) -> None:
-        left = max(0.0, 1 - 2 * share) ** 3
-        for site, pattern in zip(sites, final, strict=True):
-            n = pattern.n + math.ceil(left * (pattern.m - pattern.n))
-            if n != site.spec.pattern.n:
-                respec([site], pattern=Pattern(n, pattern.m))
-
-    at(0.0)
-    return lambda progress: at(progress.share)
-
-
-def softly(model: nn.Module) -> Callable[[Progress], None]:
-    """`Soft` in place of the masks; all groups are sparse after half of the updates."""
-    specs = [(site.path, site.spec) for site in masked_sites(model)]
-    values = {path: model.get_submodule(path)._parameters["weight"].detach().clone() for path, _ in specs}
-    unmask_model(model, keep_masked=False)
-    masks = []
-    for path, spec in specs:
-        assert not spec.grouping.flat
-        masks.append(Soft(spec.pattern.n, spec.grouping))
-        parametrize.register_parametrization(model.get_submodule(path), "weight", masks[-1])
-        torch.testing.assert_close(model.get_submodule(path).weight, values[path], rtol=1e-3, atol=1e-5)
-
-    def told(progress: Progress) -> None:
-        for mask in masks:
-            mask.share = 1 - max(0.0, 1 - 2 * progress.share) ** 3
-
-    return told
 
 
 @dataclass(frozen=True)
 class Arm:
-    """What is not as today's `nmfx run` does it: correction first, options of `transform`, of `Settings`, a prototype."""
+    """What is not masked weights under the settings of `nmfx run`: correction or matched batch norms first, options of
+    `transform`, of `Settings`, a prototype.
+    """
 
     correct: bool = False
+    recalibrate: bool = False
     masks: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     hook: Hook | None = None
@@ -144,12 +56,16 @@ class Arm:
 KD = {"distill": 0.5, "temperature": 2.0}
 ARMS: dict[str, Arm] = {
     "default": Arm(),
+    "recalibrated": Arm(recalibrate=True),
     "corrected": Arm(correct=True),
     "kd": Arm(settings=KD),
     "corrected-kd": Arm(correct=True, settings=KD),
     "input-norm": Arm(masks={"score": "input-norm"}),
     "gradual": Arm(hook=gradually),
     "soft": Arm(hook=softly),
+    "adamw": Arm(settings={"opt": "adamw"}),
+    "corrected-adamw": Arm(correct=True, settings={"opt": "adamw"}),
+    "step": Arm(settings={"opt": "step"}, hook=preconditioned),
 }
 
 
@@ -196,7 +112,11 @@ def begin(args: argparse.Namespace, arm: Arm, target: float) -> tuple[nn.Module,
         return copy.deepcopy(model), seconds
     sites, chosen = scheme(args.data, args.network, target)
     seen = [(x, torch.zeros(len(x), dtype=torch.long)) for x in fitted(args.data)] if arm.masks else None  # no labels
-    return nmfx.transform(dense(args.data, args.network), chosen, sites=sites, data=seen, **arm.masks), 0.0
+    model = nmfx.transform(dense(args.data, args.network), chosen, sites=sites, data=seen, **arm.masks)
+    start = time.process_time()
+    if arm.recalibrate:
+        nmfx.recalibrate_bn(model, fitted(args.data), dense=dense(args.data, args.network))
+    return model, time.process_time() - start
 
 
 BEFORE: dict[tuple[str, float], float] = {}
@@ -209,10 +129,17 @@ def before(args: argparse.Namespace, name: str, target: float) -> float:
     return BEFORE[name, target]
 
 
-def run(args: argparse.Namespace, name: str, target: float, seed: int) -> dict[str, Any]:
-    arm, report = ARMS[name], labelled(args.data, "test", args.report)
-    model, extra = begin(args, arm, target)
-    start, watched = before(args, name, target), (report[0][:WATCHED], report[1][:WATCHED])
+def run(args: argparse.Namespace, arm: str, target: float, seed: int) -> dict[str, Any]:
+    model, extra = begin(args, ARMS[arm], target)
+    found = {"before": before(args, arm, target)} | train(args, model, seed, ARMS[arm])
+    check(model, *scheme(args.data, args.network, target))
+    return found | {"correction seconds": round(extra, 1)}
+
+
+def train(args: argparse.Namespace, model: nn.Module, seed: int, arm: Arm = ARMS["default"]) -> dict[str, Any]:
+    """Fine-tune in place: accuracy afterwards, the last epoch's loss, seconds of the processor."""
+    report = labelled(args.data, "test", args.report)
+    watched = (report[0][:WATCHED], report[1][:WATCHED])
     data = Data("cifar10", 10, (), as_bytes(labelled(args.data, "train", args.pictures)), as_bytes(watched))
     quick = {"amp": args.amp, "channels_last": True}
     settings = nmfx.Settings(epochs=args.epochs, batch_size=args.batch_size, lr=args.lr, seed=seed, **quick, **arm.settings)
@@ -220,9 +147,7 @@ def run(args: argparse.Namespace, name: str, target: float, seed: int) -> dict[s
     clock, teacher = time.process_time(), dense(args.data, args.network) if "distill" in arm.settings else None
     done = nmfx.finetune(model, data, settings=settings, config=CONFIG, teacher=teacher, progress=hook)
     seconds = time.process_time() - clock
-    check(model, *scheme(args.data, args.network, target))
-    found = {"before": start, "after": accuracy(model, report), "loss": round(done.epochs[-1].train_loss, 4)}
-    return found | {"seconds": round(seconds, 1), "correction seconds": round(extra, 1)}
+    return {"after": accuracy(model, report), "loss": round(done.epochs[-1].train_loss, 4), "seconds": round(seconds, 1)}
 
 
 def check(model: nn.Module, sites: Any, chosen: Scheme) -> None:
@@ -237,33 +162,42 @@ def check(model: nn.Module, sites: Any, chosen: Scheme) -> None:
 KEY = ("network", "target", "arm", "seed", "pictures", "epochs", "batch_size", "lr", "amp")
 
 
+BASES = ("default", "adamw", "corrected")  # arms that others are compared with
+
+
 def table(records: list[dict[str, Any]]) -> None:
-    """Mean and standard deviation over seeds, and of the paired differences to `default`."""
-    groups: dict[tuple[Any, ...], dict[str, dict[int, float]]] = {}
+    """Mean and standard deviation over seeds, and of the differences to `BASES`, seed by seed."""
+    groups: dict[tuple[Any, ...], dict[str, dict[int, dict[str, Any]]]] = {}
     for one in records:
-        same = tuple(one[key] for key in KEY if key not in ("arm", "seed"))
-        groups.setdefault(same, {}).setdefault(one["arm"], {})[one["seed"]] = one["after"]
-    print("| network | dropped | pictures x epochs, lr | arm | top-1 | less `default`, seed by seed |")
-    print("|---|---|---|---|---|---|")
-    for (network, target, pictures, epochs, _, lr, _), arms in groups.items():
-        for arm, found in arms.items():
-            both = sorted(found.keys() & arms.get("default", {}).keys())
-            less = said([found[seed] - arms["default"][seed] for seed in both]) if both and arm != "default" else ""
-            size = f"{pictures:,} x {epochs}, {lr}"
-            print(f"| {network} | {target} | {size} | `{arm}` | {said(list(found.values()))} | {less} |")
+        same = tuple(one[key] for key in (*KEY, "report") if key not in ("arm", "seed"))
+        groups.setdefault(same, {}).setdefault(one["arm"], {})[one["seed"]] = one
+    print("| network | dropped | pictures x epochs, lr | arm | before | after | less `default` (`adamw`) | less `corrected` |")
+    print("|---|---|---|---|---|---|---|---|")
+    for (network, target, pictures, epochs, _, lr, *_), arms in groups.items():
+        for arm, found in sorted(arms.items(), key=lambda item: list(ARMS).index(item[0])):
+            less = {base: said(differences(found, arms.get(base, {}))) for base in BASES if base != arm}
+            first, start = less.get("default") or less.get("adamw", ""), next(iter(found.values()))["before"]
+            row = [network, target, f"{pictures:,} x {epochs}, {lr}", f"`{arm}`", f"{start:.1f}"]
+            row += [said([one["after"] for one in found.values()]), first, less.get("corrected", "")]
+            print(f"| {' | '.join(map(str, row))} |")
+
+
+def differences(found: dict[int, dict[str, Any]], base: dict[int, dict[str, Any]]) -> list[float]:
+    return [found[seed]["after"] - base[seed]["after"] for seed in sorted(found.keys() & base.keys())]
 
 
 def said(values: list[float]) -> str:
-    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.2f}{spread}{'' if len(values) == 3 else f' ({len(values)})'}"
+    if not values:
+        return ""
+    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{spread}{'' if len(values) == 3 else f' ({len(values)})'}"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def options(about: str, out: Path) -> argparse.ArgumentParser:
+    """What this benchmark and that of vectors are told."""
+    parser = argparse.ArgumentParser(description=about)
     parser.add_argument("--data", type=Path)
     parser.add_argument("--network", choices=["resnet20", "resnet56"], default="resnet20")
-    parser.add_argument("--arms", default="default,corrected")
-    parser.add_argument("--targets", default="0.875,0.9375")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--pictures", type=int, default=10_000)
     parser.add_argument("--epochs", type=int, default=2)
@@ -271,25 +205,36 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=0.05)
     parser.add_argument("--amp", default="bf16", help="none: full precision, twice as long")
     parser.add_argument("--report", type=int, default=5_000, help="test pictures")
-    parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".jsonl"))
+    parser.add_argument("--out", type=Path, default=out)
     parser.add_argument("--table", action="store_true", help="print what is recorded, run nothing")
-    args = parser.parse_args()
-    records = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.exists() else []
-    if args.table:
-        table(records)
+    return parser
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def record(args: argparse.Namespace, names: Sequence[str], one: dict[str, Any], run: Callable[..., dict[str, Any]]) -> None:
+    """Add a line of what `run` measures of one case, unless there is one of the same `names`."""
+    key = {name: (vars(args) | one)[name] for name in names}
+    if any(key.items() <= one.items() for one in read(args.out)):
         return
-    known = {tuple(one[key] for key in KEY) for one in records}
-    for seed in map(int, args.seeds.split(",")):
-        for target in map(float, args.targets.split(",")):
-            for arm in args.arms.split(","):
-                what = vars(args) | {"target": target, "arm": arm, "seed": seed}
-                key = {name: what[name] for name in KEY}
-                if tuple(key.values()) in known:
-                    continue
-                record = key | {"report": args.report} | run(args, arm, target, seed)
-                print(json.dumps(record), flush=True)
-                with args.out.open("a") as file:
-                    file.write(json.dumps(record) + "\n")
+    line = json.dumps(key | {"report": args.report} | run(args, **one))
+    print(line, flush=True)
+    with args.out.open("a") as file:
+        file.write(line + "\n")
+
+
+def main() -> None:
+    parser = options(__doc__.splitlines()[0], Path(__file__).with_suffix(".jsonl"))
+    parser.add_argument("--arms", default="default,corrected")
+    parser.add_argument("--targets", default="0.875,0.9375")
+    args = parser.parse_args()
+    if args.table:
+        table(read(args.out))
+        return
+    for seed, target, arm in product(args.seeds.split(","), args.targets.split(","), args.arms.split(",")):
+        record(args, KEY, {"target": float(target), "arm": arm, "seed": int(seed)}, run)
 
 
 if __name__ == "__main__":
