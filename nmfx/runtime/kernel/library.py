@@ -27,6 +27,7 @@ from nmfx.runtime.kernel.record import damage_of, digest_of
 VERSION, DIMS = 1, 8  # NMFX_VERSION, NMFX_DIMS
 FOLDER = Path(__file__).parent / "lib"
 VARIANTS = ("avx512_vnni", "avx512", "avx2_vnni", "avx2", "neon")  # the best first
+NAMED = frozenset(VARIANTS)  # files whose names say what they were built for
 KINDS = {  # DLPack's code and bits
     torch.float32: (2, 32),
     torch.int16: (0, 16),
@@ -96,7 +97,8 @@ class Library:
         c.nmfx_program_run.argtypes = [ctypes.c_void_p, tensors, number, number, number, ctypes.c_void_p, number]
         c.nmfx_use_openmp.argtypes, c.nmfx_use_openmp.restype = [ctypes.c_void_p] * 3, None
         self.vector_length: int = c.nmfx_vector_length()
-        if (variant := c.nmfx_variant().decode()) not in ("", self.name):
+        variant: str = c.nmfx_variant().decode()
+        if self.name in NAMED and variant not in ("", self.name):
             raise NmfxError(f"{path} is another variant than its name says, {variant}; install nmfx anew")
         self.operators: dict[str, int] = {}
         while name := c.nmfx_operator_name(len(self.operators)):
