@@ -29,6 +29,7 @@ from nmfx.stages.finetune import FILES
 from nmfx.stages.stamp import build_values, search_values
 from nmfx.stages.work import (
     CORRECTED,
+    CORRECTING,
     EXPORT,
     RECALIBRATED,
     SCHEME,
@@ -49,7 +50,7 @@ from nmfx.text import nearest
 KNOWN = ("auto", "pretrained", "none")  # words for weights; anything else is a file
 EXPORTS = (".safetensors", *(one.ending for one in FORMATS.values()))
 OURS = {
-    *(WORK, WEIGHTS, START, SCHEME, "scheme.txt", f"scheme{SEARCHING}", CORRECTED, RECALIBRATED, SCORES),
+    *(WORK, WEIGHTS, START, SCHEME, "scheme.txt", f"scheme{SEARCHING}", CORRECTED, CORRECTING, RECALIBRATED, SCORES),
     *(f"{TUNING}/{name}" for name in FILES),
     *(f"{EXPORT}/{SCHEME}", f"{EXPORT}/scheme.txt"),
     *(f"stages/{name}.json" for name in ("build", "search", "correct", "finetune", "export", "evaluate", "written")),

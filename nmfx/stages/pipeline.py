@@ -39,7 +39,20 @@ from nmfx.stages.stamp import (
     stamp,
     write_stamp,
 )
-from nmfx.stages.work import CORRECTED, EXPORT, SCHEME, SCORES, SEARCHING, START, TUNING, WEIGHTS, WORK, open_work, save_scheme
+from nmfx.stages.work import (
+    CORRECTED,
+    CORRECTING,
+    EXPORT,
+    SCHEME,
+    SCORES,
+    SEARCHING,
+    START,
+    TUNING,
+    WEIGHTS,
+    WORK,
+    open_work,
+    save_scheme,
+)
 from nmfx.stages.written import BOARD, Written, check_folders, is_state, remove_events, remove_state
 
 FOLDERS = ("stages", EXPORT, TUNING, BOARD, "corrected")
@@ -160,7 +173,7 @@ class Stage:
 STAGES = {
     "build": Stage(lambda job: build_values(job.model), _build),
     "search": Stage(lambda job: search_values(job.search, job.data), _search, (LOOP,), together=True),
-    "correct": Stage(lambda job: correct_values(job.correct or CorrectSettings(), job.data), _correct),
+    "correct": Stage(lambda job: correct_values(job.correct or CorrectSettings(), job.data), _correct, (CORRECTING,)),
     "finetune": Stage(
         lambda job: finetune_values(job.finetune or FinetuneSettings(), job.data),
         _finetune,
