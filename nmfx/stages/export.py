@@ -131,7 +131,11 @@ def export(
     verified = verify(model, example_input=example) if len(chosen) else None
     with all_or_nothing(folder) as draft:
         written, said = save_scheme(chosen, draft / names["scheme"], sites)
-        files = names | ({"published": written[1].name} if len(written) > 1 else {})
+        if len(written) > 1:
+            files = names | {"published": written[1].name}
+        else:
+            files = names
+            check_free([folder / "scheme.txt"], force=force)  # it would contradict the scheme beside it
         save_checkpoint(model, draft / files["checkpoint"], info={**chosen.info, "weights": weights})
         kept = [] if force else _leave_same(draft, folder)
         plain = bake(model, inplace=True)
