@@ -28,7 +28,7 @@ def run(args: Namespace) -> None:
     folder = Path(args.out) if args.out else work.path / EXPORT
     precision = read_flags(args, PrecisionSettings)
     if precision.precision == "int8" and "compiled" not in settings.formats:
-        raise NmfxError("`precision` says nothing without `compiled`")
+        raise NmfxError("--precision says nothing without --compiled")
     pictures = data_settings(args) if typed(args, DataSettings) else None
     if args.json:
         quieten()
@@ -42,13 +42,16 @@ def run(args: Namespace) -> None:
     out.print(f"\npatterns: {done.scheme.counts(done.sites)}")
     if done.verified is not None:
         out.print(f"verified: {done.verified}", soft_wrap=True)
+    for line in done.told:
+        out.print(line, soft_wrap=True)
     for kind, name in done.files.items():
         taken = (folder / name).stat().st_size
         share = f", {taken / done.dense_bytes:.1%} of the dense weights" if kind == "checkpoint" else ""
         said = "kept, as it is the same:" if name in done.kept else "wrote"
         out.print(f"{said} {folder / name} ({size(taken)}{share})", soft_wrap=True)
     if not args.out:
-        stamp_export(work, settings, done, own=args.scheme is None)
+        own = args.scheme is None and precision.precision == "float32"  # no recipe says int8
+        stamp_export(work, settings, done, own=own)
     if done.runs is not None:
         _show_runs(done.runs, folder / done.files[done.runs.platform.format])
     checkpoint = folder / done.files["checkpoint"]
@@ -89,5 +92,6 @@ def _values(done: ExportRecord, folder: Path) -> dict[str, Any]:
         ],
         "verified": None if done.verified is None else str(done.verified),
         "notes": done.notes,
+        "told": done.told,
         "runs": None if done.runs is None else json_of(done.runs),
     }
