@@ -11,7 +11,7 @@ from rich.text import Text
 
 from nmfx.cli import tables
 from nmfx.cli.common import work_of
-from nmfx.cli.console import advancing, heading, output, quieten, show_json, warn
+from nmfx.cli.console import advancing, heading, output, show_json, warn
 from nmfx.settings.flags import read_flags
 from nmfx.settings.formats import FORMATS
 from nmfx.settings.stages import ExportSettings
@@ -26,8 +26,6 @@ def run(args: Namespace) -> None:
     work, settings, out = work_of(args), read_flags(args, ExportSettings), output()
     folder, files = Path(args.out) if args.out else work.path / EXPORT, file_names(work, settings)
     check_free([folder / name for name in (*files.values(), "scheme.txt")], force=args.force)
-    if args.json:
-        quieten()
     with advancing(f"exporting {work.model}"):
         done = export(work, settings, folder, scheme=args.scheme)
     for line in done.notes:
