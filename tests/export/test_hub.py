@@ -57,7 +57,7 @@ def hub(nmfx: Run) -> Path:
 def test_timm_loads_it_as_it_loads_any_folder(hub: Path) -> None:
     model = timm.create_model(f"local-dir:{hub}", pretrained=True)
     assert model.num_classes == 3
-    assert model.pretrained_cfg["input_size"] == (3, 32, 32)
+    assert tuple(model.pretrained_cfg["input_size"]) == (3, 32, 32)
     wanted = load_checkpoint(hub.parent / "test_resnet.safetensors")
     assert same(model, wanted, torch.rand(2, 3, 32, 32))
     zeros = sum(int((p == 0).sum()) for p in model.parameters())
