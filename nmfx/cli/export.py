@@ -11,7 +11,7 @@ from rich.text import Text
 
 from nmfx.cli import tables
 from nmfx.cli.common import data_settings, work_of
-from nmfx.cli.console import advancing, heading, output, quieten, show_json, warn
+from nmfx.cli.console import advancing, heading, output, show_json, warn
 from nmfx.errors import NmfxError
 from nmfx.settings.flags import read_flags, typed
 from nmfx.settings.formats import FORMATS
@@ -30,8 +30,6 @@ def run(args: Namespace) -> None:
     if precision.precision == "int8" and "compiled" not in settings.formats:
         raise NmfxError("--precision says nothing without --compiled")
     pictures = data_settings(args) if typed(args, DataSettings) else None
-    if args.json:
-        quieten()
     with advancing(f"exporting {work.model}") as progress:
         how = {"scheme": args.scheme, "force": args.force, "precision": precision, "pictures": pictures}
         done = export(work, settings, folder, progress=progress, **how)
