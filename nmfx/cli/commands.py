@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from nmfx import __version__
+from nmfx.settings.choices import Choices
 from nmfx.settings.flags import Parser, Part, arg, flags, group
 from nmfx.settings.option import options_of
-from nmfx.settings.search import Choices, DominoSettings, SearchSettings
+from nmfx.settings.search import DominoSettings, SearchSettings
 from nmfx.settings.stages import (
     BenchSettings,
     CompressSettings,
@@ -160,8 +161,8 @@ COMMANDS = {
         "correct the kept weights against the dense model's outputs, without training",
         "Give the kept weights of a work directory's masked model new values, layer after layer, so that its outputs come back "
         "to the dense network's on a few hundred pictures: no labels, no training, minutes. Masks are chosen with the values, "
-        "batch norms matched. The same command goes on with a stopped run. Writes DIR/corrected/model.safetensors: what "
-        "export, evaluate and bench take where nothing has been fine-tuned, and what `nmfx finetune --from` can start from.",
+        "batch norms matched. Writes DIR/corrected/model.safetensors: what export, evaluate and bench take where nothing has "
+        "been fine-tuned, and what `nmfx finetune --from` can start from.",
         [SEARCHED, OTHER_SCHEME, PICTURES, flags(CorrectSettings)],
         out="folder to write to (default: DIR/corrected)",
         module="untrained",

@@ -1,7 +1,4 @@
-"""What each stage of a job can be told: the network, pictures, training under the scheme, what is exported and evaluated.
-
-A few lines over 300, so that the options of all stages are in one place.
-"""
+"""What each stage of a job can be told: the network, pictures, training under the scheme, what is exported and evaluated."""
 
 from __future__ import annotations
 

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from nmfx.errors import NmfxError
 from nmfx.export.checkpoint import load_checkpoint
-from nmfx.export.hub import is_hub
 from nmfx.export.onnx import save_onnx
 from nmfx.export.start import is_compressed
 from nmfx.models.census import find_sites
@@ -46,15 +45,13 @@ class Pair:
 
 
 def load_pair(what: str, model: ModelSettings, settings: BenchSettings, scheme: str | None = None) -> Pair:
-    """A work directory's network, that of a compressed checkpoint or of a folder for a model hub, or a model by name under a
-    scheme that is searched.
+    """A work directory's network, a compressed checkpoint's, or a model by name under a scheme that is searched.
 
     Raises:
         NmfxError: plain weights, no scheme, a model that cannot be had or takes more than pictures.
     """
     path = Path(what)
-    shared = is_hub(path)
-    if path.is_dir() and not shared:
+    if path.is_dir():
         work = open_work(path)
         dense = work.load()
         sites, pictures = work.sites(dense), pictures_of(example_of(dense, model.size or work.input_size))
@@ -67,7 +64,7 @@ def load_pair(what: str, model: ModelSettings, settings: BenchSettings, scheme: 
         raise NmfxError(f"{path}: plain weights; bench takes a compressed checkpoint, a work directory or a model's name")
     one = load_candidate(what, model)
     dense, example = one.model, example_of(one.model, one.size)
-    if path.is_file() or shared:
+    if path.is_file():
         return Pair(bake(dense), dense, pictures_of(example), str(path))
     sites = find_sites(dense, example)
     if scheme:

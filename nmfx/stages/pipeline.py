@@ -42,7 +42,6 @@ from nmfx.stages.stamp import (
 )
 from nmfx.stages.work import (
     CORRECTED,
-    CORRECTING,
     EXPORT,
     HUB,
     SCHEME,
@@ -178,7 +177,7 @@ class Stage:
 STAGES = {
     "build": Stage(lambda job: build_values(job.model), _build),
     "search": Stage(lambda job: search_values(job.search, job.data), _search, (LOOP,), together=True),
-    "correct": Stage(lambda job: correct_values(job.correct or CorrectSettings(), job.data), _correct, (CORRECTING,)),
+    "correct": Stage(lambda job: correct_values(job.correct or CorrectSettings(), job.data), _correct),
     "finetune": Stage(
         lambda job: finetune_values(job.finetune or FinetuneSettings(), job.data),
         _finetune,

@@ -24,11 +24,12 @@ from nmfx.models.census import find_sites
 from nmfx.models.site import Site
 from nmfx.passes.transform import transform
 from nmfx.scheme import Scheme
+from nmfx.settings.choices import Choices
 from nmfx.settings.formats import FORMATS
 from nmfx.settings.option import section
 from nmfx.settings.platforms import PLATFORMS
 from nmfx.settings.reference import MARK, PLACES, platforms
-from nmfx.settings.search import Choices, SearchSettings
+from nmfx.settings.search import SearchSettings
 from nmfx.settings.stages import ExportSettings
 from nmfx.sparsity.pattern import Pattern
 from nmfx.stages.runs import runs_on
@@ -176,21 +177,6 @@ def test_search_and_export_for_a_platform(nmfx: Run) -> None:
     assert [run["sparse"] for run in found["runs"]["sites"]] == [False] * 6
     assert {one["kind"] for one in found["files"]} == {"scheme", "published", "checkpoint", "onnx"}
     assert "nothing of DigitsNet runs faster sparse there" in nmfx("search", "--for", "onnxruntime", "--force", fails=True)
-
-
-def test_a_recipe_is_for_a_platform(nmfx: Run) -> None:
-    recipe = "model: {name: digits}\nsearch: {platform: tensorrt}\nexport: {platform: tensorrt, opset: 19}\n"
-    Path("mine.yaml").write_text(recipe)
-    out = nmfx("run", "mine.yaml")
-    assert "tensor cores (Ampere and later): 5 of 6 sites run sparse" in out
-    assert Path("mine.nmfx/export/digits.onnx").is_file()
-    assert nmfx("run", "mine.yaml").count("skipped") == 3
-    Path("mine.yaml").write_text(recipe.replace("opset: 19", "opset: 20"))
-    out = nmfx("run", "mine.yaml")
-    assert out.count("skipped") == 2
-    assert "changed: opset 19 -> 20" in out
-    Path("mine.yaml").write_text(recipe.replace("search: {platform: tensorrt", "search: {platform: tensorrt, m: 16"))
-    assert "mine.yaml: search: 'platform' tensorrt: 4:16 may keep" in nmfx("run", "mine.yaml", fails=True)
 
 
 def test_our_own_runtime_says_what_it_measured(nmfx: Run) -> None:

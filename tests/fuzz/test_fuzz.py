@@ -16,7 +16,6 @@ COUNTS = {
     "stamps": 60,
     "times": 60,
     "compiled": 200,
-    "int8": 200,
 }
 
 
