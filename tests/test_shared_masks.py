@@ -24,7 +24,7 @@ from nmfx.scheme import Scheme
 from nmfx.search.domino_loop import DominoSearch
 from nmfx.search.finder import SearchResult, find_scheme
 from nmfx.search.problem import make_problem
-from nmfx.settings.search import Choices
+from nmfx.settings.choices import Choices
 from nmfx.sparsity.mask import check_groups, make_mask
 from nmfx.sparsity.packing import packed_sizes
 from nmfx.sparsity.pattern import Pattern
@@ -163,10 +163,11 @@ def test_sensitivities_see_the_shared_choice(sensitivity: str) -> None:
 
 
 def test_choices() -> None:
-    assert Choices(patterns=("2:4x4", "1:4x4", "dense")[:2]).shared == 4  # type: ignore[arg-type]
-    assert (Choices().shared, Choices(vector=8).shared) == (1, 8)
-    with pytest.raises(SearchError, match="give all of them one V"):
-        _ = Choices(patterns=("2:4x4", "1:4")).shared  # type: ignore[arg-type]
+    assert Choices(patterns=("2:4x4", "1:4x4")).shared == (4,)  # type: ignore[arg-type]
+    assert Choices(patterns=("2:4x4", "1:4")).shared == (1, 4)  # type: ignore[arg-type]
+    assert (Choices().shared, Choices(vector=8).shared, Choices(vector=[4, 1]).shared) == ((1,), (8,), (1, 4))  # type: ignore
+    with pytest.raises(SearchError, match="patterns say how many rows share; leave vector out"):
+        _ = Choices(patterns=("2:4x4", "1:4"), vector=4).shared  # type: ignore[arg-type]
     with pytest.raises(SearchError, match="vector = 3: expected how many adjacent outputs share a mask: one of 1, 2, 4, 8"):
         Choices(vector=3)
     model, sites = searched("timm")

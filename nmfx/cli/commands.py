@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from nmfx import __version__
+from nmfx.settings.choices import Choices
 from nmfx.settings.flags import Parser, Part, arg, flags, group
 from nmfx.settings.option import options_of
-from nmfx.settings.search import Choices, DominoSettings, SearchSettings
+from nmfx.settings.search import DominoSettings, SearchSettings
 from nmfx.settings.stages import (
     BenchSettings,
     CompressSettings,

@@ -15,8 +15,9 @@ from nmfx.models.tracer import describe_trace, to_graph
 from nmfx.passes.transform import transform
 from nmfx.passes.verification import verify
 from nmfx.scheme import Scheme
+from nmfx.settings.choices import Choices
 from nmfx.settings.flags import read_flags, typed
-from nmfx.settings.search import Choices, SearchSettings
+from nmfx.settings.search import SearchSettings
 from nmfx.settings.stages import ModelSettings
 from nmfx.sparsity.pattern import Pattern
 from nmfx.stages.build import build_weights, check_absent, check_weights, create, examine, sparser_search

@@ -56,22 +56,27 @@ def settle(problem: Problem, choice: Sequence[int]) -> tuple[list[int], list[Eve
 
 
 def spend_rest(problem: Problem, choice: Sequence[int]) -> tuple[list[int], list[Event]]:
-    """Use up what a choice leaves: raise the N of sites, the largest step that still fits first, until no step fits."""
+    """Use up what a choice leaves: raise the N of sites, the largest step that still fits first, until no step fits.
+
+    Where options differ in V, a step goes to the smallest V that fits, and to none that is larger (see `Problem.steps_up`).
+    """
     chosen, events = list(choice), list[Event]()
     budgets = range(len(problem.budgets))
     while True:
         left = [problem.left(chosen, b) for b in budgets]
         steps = []
         for i in problem.free:
-            if chosen[i] + 1 < len(problem.options[i]):
-                step = [problem.prices[b][i][chosen[i] + 1] - problem.prices[b][i][chosen[i]] for b in budgets]
+            for up in problem.steps_up(i, chosen[i]):
+                step = [problem.prices[b][i][up] - problem.prices[b][i][chosen[i]] for b in budgets]
                 if all(cost <= room for cost, room in zip(step, left, strict=True)):
-                    steps.append((step[0], -i))
+                    steps.append((step[0], -i, up))
+                    break
         if not steps:
             return chosen, events
-        index = -max(steps)[1]
-        before, after = problem.options[index][chosen[index] : chosen[index] + 2]
-        chosen[index] += 1
+        _, negative, up = max(steps)
+        index = -negative
+        before, after = problem.options[index][chosen[index]], problem.options[index][up]
+        chosen[index] = up
         site = problem.sites.sites[index].name
         events.append(Event(site, before, after, f"trim: fits in the {left[0]:,} left", problem.cost(chosen)))
 

@@ -17,7 +17,7 @@ from nmfx.models.site import Site, Sites
 from nmfx.models.source import identify_quickly
 from nmfx.scheme import Scheme, fit, shapes_of
 from nmfx.search.budget import Budget, Prices, amount, make_budgets
-from nmfx.settings.search import Choices
+from nmfx.settings.choices import Choices
 from nmfx.settings.target import BudgetKind
 from nmfx.sparsity.layout import Grouping
 from nmfx.sparsity.packing import packed_sizes
@@ -28,7 +28,8 @@ Costs = tuple[tuple[int, ...], ...]
 
 @dataclass(frozen=True)
 class Problem:
-    """The choice to make: one of ``options[i]`` for site i, ascending in density; last what it is now, as a rule dense.
+    """The choice to make: one of ``options[i]`` for site i, ascending in density, those of several V of one N:M in V; last what
+    it is now, as a rule dense.
 
     ``prices[b][i]`` are the costs of the options of site i in the unit of ``budgets[b]``; the first budget leads: it is
     what methods order their steps by. ``levels[i][k]`` is the option of site i that the k-th smallest wanted density
@@ -71,6 +72,20 @@ class Problem:
         """Whether a choice is within every budget."""
         return all(self.left(choice, budget) >= 0 for budget in range(len(self.budgets)))
 
+    def steps_up(self, index: int, option: int) -> list[int]:
+        """The options one step up: of the next denser N:M, those whose masks no more rows share than now, the fewest first.
+
+        That they lose less is certain of the weights, whatever a table has it; of a denser N:M that more rows share it is not.
+        """
+        options, now = self.options[index], self.options[index][option]
+        last = len(options) - 1
+        up = [
+            k
+            for k, other in enumerate(options)
+            if k > option and (k == last or (other.vector <= now.vector and (other.n, other.m) != (now.n, now.m)))
+        ]
+        return [k for k in up if (options[k].n, options[k].m) == (options[up[0]].n, options[up[0]].m)]
+
     @property
     def groupings(self) -> dict[str, Grouping]:
         """Groups of each site that has a choice, by its name."""
@@ -87,7 +102,7 @@ class Problem:
         return math.ceil(Fraction(start.n * self.grouping(index).m, start.m))
 
     def grouping(self, index: int, pattern: Pattern | None = None) -> Grouping:
-        """Groups of a site under one of its patterns (all but a sparse start have one M, but for a knapsack over several)."""
+        """Groups of a site under one of its patterns; all but a sparse start have one M and V, but for methods over several."""
         site = self.sites.sites[index]
         pattern = pattern or self.options[index][0]
         return site.grouping(pattern, self.layout, short=self.remainder == "short")
@@ -110,28 +125,31 @@ def make_problem(
         target, budget, limits: see `make_budgets`.
         latency: nanoseconds of each pattern of each site, for a budget of latency; sites it does not know cost nothing.
         within: the scheme that the weights are under already: a site keeps its pattern there, or takes one of lower density.
-        mixed: offer the patterns of every M to a site, not only those of the largest M that fits it.
+        mixed: offer the patterns of every M and V to a site, not only those of the largest M that fits it.
 
     Returns:
         What each site may take, and what that costs of each budget.
 
     Raises:
-        SearchError: the target is out of range or out of reach; the message says the largest that can be reached.
+        SearchError: the target is out of range or out of reach; the message says the largest that can be reached. Several V
+            that are not `mixed`.
     """
     if unknown := next((name for name in options if name not in Choices.__dataclass_fields__), None):
         known = (*Choices.__dataclass_fields__, "within")
         raise SearchError(f"unknown option {unknown!r}{text.nearest(unknown, known)}; known: {', '.join(known)}")
     choices = Choices(**options)
+    choices.check_shared(mixed=mixed)
     budgets, wanted = make_budgets(sites, target, budget, limits, latency), choices.wanted
     choices.check(sites)
     if within is not None:
         within.check(sites)
     if not any(wanted.values()):
-        largest = max(wanted, default=1)
+        largest = max((m for m, _ in wanted), default=1)
         raise SearchError(f"target {target} is out of reach: no candidate N is below M = {largest}, and M itself is dense")
     reasons: dict[str, str] = {}
     offered = tuple(_options(site, choices, within, wanted, reasons, mixed=mixed) for site in sites)
-    densities = sorted({Fraction(n, m) for m, numbers in wanted.items() for n in numbers} | {Fraction(1)})
+    every = [pattern for patterns in wanted.values() for pattern in patterns]
+    densities = sorted({Fraction(pattern.n, pattern.m) for pattern in every} | {Fraction(1)})
     levels = tuple(tuple(_level(choice, density) for density in densities) for choice in offered)
     prices = tuple(
         tuple(tuple(_cost(s, p, b.kind, choices, latency) for p in choice) for s, choice in zip(sites, offered, strict=True))
@@ -141,7 +159,7 @@ def make_problem(
     for table, one in zip(prices, budgets, strict=True):
         least = sum(min(costs) for costs in table)
         if least > one.limit:
-            sparsest = min((Pattern(n, m, choices.shared) for m, ns in wanted.items() for n in ns), key=lambda p: p.density)
+            sparsest = min(every, key=lambda pattern: pattern.density)
             reach = math.floor(10**6 * (1 - Fraction(least, one.dense))) / 10**6
             raise SearchError(
                 f"target {float(one.target):g} of {one.kind} is out of reach: with {sparsest} everywhere it can be, "
@@ -179,7 +197,7 @@ def _options(
     site: Site,
     choices: Choices,
     within: Scheme | None,
-    wanted: Mapping[int, Sequence[int]],
+    wanted: Mapping[tuple[int, int], Sequence[Pattern]],
     reasons: dict[str, str],
     *,
     mixed: bool,
@@ -190,15 +208,15 @@ def _options(
         reasons[site.name] = f"kept {'dense' if start.is_dense else f'at {start}'} by {rule!r}"
         return (start,)
     fitted = {
-        m: [fit(site, Pattern(n, m, choices.shared), choices.layout, choices.remainder) for n in ns]
-        for m, ns in wanted.items()
-        if ns
+        group: [fit(site, pattern, choices.layout, choices.remainder) for pattern in patterns]
+        for group, patterns in wanted.items()  # a group is all of one M and V
+        if patterns
     }
-    exact = [m for m, found in fitted.items() if not any(reason for _, reason in found)]
-    usable = exact or [m for m, found in fitted.items() if not all(p.is_dense for p, _ in found)]
+    exact = [group for group, found in fitted.items() if not any(reason for _, reason in found)]
+    usable = exact or [group for group, found in fitted.items() if not all(p.is_dense for p, _ in found)]
     if not exact:
         reasons[site.name] = next(reason for found in fitted.values() for _, reason in found if reason)
-    taken = [p for m in (usable if mixed else usable[:1]) for p, _ in fitted[m] if not p.is_dense]
+    taken = [p for group in (usable if mixed else usable[:1]) for p, _ in fitted[group] if not p.is_dense]
     least, glob = choices.least_density(site)
     allowed = [p for p in dict.fromkeys(taken) if p.density >= least]
     if taken and not allowed:
@@ -206,7 +224,10 @@ def _options(
     sparser = [p for p in allowed if p.density < start.density]
     if allowed and not sparser:
         reasons[site.name] = f"{start} already, and no pattern is sparser"
-    return (*sorted(sparser, key=lambda p: p.order), start)
+    sparser.sort(key=lambda p: p.order)
+    run, _ = site.outputs  # a V beyond it is the same as the next smaller one
+    unlike = {(p.n, p.m, min(p.vector, run)): p for p in reversed(sparser)}
+    return (*reversed(unlike.values()), start)
 
 
 def _level(choice: Sequence[Pattern], density: Fraction) -> int:

@@ -24,7 +24,7 @@ class Method:
         pictures: whether it looks at any.
         labels: it needs one for each picture.
         sums: it takes a sensitivity, and what it gives is the least sum of it.
-        mixed: it chooses among several M for one site.
+        mixed: it chooses among several M and several V for one site.
         timed: the command searches with it under a budget of measured time.
         stepwise: its events are a history; those of the others say what was chosen, in model order.
         looped: with pictures it is the published loop over training batches.

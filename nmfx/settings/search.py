@@ -1,28 +1,27 @@
-"""How patterns are chosen: what a site may be given, the numbers of the published loop, the method and its budget."""
+"""How patterns are chosen: the method and its budget, and the numbers of the published loop."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from nmfx import text
 from nmfx.errors import NmfxError, SearchError
+from nmfx.settings.choices import Choices
 from nmfx.settings.methods import METHODS, SENSITIVITIES, default_sensitivity
 from nmfx.settings.option import check_options, inline, option
 from nmfx.settings.platforms import PLATFORMS
 from nmfx.settings.target import BudgetKind, parse_limit, parse_target
-from nmfx.sparsity.pattern import MAX_M, VECTORS, Layout, Pattern, Remainder
+from nmfx.sparsity.pattern import Pattern
 from nmfx.sparsity.score import SCORES, check_score
 
 if TYPE_CHECKING:
-    from nmfx.models.site import Site, Sites
-
     Where = str
 else:  # the words that the flag may say
     Where = Literal[tuple(PLATFORMS)]
 QUANTILE = 0.75  # share of a site's groups that must agree before it steps (domino.md, section 4)
-DEFAULT_TARGET, DEFAULT_M = 0.875, 16  # the sparsity where it can be reached, and the group size
+DEFAULT_TARGET = 0.875  # the sparsity where it can be reached
 DOUBLINGS = (30_000, 40_000, 50_000, 60_000, 70_000, 80_000)
 ALONE = {"scheme": (), "pattern": ("keep_dense", "layout", "remainder")}  # keys that a search by neither can have beside them
 LEADING = {  # keys that say what others say
@@ -30,100 +29,6 @@ LEADING = {  # keys that say what others say
     "patterns": ("m", "candidates", "vector"),
     "target_latency": ("target", "budget", "limits"),
 }
-
-
-@dataclass(frozen=True)
-class Choices:
-    """What a site may be given. Of `min_density`, the first glob that matches counts.
-
-    Raises:
-        SearchError: an M or N out of range.
-    """
-
-    m: int | tuple[int, ...] | None = option(
-        None,
-        "group size M, or several: knapsack and spdy mix them, the others take the largest that fits a site; 16, or that of a "
-        "compressed start",
-        metavar="M,M,...",
-    )
-    candidates: tuple[int, ...] | None = option(
-        None, "the N's to choose from besides M; powers of two up to M", metavar="N,N,..."
-    )
-    patterns: tuple[Pattern, ...] | None = option(
-        None, "only these patterns, as 2:4 for hardware, instead of M and N's", metavar="N:M,..."
-    )
-    vector: int | None = option(
-        None, "adjacent outputs that share one mask: 1, 2, 4 or 8; 1, or that of a compressed start", metavar="V"
-    )
-    keep_dense: tuple[str, ...] = option((), "sites or modules that stay dense", metavar="GLOB", repeat=True)
-    min_density: float | Mapping[str, float] = option(0.0, "least density of the sites", metavar="[GLOB=]SHARE", repeat=True)
-    layout: Layout = option("strict", "groups within rows of input channels, or across them")
-    remainder: Remainder = option("dense", "rows that M does not divide: stay dense, take a smaller M, or end in a short group")
-
-    def __post_init__(self) -> None:
-        for name in ("candidates", "patterns", "keep_dense"):  # iterators would be used up by the first look
-            if (value := getattr(self, name)) is not None:
-                object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
-        if self.vector is not None and (isinstance(self.vector, bool) or self.vector not in VECTORS):
-            known = ", ".join(map(str, VECTORS))
-            raise SearchError(f"vector = {self.vector!r}: expected how many adjacent outputs share a mask: one of {known}")
-
-    @property
-    def shared(self) -> int:
-        """How many adjacent outputs share a mask, in every pattern.
-
-        Raises:
-            SearchError: patterns of several such numbers, or of another one than is asked for.
-        """
-        found = {p.vector for p in map(Pattern, self.patterns or ()) if not p.is_dense}
-        wanted = self.vector or min(found, default=1)
-        if found - {wanted}:
-            said = ", ".join(map(str, self.patterns or ())) + (f" and vector = {self.vector}" if self.vector else "")
-            raise SearchError(f"patterns {said}: give all of them one V, the number of rows that share a mask")
-        return wanted
-
-    @property
-    def wanted(self) -> dict[int, tuple[int, ...]]:
-        """The N's below M, ascending, of each M, the largest first.
-
-        Raises:
-            SearchError: an M or N out of range.
-        """
-        if self.patterns is not None:
-            found: dict[int, set[int]] = {}
-            for pattern in map(Pattern, self.patterns):
-                if not pattern.is_dense:
-                    found.setdefault(pattern.m, set()).add(pattern.n)
-            return {m: tuple(sorted(found[m])) for m in sorted(found, reverse=True)}
-        m = DEFAULT_M if self.m is None else self.m
-        if not isinstance(m, int | tuple | list):
-            raise SearchError(f"m = {m!r}: expected a group size in 2..{MAX_M}, or several")
-        sizes = {m} if isinstance(m, int) else set(m)
-        for m in sizes:
-            if not (isinstance(m, int) and 1 < m <= MAX_M):
-                raise SearchError(f"m = {m}: expected a group size in 2..{MAX_M}")
-        return {m: parse_candidates(m, self.candidates)[:-1] for m in sorted(sizes, reverse=True)}
-
-    def least_density(self, site: Site) -> tuple[float, str]:
-        """The least density of a site, and the glob that says so."""
-        rules = self.min_density if isinstance(self.min_density, Mapping) else {"*": self.min_density}
-        glob = next((glob for glob in rules if text.matches(site.name, glob)), "")
-        return (rules[glob], glob) if glob else (0.0, "")
-
-    def check(self, sites: Sites) -> None:
-        """Check that every glob matches a site and every density is one.
-
-        Raises:
-            SearchError: naming the glob and the nearest site.
-        """
-        rules = self.min_density if isinstance(self.min_density, Mapping) else {}
-        for name, globs in (("keep-dense", self.keep_dense), ("min-density", rules)):
-            for glob in globs:
-                if not any(text.matches(site.name, glob) for site in sites):
-                    raise SearchError(f"{name}: no site matches {glob!r}{text.unmatched(glob, [s.name for s in sites])}")
-        for share in rules.values() if rules else [self.min_density]:
-            if not (isinstance(share, int | float) and 0 <= share <= 1):
-                raise SearchError(f"min-density {share}: expected a density in 0..1, such as 0.25")
 
 
 @dataclass(frozen=True)
@@ -241,6 +146,7 @@ class SearchSettings:
             raise SearchError(f"method {self.method} looks at no pictures; leave `data` out")
         if self.data and needs.sums and not any(looks.values()):
             raise SearchError("`sensitivity` weight looks at no pictures: take activation, corrected, gradient or measured")
+        self.choices.check_shared(mixed=needs.mixed)
         if self.precision == "int8" and not self.timed:
             raise SearchError("`precision` int8 counts for times only: give `target_latency`")
         if self.timed and not needs.timed:
@@ -254,8 +160,7 @@ class SearchSettings:
             return
         there, said = PLATFORMS[self.platform], f"`platform` {self.platform}"
         if asked := [f"`{key}`" for key in ("patterns", "m", "candidates", "vector") if key in given]:
-            choices = self.choices_there
-            for pattern in (Pattern(n, m) for m, numbers in choices.wanted.items() for n in numbers):
+            for pattern in (pattern for patterns in self.choices_there.wanted.values() for pattern in patterns):
                 if why := there.takes(pattern):
                     raise SearchError(f"{said}: {why}; leave {' and '.join(asked)} out, or ask for what runs faster there")
         for key in ("layout", "remainder") if there.whole else ():
@@ -270,7 +175,7 @@ class SearchSettings:
         own, there = self.choices, PLATFORMS[self.platform] if self.platform is not None else None
         if there is None or not there.patterns or (own.m, own.candidates, own.patterns) != (None, None, None):
             return own
-        patterns = tuple(Pattern(p.n, p.m, own.vector or 1) for p in map(Pattern, there.patterns))
+        patterns = tuple(Pattern(p.n, p.m, v) for p in map(Pattern, there.patterns) for v in own.shared)
         return replace(own, patterns=patterns)
 
     @property
@@ -287,16 +192,3 @@ class SearchSettings:
     def looping(self) -> bool:
         """Whether it is the published loop over training batches."""
         return self.data and METHODS[self.method].looped
-
-
-def parse_candidates(m: int, candidates: Iterable[int] | None) -> tuple[int, ...]:
-    """The N's of a search, ascending, M (dense) among them; powers of two by default.
-
-    Raises:
-        SearchError: one is not in 1..M.
-    """
-    chosen = [1 << e for e in range(m.bit_length()) if 1 << e <= m] if candidates is None else list(candidates)
-    for n in chosen:
-        if not (isinstance(n, int) and 1 <= n <= m):
-            raise SearchError(f"candidate N = {n}: expected a whole number in 1..M = {m}")
-    return tuple(sorted({*chosen, m}))

@@ -63,7 +63,7 @@ def search_latency(
     precision: str = "float32",
     progress: Progress = silent,
 ) -> Reached:
-    """Measure, search, measure the result, and search again with the difference; of those fast enough, the one that keeps most.
+    """Measure, search, measure the result, and search again with the difference; the widest budget of those fast enough.
 
     Args:
         pictures: a batch of the size to be fast for.
@@ -72,7 +72,8 @@ def search_latency(
         precision: ``float32`` or ``int8``, for which dense means the best int8 engine that is installed.
 
     Returns:
-        The search that keeps most among those fast enough, or the fastest where none is.
+        The search that gave its sites most time among those fast enough, or the fastest where none is. Kept weights do not say
+        which is better: masks that rows share keep more of them in the same time.
 
     Raises:
         SearchError: the sparsest scheme would not be fast enough; the message says what it would reach.
@@ -96,12 +97,13 @@ def search_latency(
             break
         latency = latency.adjusted(measured, result.scheme)  # what the table does not know: caches that are cold in between
     if fast := [one for one in tries if one.measured <= wanted]:
-        return max(fast, key=lambda one: one.result.totals.kept)
+        return max(fast, key=lambda one: one.result.budget.limit)
     best = min(tries, key=lambda one: one.measured)
     if sparsest:
         raise SearchError(
             f"a latency of {float(share):.3g} of the best dense run ({dense * 1e3:.3g} ms) is out of reach: with the sparsest "
-            f"patterns it takes {best.measured * 1e3:.3g} ms, {dense / best.measured:.2f}x; offer sparser ones, as with --m 32"
+            f"patterns it takes {best.measured * 1e3:.3g} ms, {dense / best.measured:.2f}x; offer sparser ones, as with --m 32 "
+            "or --vector 4"
         )
     return best
 

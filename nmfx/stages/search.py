@@ -26,10 +26,11 @@ from nmfx.search.domino_run import run_domino
 from nmfx.search.finder import SearchResult, conclude, find_scheme
 from nmfx.search.problem import make_problem
 from nmfx.search.tables import Tables
+from nmfx.settings.choices import DEFAULT_M
 from nmfx.settings.methods import METHODS
 from nmfx.settings.option import values_of
 from nmfx.settings.platforms import PLATFORMS
-from nmfx.settings.search import DEFAULT_M, DEFAULT_TARGET, SearchSettings
+from nmfx.settings.search import DEFAULT_TARGET, SearchSettings
 from nmfx.settings.stages import DataSettings
 from nmfx.stages.data import fit_pictures, open_pictures, sample
 from nmfx.stages.latency import Reached, search_latency
@@ -204,7 +205,8 @@ def default_target(sites: Sites, method: str, question: dict[str, Any]) -> tuple
     if sum(map(min, costs)) <= dense * (1 - Fraction(str(DEFAULT_TARGET))) or kept == dense:
         return str(DEFAULT_TARGET), ""
     target = f"{math.floor(10**6 * (1 - Fraction(kept, dense))) / 10**6:.6f}"
-    patterns = ", ".join(dict.fromkeys(str(options[-2]) for options in problem.options if len(options) > 1))
+    densest = (max(options[:-1], key=lambda p: (p.density, p.m, -p.vector)) for options in problem.options if options[1:])
+    patterns = ", ".join(dict.fromkeys(map(str, densest)))
     return target, f"{target} of {problem.budget.kind}, {patterns} wherever it fits; {DEFAULT_TARGET} is out of reach"
 
 

@@ -50,11 +50,25 @@ def test_one_pattern_for_all(nmfx: Nmfx) -> None:
     assert vectors("digits.nmfx/scheme.yaml") == {2}
 
 
+def test_several_are_chosen_among(nmfx: Nmfx) -> None:
+    out = nmfx("search", "--target", "0.7", "--patterns", "4:8,1:8x4")
+    assert vectors("digits.nmfx/scheme.yaml") == {1, 4}
+    assert "1:8x4" in out
+    nmfx("search", "--target", "0.6", "--m", "8", "--vector", "1,4", "--force")  # both keep as many weights
+    assert vectors("digits.nmfx/scheme.yaml") == {1}
+    nmfx("search", "--target", "0.4", "--for", "tensorrt", "--vector", "1,2", "--force")
+    assert vectors("digits.nmfx/scheme.yaml") <= {1, 2}
+
+
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
         (["--vector", "3"], "expected how many adjacent outputs share a mask: one of 1, 2, 4, 8"),
-        (["--patterns", "2:4x4,1:4"], "give all of them one V"),
+        (["--vector", "1,3"], "expected how many adjacent outputs share a mask: one of 1, 2, 4, 8, or several"),
+        (["--vector", "1,x"], "expected whole numbers with commas"),
+        (["--patterns", "2:4x4,1:4", "--method", "erk"], "masks shared by 1, 4 rows: give all patterns one V; knapsack and"),
+        (["--vector", "1,4", "--method", "domino"], "masks shared by 1, 4 rows: give all patterns one V"),
+        (["--vector", "1,4", "--method", "domino", "--data", "digits"], "masks shared by 1, 4 rows: give all patterns one V"),
         (["--patterns", "2:4x4", "--vector", "4"], "--patterns says all patterns; leave --m, --candidates and --vector out"),
         (["--patterns", "2:4x5"], "5 rows cannot share a mask"),
     ],

@@ -24,11 +24,12 @@ from nmfx.models.census import find_sites
 from nmfx.models.site import Site
 from nmfx.passes.transform import transform
 from nmfx.scheme import Scheme
+from nmfx.settings.choices import Choices
 from nmfx.settings.formats import FORMATS
 from nmfx.settings.option import section
 from nmfx.settings.platforms import PLATFORMS
 from nmfx.settings.reference import MARK, PLACES, platforms
-from nmfx.settings.search import Choices, SearchSettings
+from nmfx.settings.search import SearchSettings
 from nmfx.settings.stages import ExportSettings
 from nmfx.sparsity.pattern import Pattern
 from nmfx.stages.runs import runs_on

@@ -17,7 +17,8 @@ from nmfx.recipe.check import check_recipe
 from nmfx.recipe.loader import load_recipe
 from nmfx.recipe.schema import Recipe
 from nmfx.scheme import Scheme
-from nmfx.settings.search import Choices, DominoSettings, SearchSettings
+from nmfx.settings.choices import Choices
+from nmfx.settings.search import DominoSettings, SearchSettings
 from nmfx.settings.stages import CorrectSettings, ModelSettings
 from nmfx.sparsity.pattern import Pattern
 from nmfx.stages.build import build, build_weights, create

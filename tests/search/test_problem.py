@@ -19,7 +19,7 @@ from nmfx.models.site import Sites
 from nmfx.scheme import Scheme
 from nmfx.search.budget import Budget
 from nmfx.search.problem import make_problem
-from nmfx.settings.search import parse_candidates
+from nmfx.settings.choices import parse_candidates
 from nmfx.sparsity.pattern import Pattern
 
 models = pytest.mark.parametrize("name", MODELS)

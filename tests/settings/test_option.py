@@ -11,11 +11,12 @@ import pytest
 
 from nmfx.cli.commands import parser
 from nmfx.errors import NmfxError
+from nmfx.settings.choices import Choices
 from nmfx.settings.flags import add_flags, name_of, read_flags
 from nmfx.settings.methods import METHODS, SENSITIVITIES, resolve
 from nmfx.settings.option import Option, about, kinds_of, options_of, parse, section, values_of
 from nmfx.settings.reference import PAGE, reference
-from nmfx.settings.search import Choices, DominoSettings, SearchSettings
+from nmfx.settings.search import DominoSettings, SearchSettings
 from nmfx.settings.stages import (
     BenchSettings,
     CorrectSettings,
@@ -113,6 +114,8 @@ def test_an_inline_option_is_set_where_it_belongs() -> None:
     flags = typed(SearchSettings, "--keep-dense", "fc", "--keep-dense", "a.*", "--m", "8,16", "--limit", "params=0.5")
     assert flags.choices == replace(Choices(), m=(8, 16), keep_dense=("fc", "a.*"))
     assert flags.limits == {"params": 0.5}
+    assert section({"vector": ["1", "4"]}, SearchSettings, "f.yaml").choices.vector == (1, 4)
+    assert [typed(SearchSettings, "--vector", said).choices.vector for said in ("4", "1,4")] == [4, (1, 4)]
 
 
 def test_classes_are_another_word_for_an_argument_of_the_builder() -> None:

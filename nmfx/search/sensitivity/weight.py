@@ -15,11 +15,11 @@ def squared_errors(tables: Tables) -> Table:
         for i, option, weight, dropped in tables.dropped(tables.model):
             table[i][option] = float(weight[dropped].square().sum(dtype=torch.float64))
         return table
-    for i in problem.free:  # what a mask by magnitudes drops can be read off the sorted groups, of one M at once
-        energies: dict[int, Tensor] = {}  # (m,): of the largest of each group, of the second largest, ...
+    for i in problem.free:  # what a mask by magnitudes drops can be read off the sorted groups, of one M and V at once
+        energies: dict[tuple[int, int], Tensor] = {}  # (m,): of the largest of each group, of the second largest, ...
         for option, pattern in enumerate(problem.options[i]):
             if not pattern.is_dense:
-                if pattern.m not in energies:
-                    energies[pattern.m] = tables.squares(i, pattern)
-                table[i][option] = float(energies[pattern.m][pattern.n :].sum())
+                if (group := (pattern.m, pattern.vector)) not in energies:
+                    energies[group] = tables.squares(i, pattern)
+                table[i][option] = float(energies[group][pattern.n :].sum())
     return table
