@@ -119,13 +119,39 @@ def test_prices_never_rise_as_weights_are_dropped(monkeypatch: pytest.MonkeyPatc
     assert found.prices.keys() == {site.name for site in sites}
     assert found.predict({}) > 0
     assert found.baseline > 0
-    for price in found.prices.values():
+    for price in found.prices.values():  # of one M and V
         ordered = [price[p] for p in sorted(price, key=lambda p: p.density)]
         assert ordered == sorted(ordered)
     everything = {name: min(price, key=lambda p: p.density) for name, price in found.prices.items()}
     assert found.predict(everything) <= found.predict({}) == pytest.approx((found.dense + found.rest) / 1e9)
     assert found.adjusted(1.0, everything).predict(everything) == pytest.approx(1.0)
     assert Pattern.DENSE in next(iter(found.prices.values()))
+
+
+def test_a_price_follows_from_no_pattern_of_another_v(monkeypatch: pytest.MonkeyPatch) -> None:
+    milliseconds = {"8:16": 20, "2:16": 8, "1:16": 9, "8:16x4": 6, "2:16x4": 2, "1:16x4": 3}
+    expected = {"8:16": 10, "2:16": 8, "1:16": 8, "8:16x4": 6, "2:16x4": 2, "1:16x4": 2}  # dense, or a denser one of that V
+    timed = latency._seconds
+
+    def known(node: Any, fused: Any, *args: Any, **kwargs: Any) -> Any:
+        kept = fused.weight != 0
+        n = round(16 * kept.float().mean().item())
+        pattern = f"{n}:16{'x4' if kept[0].equal(kept[1]) else ''}"
+        return dataclasses.replace(timed(node, fused, *args, **kwargs), seconds=milliseconds.get(pattern, 10) / 1e3)
+
+    monkeypatch.setattr(latency, "_seconds", known)
+    monkeypatch.setattr(latency, "compile_frozen", lambda model, example: None)
+    model, x = load_demo(trained=True), torch.zeros(1, 1, 8, 8)
+    sites = library.find_sites(model, x)
+    others = tuple(site.name for site in list(sites)[:-1] if site.length % 16 == 0)
+    problem = make_problem(sites, target=0.0, patterns=tuple(milliseconds), mixed=True, keep_dense=others)
+    assert problem.free
+    offered = {s.name: {p: problem.grouping(i, p) for p in problem.options[i]} for i, s in enumerate(sites)}
+    found = measure_latency(model, offered, x)
+    for i in problem.free:
+        price = found.prices[sites.sites[i].name]
+        assert {str(p): cost / 1e6 for p, cost in price.items() if not p.is_dense} == pytest.approx(expected)
+        assert price[Pattern.DENSE] == 10_000_000
 
 
 @pytest.mark.parametrize(

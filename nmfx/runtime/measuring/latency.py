@@ -36,8 +36,9 @@ class Latency:
     """Measured times of one pass over a batch.
 
     Attributes:
-        prices: nanoseconds of a site under each of its patterns, dense among them; never rising as weights are dropped, since
-            the runtime takes the dense operator where that is faster.
+        prices: nanoseconds of a site under each of its patterns, dense among them; none above dense, since the runtime takes
+            the dense operator where that is faster, and of one M and V never rising as N falls. Those of different M or V are
+            laid out and computed differently: nothing follows from one for another.
         rest: nanoseconds of all that is between the sites, in a sparse network; below zero where calls measured one by one
             take longer than in a chain.
         baseline: nanoseconds of the best dense run: of `dense_runs`, and lowered by nmfx.
@@ -125,18 +126,19 @@ def measure_latency(
         progress(index / len(sites), f"timing {fused.name}")
         inputs, offered = seen[str(node.target)], groupings.get(fused.name, {})
         timed = {Pattern.DENSE: seconds(node, fused, inputs, times)}
-        least = round(timed[Pattern.DENSE].seconds * NANO)
-        found = {Pattern.DENSE: least}
+        found = {Pattern.DENSE: round(timed[Pattern.DENSE].seconds * NANO)}
+        least: dict[tuple[int, int], int] = {}  # of one M and V
         patterns = [pattern for pattern in offered if not pattern.is_dense]
         for pattern in sorted(patterns, key=lambda one: one.density, reverse=True):
             pruned = replace(fused, weight=fused.weight * make_mask(fused.weight, pattern.n, offered[pattern]))
             timed[pattern] = seconds(node, pruned, inputs, times)
-            least = min(least, round(timed[pattern].seconds * NANO))
-            found[pattern] = least
+            group, dense_price = (pattern.m, pattern.vector), found[Pattern.DENSE]
+            least[group] = min(least.get(group, dense_price), round(timed[pattern].seconds * NANO))
+            found[pattern] = least[group]
         twice = prices.get(fused.name, {})  # a weight read at two places is paid for twice
         prices[fused.name] = {pattern: price + twice.get(pattern, 0) for pattern, price in found.items()}
         as_they_are.append(timed[Pattern.DENSE])
-        sparsest.append(timed[min(patterns, key=lambda one: one.density, default=Pattern.DENSE)])
+        sparsest.append(timed[min(patterns, key=lambda one: (one.density, -one.vector), default=Pattern.DENSE)])
     times.save()
     runs = dict(rivals or {})
     if precision == "int8":
