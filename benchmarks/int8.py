@@ -1,4 +1,4 @@
-"""Sparse int8 beside dense int8: python benchmarks/int8.py speed|accuracy [--data DIR] [--only GLOB] [--turns 15] [--out FILE]
+"""Sparse int8 beside dense int8: python benchmarks/int8.py speed|accuracy|draw [--data DIR] [--only GLOB] [--out FILE]
 
 `speed` times networks in one run, engine after engine in turns, batch 1 and 8: dense int8 by OpenVINO and ONNX Runtime (those
 installed), dense int8 and sparse int8 by nmfx under uniform patterns, and 2:16 in float32. Weights are random but for Lite0:
@@ -6,7 +6,8 @@ times do not depend on values. Run it on a machine that does nothing else.
 
 `accuracy` takes the networks of benchmarks/correction.py (DIR is its --data): top-1 on pictures that nothing was fitted to, and
 milliseconds at batch 1, of dense fp32, dense int8 by each engine, and nmfx int8 under schemes found by knapsack and corrected
-without labels. One JSON line a row in --out.
+without labels. One JSON line a row in --out; `draw` makes docs/int8.svg of accuracy against milliseconds from the last line of
+each row (it needs matplotlib).
 """
 
 from __future__ import annotations
@@ -174,9 +175,38 @@ def accuracy(name: str, data: Path, turns: int, threads: int, targets: list[str]
     return list(rows.values())
 
 
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Accuracy against milliseconds at batch 1, a panel a network."""
+    from matplotlib.figure import Figure
+
+    marks = {
+        "fp32": ("s", "#8a8a8a", "dense fp32"),
+        "int8": ("D", "#c2571a", "dense int8, OpenVINO"),
+        "nmfx": ("o", "#1f6fb4", "nmfx int8"),
+    }
+    networks = [name for name in ("resnet56", "lite0") if any(row["network"] == name for row in rows)]
+    figure = Figure(figsize=(4.6 * len(networks), 3.6), layout="constrained")
+    for axes, name in zip(figure.subplots(1, len(networks), squeeze=False)[0], networks, strict=True):
+        for kind, (mark, colour, label) in marks.items():
+            mine = [row for row in rows if row["network"] == name and row["kind"] == kind and row.get("ms")]
+            axes.scatter([row["ms"][0] for row in mine], [row["top1"] for row in mine], marker=mark, color=colour, label=label)
+            for row in mine if kind == "nmfx" else ():
+                said = row["run"].removeprefix("nmfx int8, ")
+                axes.annotate(said, (row["ms"][0], row["top1"]), textcoords="offset points", xytext=(5, -9), fontsize=7)
+        axes.set(
+            title={"resnet56": "ResNet-56, CIFAR-10", "lite0": "EfficientNet-Lite0, ImageNet"}[name],
+            xlabel="ms, batch 1",
+            ylabel="top-1, %",
+        )
+        axes.set_xlim(left=0)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7, loc="lower right")
+    figure.savefig(path)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("speed", "accuracy"))
+    parser.add_argument("what", choices=("speed", "accuracy", "draw"))
     parser.add_argument("--data", type=Path)
     parser.add_argument("--only", default="*")
     parser.add_argument("--batches", default="1,8")
@@ -193,6 +223,11 @@ def main() -> None:
             with args.out.open("a") as file:
                 file.write(json.dumps(row) + "\n")
 
+    if args.what == "draw":
+        lines = [json.loads(line) for line in args.out.read_text().splitlines()]
+        last = {(row["network"], row["run"]): row for row in lines if "run" in row}
+        draw(list(last.values()), Path(__file__).parents[1] / "docs" / "int8.svg")
+        return
     if args.what == "speed":
         for name in NETWORKS:
             for batch in map(int, args.batches.split(",")):

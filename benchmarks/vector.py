@@ -137,12 +137,13 @@ def table(records: Records) -> None:
             if own:
                 print(f"\n{title}, {what}: top-1, then less V = 1; (1): seeds, where not three\n")
                 rows(own, measure, [one for one in records if measure in one and one["vector"] == 1])
+    plain = [one for one in records if not one["order"]]
     print("\n| network | at about the same time | corrected | fine-tuned |\n|---|---|---|---|")
     for network in dict.fromkeys(one["network"] for one in records):
         for first, second in PAIRS:
             cells = []
             for measure in ("corrected", "after"):
-                one, other = (cell(records, network, *side, measure) for side in (first, second))
+                one, other = (cell(plain, network, *side, measure) for side in (first, second))
                 cells.append(said([one[seed] - other[seed] for seed in sorted(one.keys() & other.keys())]))
             print(f"| {network} | {named(*first)} less {named(*second)} | {' | '.join(cells)} |")
 
@@ -163,7 +164,8 @@ def rows(own: Records, measure: str, alone: Records) -> None:
 def cell(records: Records, network: str, scheme: str, vector: int, measure: str) -> dict[int, float]:
     """By seed."""
     asked = (network, scheme, vector)
-    return {one["seed"]: one[measure] for one in records if (one["network"], one["scheme"], one["vector"]) == asked}
+    own = [one for one in records if (one["network"], one["scheme"], one["vector"]) == asked]
+    return {one["seed"]: one[measure] for one in own if measure in one}
 
 
 def named(scheme: str, vector: int) -> str:

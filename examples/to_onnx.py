@@ -4,7 +4,7 @@
     python examples/to_onnx.py [--out DIR]
 
 A baked model is made of plain modules with real zeros, so torch's own exporter takes it, and so do other tools.
-`nmfx export --onnx` and `nmfx.export.onnx.save_onnx` call it the same way.
+`save_onnx` calls it as `nmfx export --onnx` does: inputs and outputs have names, the batch is free.
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ import numpy as np
 import onnx
 import onnxruntime
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nmfx import bake, find_scheme, load_checkpoint, recalibrate_bn, save_checkpoint, transform
 from nmfx.demo.digits import load_demo, load_digits_data
+from nmfx.export.onnx import save_onnx
+from nmfx.models.example import Example
 
 
 def make_checkpoint(path: Path, pictures: Tensor) -> None:
@@ -30,12 +32,6 @@ def make_checkpoint(path: Path, pictures: Tensor) -> None:
     model = transform(dense, find_scheme(dense, target=0.5).scheme)
     recalibrate_bn(model, pictures.split(200))
     save_checkpoint(model, path)
-
-
-def export(model: nn.Module, x: Tensor, path: Path) -> None:
-    """A plain model as one ONNX file with a free batch size; a batch of one in `x` would be taken for a constant."""
-    batch = ({0: torch.export.Dim.DYNAMIC},)
-    torch.onnx.export(model, (x,), str(path), dynamo=True, dynamic_shapes=batch, external_data=False, verbose=False)
 
 
 def zeros(arrays: Iterable[np.ndarray]) -> int:
@@ -49,14 +45,14 @@ def run(out: Path) -> None:
     make_checkpoint(checkpoint, train_x)
 
     model = bake(load_checkpoint(checkpoint))
-    export(model, x[:2], path)
+    save_onnx(model, path, Example((x[:1],)))
     print(f"{path.name}: {path.stat().st_size:,} bytes; {checkpoint.name}: {checkpoint.stat().st_size:,}")
 
     stored = [onnx.numpy_helper.to_array(tensor) for tensor in onnx.load(path).graph.initializer]
     print(f"zeros in weights: torch {zeros(p.detach().numpy() for p in model.parameters()):,}, ONNX {zeros(stored):,}")
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    (found,) = session.run(["output"], {"input": x.numpy()})
     with torch.no_grad():
         expected = model(x).numpy()
     print(f"logits differ by {np.abs(found - expected).max():.1e} at most, of {np.abs(expected).max():.1f} at most")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from nmfx.cli.common import check_kernel, check_random, data_settings
-from nmfx.cli.console import advancing, output, quieten, show_json, warn
+from nmfx.cli.console import advancing, output, show_json, warn
 from nmfx.cli.tables import table
 from nmfx.runtime.measuring.bench import NMFX, Bench
 from nmfx.runtime.quantized.compiling import INT8
@@ -22,8 +22,6 @@ from nmfx.stages.work import asked
 
 def run(args: Namespace) -> None:
     """Load, time, show."""
-    if args.json:
-        quieten()
     report.check(args.figure, None, force=args.force)
     settings, what = read_flags(args, BenchSettings), asked(args.what, "bench")
     with advancing(f"loading {what}"):

@@ -161,8 +161,8 @@ COMMANDS = {
         "correct the kept weights against the dense model's outputs, without training",
         "Give the kept weights of a work directory's masked model new values, layer after layer, so that its outputs come back "
         "to the dense network's on a few hundred pictures: no labels, no training, minutes. Masks are chosen with the values, "
-        "batch norms matched. Writes DIR/corrected/model.safetensors: what export, evaluate and bench take where nothing has "
-        "been fine-tuned, and what `nmfx finetune --from` can start from.",
+        "batch norms matched. The same command goes on with a stopped run. Writes DIR/corrected/model.safetensors: what "
+        "export, evaluate and bench take where nothing has been fine-tuned, and what `nmfx finetune --from` can start from.",
         [SEARCHED, OTHER_SCHEME, PICTURES, flags(CorrectSettings)],
         out="folder to write to (default: DIR/corrected)",
         module="untrained",

@@ -13,7 +13,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from nmfx.cli.console import advancing, heading, output, quieten, show_json
+from nmfx.cli.console import advancing, heading, output, show_json
 from nmfx.cli.tables import table
 from nmfx.errors import NmfxError
 from nmfx.models.site import Site
@@ -28,8 +28,6 @@ LETTERS = string.ascii_uppercase
 
 def run(args: Namespace) -> None:
     """Read the schemes, find their network, show where they differ, and write what is asked for."""
-    if args.json:
-        quieten()
     paths, out = [Path(name) for name in args.schemes], output()
     if len(paths) < 2:
         raise NmfxError("compare needs two schemes or more; `nmfx inspect` shows one")

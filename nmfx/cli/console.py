@@ -54,9 +54,14 @@ def errors() -> Console:
     return Terminal(stderr=True, highlight=False)
 
 
-def quieten() -> None:
+@contextlib.contextmanager
+def only_json() -> Iterator[None]:
     """Say nothing on standard output but what `show_json` shows there."""
     output().quiet = True
+    try:
+        yield
+    finally:
+        output().quiet = False
 
 
 def show_json(values: Any) -> None:

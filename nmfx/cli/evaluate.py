@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.table import Table
 
 from nmfx.cli.common import check_random, data_settings, processes
-from nmfx.cli.console import advancing, output, quieten, show_json, warn
+from nmfx.cli.console import advancing, output, show_json, warn
 from nmfx.cli.tables import table
 from nmfx.processes import rank
 from nmfx.settings.flags import read_flags
@@ -23,8 +23,6 @@ from nmfx.training.evaluation import Evaluation
 
 def run(args: Namespace) -> None:
     """Load, evaluate, show."""
-    if args.json:
-        quieten()
     settings, data, model = read_flags(args, EvaluateSettings), data_settings(args), read_flags(args, ModelSettings, name="")
     with processes(args.device) as device:
         reference = None

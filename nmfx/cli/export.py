@@ -11,7 +11,7 @@ from rich.text import Text
 
 from nmfx.cli import tables
 from nmfx.cli.common import data_settings, work_of
-from nmfx.cli.console import advancing, heading, output, quieten, show_json, warn
+from nmfx.cli.console import advancing, heading, output, show_json, warn
 from nmfx.errors import NmfxError
 from nmfx.settings.flags import read_flags, typed
 from nmfx.settings.formats import FORMATS
@@ -28,10 +28,8 @@ def run(args: Namespace) -> None:
     folder = Path(args.out) if args.out else work.path / EXPORT
     precision = read_flags(args, PrecisionSettings)
     if precision.precision == "int8" and "compiled" not in settings.formats:
-        raise NmfxError("`precision` says nothing without `compiled`")
+        raise NmfxError("--precision says nothing without --compiled")
     pictures = data_settings(args) if typed(args, DataSettings) else None
-    if args.json:
-        quieten()
     with advancing(f"exporting {work.model}") as progress:
         how = {"scheme": args.scheme, "force": args.force, "precision": precision, "pictures": pictures}
         done = export(work, settings, folder, progress=progress, **how)
@@ -42,13 +40,16 @@ def run(args: Namespace) -> None:
     out.print(f"\npatterns: {done.scheme.counts(done.sites)}")
     if done.verified is not None:
         out.print(f"verified: {done.verified}", soft_wrap=True)
+    for line in done.told:
+        out.print(line, soft_wrap=True)
     for kind, name in done.files.items():
         taken = (folder / name).stat().st_size
         share = f", {taken / done.dense_bytes:.1%} of the dense weights" if kind == "checkpoint" else ""
         said = "kept, as it is the same:" if name in done.kept else "wrote"
         out.print(f"{said} {folder / name} ({size(taken)}{share})", soft_wrap=True)
     if not args.out:
-        stamp_export(work, settings, done, own=args.scheme is None)
+        own = args.scheme is None and precision.precision == "float32"  # no recipe says int8
+        stamp_export(work, settings, done, own=own)
     if done.runs is not None:
         _show_runs(done.runs, folder / done.files[done.runs.platform.format])
     checkpoint = folder / done.files["checkpoint"]
@@ -89,5 +90,6 @@ def _values(done: ExportRecord, folder: Path) -> dict[str, Any]:
         ],
         "verified": None if done.verified is None else str(done.verified),
         "notes": done.notes,
+        "told": done.told,
         "runs": None if done.runs is None else json_of(done.runs),
     }

@@ -10,10 +10,11 @@ from typing import Any
 
 from nmfx.cli import tables
 from nmfx.cli.common import warn_random
-from nmfx.cli.console import advancing, heading, output, quieten, show_json
+from nmfx.cli.console import advancing, heading, output, show_json
 from nmfx.cli.convert import show_sites
 from nmfx.errors import SchemeError
 from nmfx.export.checkpoint import read_checkpoint
+from nmfx.export.hub import SCHEME, is_hub
 from nmfx.files.parsing import printable, read_text
 from nmfx.models.census import find_sites
 from nmfx.models.site import Sites
@@ -32,9 +33,9 @@ def run(args: Namespace) -> None:
     """Look at what `args.what` names, and show it."""
     what = asked(args.what, "inspect")
     path = Path(what)
-    if args.json:
-        quieten()
-    if path.is_dir():
+    if is_hub(path):
+        values = _show_scheme(path / SCHEME)
+    elif path.is_dir():
         values = _show_work(path)
     elif path.suffix == ".safetensors":
         values = _show_checkpoint(path)

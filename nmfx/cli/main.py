@@ -7,7 +7,9 @@ import logging
 import os
 import sys
 import warnings
+from argparse import Namespace
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
 
 from nmfx import __version__
@@ -30,7 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # bars on a terminal without them
     try:
-        import_module(f"nmfx.cli.{COMMANDS[args.command].module or args.command}").run(args)
+        command = import_module(f"nmfx.cli.{COMMANDS[args.command].module or args.command}")
+        with _alone(args):
+            command.run(args)
         sys.stdout.flush()
     except KeyboardInterrupt:
         print("interrupted; nothing half-written", file=sys.stderr)  # noqa: T201
@@ -46,6 +50,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         warn(_said(error), "error")
         return 1
     return 0
+
+
+def _alone(args: Namespace) -> AbstractContextManager[None]:
+    """Around a command: where it shows JSON, nothing else is on standard output."""
+    if not vars(args).get("json"):
+        return nullcontext()
+    from nmfx.cli.console import only_json  # not for `--help`: it takes time
+
+    return only_json()
 
 
 def _without_command(whole: Parser, shell: str | None) -> int:

@@ -10,9 +10,10 @@ from nmfx.cli.common import data_settings, hint_scores, processes, work_of
 from nmfx.cli.console import advancing, output
 from nmfx.settings.flags import read_flags
 from nmfx.settings.stages import CorrectSettings, RecalibrateSettings
-from nmfx.stages.correct import CorrectRecord, correct_weights
+from nmfx.stages.correct import CorrectRecord, correct_weights, state_beside
 from nmfx.stages.recalibrate import recalibrate
 from nmfx.stages.work import CORRECTED, RECALIBRATED, check_free
+from nmfx.stages.written import remove_state
 
 DOING = {"correct": "correcting weights", "recalibrate": "matching batch norms"}
 
@@ -25,6 +26,8 @@ def run(args: Namespace) -> None:
         place = work.path / (CORRECTED if args.command == "correct" else RECALIBRATED)
         path = Path(args.out) / place.name if args.out else place
         check_free([path], force=args.force)
+        if args.command == "correct":
+            _go_on(state_beside(path), force=args.force)
         with advancing(f"{DOING[args.command]} on {data.name}") as progress:
             given: dict[str, Any] = {"scheme": args.scheme, "device": device, "force": args.force, "progress": progress}
             if args.command == "correct":
@@ -36,6 +39,14 @@ def run(args: Namespace) -> None:
         output().print(f"wrote {path}", soft_wrap=True)
         if not args.out:
             hint_scores(work, data, args.scheme, distil=args.command == "correct" and not args.scheme)
+
+
+def _go_on(state: Path, *, force: bool) -> None:
+    """Say that a correction goes on, or begin it anew."""
+    for line in remove_state(state) if force else ():
+        output().print(line, soft_wrap=True)
+    if state.exists():
+        output().print(f"going on with {state}; --force starts anew", soft_wrap=True)
 
 
 def _corrected(done: CorrectRecord) -> list[str]:

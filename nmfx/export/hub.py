@@ -75,7 +75,7 @@ def save_hub(
     if source.library == "timm":
         from timm.models._hub import save_config_for_hf  # `save_for_hf`, which is public, refuses weights that are tied
 
-        save_config_for_hf(plain, str(folder / CONFIG), model_args=dict(source.kwargs))
+        save_config_for_hf(plain, folder / CONFIG, model_args=dict(source.kwargs))
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         if input_size:
             config["pretrained_cfg"]["input_size"] = list(input_size)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,8 +15,10 @@ from torch.utils._pytree import tree_leaves
 from nmfx import text
 from nmfx.errors import NmfxError
 from nmfx.masking.sites import masked_sites, respec
-from nmfx.passes.layerwise import Corrected, LayerwiseCorrection, Network
+from nmfx.passes.layerwise import Corrected, LayerwiseCorrection
 from nmfx.passes.lockstep import moved, running
+from nmfx.passes.network import Network
+from nmfx.passes.resuming import Ledger, digest
 from nmfx.progress import Progress, silent
 from nmfx.sparsity.correction import CORRECTIONS
 
@@ -28,6 +32,7 @@ def correct(
     method: str = "admm",
     seed: int = 0,
     memory: float = 1.5e9,
+    checkpoint: Path | None = None,
     progress: Progress = silent,
 ) -> list[Corrected]:
     """Give the kept weights of a converted model values that bring every layer's outputs back to the dense network's, in place.
@@ -49,6 +54,8 @@ def correct(
         seed: of the positions that are drawn from large feature maps.
         memory: bytes of activations to hold at once. Batches that do not fit at first take part from the layer on at which they
             do, at least 8 from the start.
+        checkpoint: a safetensors file to write after weights that are done (as often as that takes a tenth of the time) and
+            to go on from, to the same result; it stays until the caller removes it.
         progress: told of each weight that is done.
 
     Returns:
@@ -58,8 +65,8 @@ def correct(
 
     Raises:
         NmfxError: an unknown method, no batches or some that hold infinite or NaN values, a model without masks, a `dense`
-            network of another kind, or a forward pass that fails or takes another way for another picture. The model is left
-            as it was.
+            network of another kind, a checkpoint of another correction, or a forward pass that fails or takes another way for
+            another picture. The model is left as it was.
     """
     if method not in CORRECTIONS:
         raise NmfxError(f"unknown correction {method!r}{text.nearest(method, CORRECTIONS)}; known: {', '.join(CORRECTIONS)}")
@@ -77,7 +84,15 @@ def correct(
     for site in masked_sites(model):
         if not site.spec.derived:
             sparse.weights[site.spec.name].mul_(site.mask)  # the model's own: by its score, or fixed
-    job = LayerwiseCorrection(sparse, target, method, seed, len(inputs), memory, progress)
+    settings: dict[str, Any] = {"method": method, "seed": seed, "memory": memory}
+    if checkpoint is not None:
+        settings |= {"scheme": digest([], str(list(specs.values()))), "pictures": digest(inputs)}
+        settings |= {"weights": digest(sparse.values), "dense weights": digest(target.values)}
+    ledger = Ledger(checkpoint, settings, sparse)
+    done, records = ledger.load()
+    job = LayerwiseCorrection(
+        sparse, target, method, seed, len(inputs), memory, progress, save=ledger.save, done=done, records=records
+    )
     try:
         with (
             torch.autocast(device.type, enabled=False),
@@ -90,14 +105,10 @@ def correct(
     except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
         what = str(error).splitlines()[0] if str(error) else repr(error)
         raise NmfxError(f"correct: {type(model).__name__} cannot be run on these batches: {what}") from error
-    values = sparse.weights | sparse.biases
-    for name, parameter in model.named_parameters():
-        if name in values and not torch.equal(parameter, values[name]):
-            parameter.copy_(values[name])
-    found = dict(sparse.model.named_buffers())
-    for name, value in model.named_buffers():
-        if name.rpartition(".")[2] in ("running_mean", "running_var"):
-            value.copy_(found[name])
+    values = sparse.values
+    for name, own in itertools.chain(model.named_parameters(), model.named_buffers()):
+        if name in values and not torch.equal(own, values[name]):
+            own.copy_(values[name])
     frozen = [site for site in masked_sites(model) if site.spec.frozen]
     respec(frozen, frozen=False)
     for site in frozen:

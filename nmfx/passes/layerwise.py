@@ -2,41 +2,29 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nmfx.errors import NmfxError
-from nmfx.masking.copies import deep_copy
-from nmfx.masking.owner import masks_derived, unmask
-from nmfx.masking.weight import MaskSpec
-from nmfx.models.storages import LOOKUPS, storage_of
-from nmfx.passes.lockstep import Call, Run, give_back_memory, running, sharing_copy
-from nmfx.passes.lookahead import Follower, look_ahead
-from nmfx.passes.samples import Product, product_of
-from nmfx.passes.statistics import variance_ratio
-from nmfx.progress import Progress, silent
-from nmfx.sparsity.correction import CORRECTIONS, Moments, Quadratic, Scaled, Selection, fit_kept
-from nmfx.sparsity.mask import make_mask
+from nmfx.passes.fitting import EXACT, Fit, blocks_of, fit, solve
+from nmfx.passes.gathering import MOST_COLUMNS, Taken, gather
+from nmfx.passes.lockstep import Call, Run, give_back_memory
+from nmfx.passes.network import Network, Stop
+from nmfx.passes.samples import Product
+from nmfx.passes.statistics import match_norm
+from nmfx.progress import Progress
+from nmfx.sparsity.correction import Moments, Quadratic
 
-NORMS = {  # operations that normalise by running statistics, and where the running mean is among their arguments
-    "aten::native_batch_norm": 3,
-    "aten::_native_batch_norm_legit_no_training": 3,
-    "aten::cudnn_batch_norm": 3,
-    "aten::miopen_batch_norm": 3,
-}
-DAMPINGS = (0.01, 0.1, 1.0)  # tried in this order until the held-back pictures agree with the others
-AGREE = 1.25  # how much larger the error on held-back pictures may be
-ROWS, LEAST_ROWS = 16, 32768  # gathered for each column of a site, and for a site
 LEAST_BATCHES = 8  # that take part from the start; one of them is held back
-EXACT = 1e-6  # an error that is rounding
 LEAST_SCALE = 1e-3  # of a batch norm, of its largest one: below it a channel cannot make up for a shortcut
-MOST_COLUMNS = 8192  # second moments of more would take over 256 MiB
+BLOCK = 2048  # columns of a block
 
 
 @dataclass(frozen=True)
@@ -60,89 +48,6 @@ class Corrected:
         return f"{self.name}: {self.chosen}{errors}"
 
 
-@dataclass(frozen=True)
-class Stop:
-    """Where a run waits: at a product that reads a weight, or at a batch norm.
-
-    Attributes:
-        key: tells one from another; the same in both networks.
-        product: of a weight.
-        mean, variance, x: of a batch norm, and its input.
-    """
-
-    key: tuple[Any, ...]
-    product: Product | None = None
-    mean: Tensor | None = None
-    variance: Tensor | None = None
-    x: Tensor | None = None
-
-
-class Network:
-    """A copy to run, and its weights by name: without masks, but for those on what a module makes of its weight.
-
-    Args:
-        keep_derived: whether those stay.
-    """
-
-    def __init__(self, model: nn.Module, specs: dict[str, MaskSpec], *, keep_derived: bool = False) -> None:
-        self.model = deep_copy(model).eval()
-        for module in self.model.modules():
-            if not (keep_derived and masks_derived(module)):
-                unmask(module, keep_masked=False)
-        self.specs = specs
-        self.weights: dict[str, Tensor] = {}
-        for name, parameter in self.model.named_parameters():
-            if parameter.dim() > 1 and parameter.is_floating_point():
-                parameter.data = parameter.data.contiguous()
-                self.weights[name] = parameter.data
-        self._names = {storage_of(weight): name for name, weight in self.weights.items()}
-        self.biases = {name: p.data for name, p in self.model.named_parameters() if p.dim() == 1 and p.is_floating_point()}
-        self._bias_storages = {storage_of(bias) for bias in self.biases.values()}
-        self.followers: dict[Any, Follower] = {}
-        self.keep, self.live = set[int](), list[int]()
-        self.looked_up = set[str]()
-        self._norms = {storage_of(buffer): name for name, buffer in self.model.named_buffers()}
-
-    @property
-    def shapes(self) -> dict[str, torch.Size]:
-        """Shapes of all weights."""
-        return {name: weight.shape for name, weight in self.weights.items()}
-
-    def look_ahead(self, x: Any) -> None:
-        """See in one forward pass what follows each product, which results runs have to keep for it, and how much they hold."""
-        seen = look_ahead(sharing_copy(self.model), x, self.wanted, NORMS)
-        self.followers, self.live = seen.followers, seen.live
-        self.keep |= {one.shortcut for one in self.followers.values() if one.shortcut is not None}
-
-    def take_shortcut(self, run: Run, key: Any) -> Tensor | None:
-        """What one run has kept of the shortcut that the product of `key` is added to; it is kept no longer."""
-        follower = self.followers.get(key)
-        return None if follower is None or follower.shortcut is None else run.kept.pop(follower.shortcut, None)
-
-    def own_bias(self, product: Product) -> Tensor | None:
-        """The parameter that a product adds, one number an output channel; None where it adds none of its own."""
-        bias = product.bias
-        if bias is None or bias.dim() != 1 or len(bias) != product.groups * product.rows:
-            return None
-        return bias if storage_of(bias) in self._bias_storages else None
-
-    def wanted(self, name: str, args: Any) -> Stop | None:
-        """What `Run` asks of every operation."""
-        if (place := NORMS.get(name)) is not None:
-            mean, variance = args[place], args[place + 1]
-            if isinstance(mean, Tensor) and storage_of(mean) in self._norms and args[place + 2] is not True:
-                return Stop((self._norms[storage_of(mean)],), None, mean, variance, args[0])
-            return None
-        if name.removeprefix("aten::") in LOOKUPS and isinstance(args[0], Tensor) and storage_of(args[0]) in self._names:
-            self.looked_up.add(self._names[storage_of(args[0])])
-        product = product_of(name, args, lambda t: storage_of(t) in self._names)
-        if product is None:
-            return None
-        weight = product.weight
-        part = (weight.storage_offset(), tuple(weight.shape), weight.stride())
-        return Stop((self._names[storage_of(weight)], *part), product)
-
-
 @dataclass
 class LayerwiseCorrection:
     """One job under way."""
@@ -154,6 +59,8 @@ class LayerwiseCorrection:
     batches: int
     memory: float
     progress: Progress
+    save: Callable[[int, Sequence[Corrected]], None]  # told after each stop how many are behind, where nothing is half done
+    done: int = 0  # stops that an earlier run has left behind
     records: list[Corrected] = field(default_factory=list)
     seen: set[tuple[Any, ...]] = field(default_factory=set)
     shifts: dict[Any, list[Any]] = field(default_factory=dict)  # of what batch norms should read: sums by channel, and how many
@@ -162,15 +69,20 @@ class LayerwiseCorrection:
         """Go from stop to stop until the forward passes end."""
         joined = 0
         for index, most in enumerate(itertools.chain(self._fitting(), itertools.repeat(self.batches))):
+            if index < self.done:
+                continue
             for late in range(joined, most):  # runs through what is corrected already
                 for _ in range(index):
                     for network, run in ((self.sparse, runs[late]), (self.dense, others[late])):
                         if (call := run.advance()) is not None:
+                            self.seen.add(call.tag.key)
                             network.take_shortcut(run, call.tag.key)
                 give_back_memory()
             joined = max(joined, most)
             if not self._stop(runs[:joined], others[:joined]):
                 return
+            if self.seen.issuperset(self.shifts):
+                self.save(index + 1, self.records)
             give_back_memory()
 
     def _fitting(self) -> list[int]:
@@ -189,6 +101,7 @@ class LayerwiseCorrection:
         calls: list[tuple[Call, Call]] = []
         keys: set[Any] = set()
         moments: list[Moments] = []
+        waiting: list[Taken] = []
         for index, (run, other) in enumerate(zip(runs, others, strict=True)):
             call, target = run.advance(), other.advance()
             keys |= {None if one is None else one.tag.key for one in (call, target)}
@@ -199,7 +112,11 @@ class LayerwiseCorrection:
             calls.append((call, target))
             target.compute()
             if call.tag.product is not None and call.tag.key not in self.seen:
-                self._gather(moments, call, target, self._shift(call, target, run, other), (index, len(runs)))
+                taken = Taken(call, target, self._shift(call, target, run, other), index, len(runs))
+                if math.prod(call.tag.product.columns) > MOST_COLUMNS:
+                    waiting.append(taken)
+                else:
+                    gather(moments, taken, self._drawn(index), centre=self.sparse.moves(call.tag))
         if not calls:
             return False
         stop, target = calls[0][0].tag, calls[0][1].tag
@@ -207,9 +124,9 @@ class LayerwiseCorrection:
             self.seen.add(stop.key)
             if stop.product is None:
                 shift, count = self.shifts.pop(stop.key, (0.0, 1))
-                _match(stop, [(call.tag.x, other.tag.x) for call, other in calls], shift / count)
+                match_norm(stop.mean, stop.variance, [(call.tag.x, other.tag.x) for call, other in calls], shift / count)
             else:
-                self._correct(stop, target.product, moments)
+                self._correct(stop, target.product, moments, waiting)
         return True
 
     def _shift(self, call: Call, target: Call, run: Run, other: Run) -> Tensor | None:
@@ -230,171 +147,95 @@ class LayerwiseCorrection:
         total[1] += lost.numel() // lost.shape[1]
         return lost
 
-    def _moves(self, stop: Stop) -> bool:
-        """Whether a product's outputs may move by a constant for each channel: a batch norm or a bias takes it up."""
-        follower = self.sparse.followers.get(stop.key)
-        if follower is not None and follower.norm is not None:
-            return True
-        return stop.product is not None and self.sparse.own_bias(stop.product) is not None
-
-    def _gather(self, moments: list[Moments], call: Call, target: Call, shift: Tensor | None, which: tuple[int, int]) -> None:
-        """Add what one batch says to `moments`: of the pictures to fit on, and of those held back."""
-        product: Product = call.tag.product
-        columns = math.prod(product.columns)
-        if columns > MOST_COLUMNS:
-            return
-        pictures = 1 if product.conv is None else len(product.x)
-        index, batches = which
-        wanted = math.ceil(max(ROWS * columns, LEAST_ROWS) / batches / max(1, pictures))
-        drawn = None
-        if wanted < product.positions:
-            generator = torch.Generator().manual_seed(hash((self.seed, len(self.seen), index)) % 2**63)
-            drawn = torch.randperm(product.positions, generator=generator)[:wanted].sort().values.to(product.x.device)
-        held_back = index % 8 == 7 if batches >= 8 else index and index == batches - 1
-        out = target.out if shift is None else target.out + shift.to(target.out.dtype)
-        x, y = product.samples(None, drawn)[0], target.tag.product.samples(out, drawn)[1]
-        if not moments:
-            moments += [Moments.at(x, y, centre=self._moves(call.tag)) for _ in range(2)]
-        moments[bool(held_back)].add(x, y)
-
-    def _correct(self, stop: Stop, dense: Product, moments: list[Moments]) -> None:
+    def _correct(self, stop: Stop, dense: Product, moments: list[Moments], waiting: list[Taken]) -> None:
         """Choose the values of one weight, and write them to where the waiting runs will read them."""
         name, product = str(stop.key[0]), stop.product
         assert product is not None
-        if not moments or not moments[0].samples:
-            why = f"more than {MOST_COLUMNS} columns" if not moments else "no pictures reach it"
+        spec = self.sparse.specs.get(name)
+        spec = None if spec is None or spec.derived else spec
+        blocks = blocks_of(product, spec, BLOCK) if waiting else []
+        if waiting:
+            moments = self._sums(stop, waiting, None, slice(0, 0))
+        if why := self._spoken_against(name, stop, moments, blocks if waiting else None):
             self.records.append(Corrected(name, f"plain: {why}"))
             return
-        both = moments[0] + moments[1]
-        fitted, held, whole = (one.centred() if self._moves(stop) else one for one in (*moments, both))
-        if not held.samples:
-            self.records.append(Corrected(name, "plain: no pictures can be held back; give more"))
-            return
-        if not fitted.energy:
-            self.records.append(Corrected(name, "plain: it gives zeros at its first use"))
-            return
-        if name in self.sparse.looked_up:
-            self.records.append(Corrected(name, "plain: it is a table as well, read by index"))
-            return
         weight, wanted = product.matrix(product.weight).float(), dense.matrix(dense.weight).float()
-        before = after = held.error(weight)
-        best, used = weight, math.nan
-        exact, scaled = before < EXACT, Scaled(fitted)
-        for damping in () if exact else DAMPINGS:
-            spec = self.sparse.specs.get(name)
-            problem = Quadratic.of(scaled, wanted, damping)
-            if spec is None or spec.derived:
-                found = problem.optimum.float()
-            else:
-                found = solve(self.method, problem, wanted, product, self.sparse.weights[name], spec)
-            error = held.error(found)
-            if error < after:
-                best, used, after = found, damping, error
-            if error <= AGREE * fitted.error(found):
-                break
-        chosen = f"corrected, damping {used:g}"
-        if math.isnan(used):
-            chosen = "plain: its outputs are right" if exact else "plain: nothing is better on the held-back pictures"
-        if not math.isnan(used):  # the held-back pictures have judged; now they may teach as well
-            best = fit_kept(Quadratic.of(Scaled(whole), wanted, used), best != 0, best)
-        product.weight.copy_(product.tensor(best))
+
+        def solver(problem: Quadratic, columns: slice | None = None) -> Tensor:
+            if spec is None:
+                return problem.optimum.float()
+            target = wanted if columns is None else wanted[..., columns]
+            return solve(self.method, problem, target, product, self.sparse.weights[name], spec, columns)
+
+        if waiting:
+            found = self._fit_blocks(stop, waiting, moments, blocks, weight, wanted, solver)
+        else:
+            found = fit(self._centred(stop, moments), weight, wanted, solver)
+        exact = found.before < EXACT
+        product.weight.copy_(product.tensor(found.weight))
         bias, follower = self.sparse.own_bias(product), self.sparse.followers.get(stop.key)
         if bias is not None and not exact and (follower is None or follower.norm is None):
-            x, y = both.means
+            left = self._sums(stop, waiting, found.weight, slice(0, 0)) if waiting else moments
+            x, y = (left[0] + left[1]).means
             assert dense.bias is not None  # as the sparse network's
-            bias.copy_(dense.bias + (y - x @ product.matrix(product.weight).float().mT).flatten())
-        self.records.append(Corrected(name, chosen, before, after))
+            now = product.matrix(product.weight).float()[..., : x.shape[-1]]
+            bias.copy_(dense.bias + (y - x @ now.mT).flatten())
+        chosen = "plain: its outputs are right" if exact else "plain: nothing is better on the held-back pictures"
+        if found.damping is not None:
+            in_blocks = f" at most, in {len(blocks)} blocks of columns" if waiting else ""
+            chosen = f"corrected, damping {found.damping:g}{in_blocks}"
+        self.records.append(Corrected(name, chosen, found.before, found.after))
         self.progress(len(self.records) / len(self.sparse.weights), str(self.records[-1]))
 
+    def _spoken_against(self, name: str, stop: Stop, moments: list[Moments], blocks: list[slice] | None) -> str:
+        """Why a weight cannot be corrected; empty if it can."""
+        if blocks == []:
+            return f"more than {MOST_COLUMNS} columns, in groups that cross rows"
+        if not moments or not moments[0].samples:
+            return "no pictures reach it"
+        if not moments[1].samples:
+            return "no pictures can be held back; give more"
+        if not self._centred(stop, moments)[0].energy:
+            return "it gives zeros at its first use"
+        return "it is a table as well, read by index" if name in self.sparse.looked_up else ""
 
-def solve(method: str, problem: Quadratic, dense: Tensor, product: Product, whole: Tensor, spec: MaskSpec) -> Tensor:
-    """The values that a method finds for what a product reads of a masked weight.
+    def _centred(self, stop: Stop, moments: Sequence[Moments]) -> tuple[Moments, Moments]:
+        """Moments about means where outputs may move."""
+        fitted, held = moments
+        return (fitted.centred(), held.centred()) if self.sparse.moves(stop) else (fitted, held)
 
-    Args:
-        method: one of `CORRECTIONS`.
-        problem: the loss to make small.
-        dense: the dense values, ``(groups, rows, columns)``.
-        product: reads `whole`, or a part of it.
-        whole: the weight.
-        spec: pattern and groups of the whole weight.
+    def _drawn(self, index: int) -> int:
+        """The seed of the positions of one batch at this stop."""
+        return hash((self.seed, len(self.seen), index)) % 2**63
 
-    Returns:
-        ``(groups, rows, columns)``, float32.
-    """
-    view = product.weight
-    place = view.shape, view.stride(), view.storage_offset() - whole.storage_offset()
+    def _sums(self, stop: Stop, waiting: list[Taken], weight: Tensor | None, columns: slice) -> list[Moments]:
+        """Moments of all batches; see `gather`."""
+        moments, centre = list[Moments](), self.sparse.moves(stop)
+        for taken in waiting:
+            gather(moments, taken, self._drawn(taken.index), centre=centre, weight=weight, columns=columns)
+        return moments
 
-    vector, run = spec.grouping.vector, spec.grouping.run[0]
-    apart = vector > 1 and product.rows % run != 0
-    fixed = apart and view.numel() < whole.numel()  # it shares with rows that another product reads: its mask stays
+    def _fit_blocks(
+        self,
+        stop: Stop,
+        waiting: list[Taken],
+        outputs: Sequence[Moments],
+        blocks: Sequence[slice],
+        weight: Tensor,
+        dense: Tensor,
+        solver: Callable[..., Tensor],
+    ) -> Fit:
+        """Block after block of columns, each making up for what all others leave as they are by then.
 
-    def choose(scores: Tensor) -> Tensor:  # a product may read a part of a weight: groups are those of the whole
-        full = whole
-        if not fixed:
-            full = torch.zeros(whole.shape, dtype=scores.dtype, device=whole.device)
-            full.as_strided(*place).copy_(product.tensor(scores))
-        return product.matrix(make_mask(full, spec.pattern.n, spec.grouping).as_strided(*place))
-
-    positions, inputs = product.columns
-    spans = [
-        (position * inputs + start, position * inputs + min(start + spec.grouping.m, inputs))
-        for position in range(positions)
-        for start in range(0, inputs, spec.grouping.m)
-    ]
-    selection = Selection(spec.pattern.n, () if apart or spec.grouping.flat else spans, choose, vector, run)
-    return CORRECTIONS[method](problem, dense, selection).float()
-
-
-@torch.no_grad()
-def products_of(network: Network, inputs: Sequence[Any], seed: int = 0) -> Iterator[tuple[str, Product, Moments]]:
-    """Each weight's first product in a forward pass: its name, the product, and moments of what it reads and gives.
-
-    Moments are centred where outputs may move by a constant. Weights of too many columns, tables that are read by index, and
-    products that give zeros are left out.
-    """
-    job = LayerwiseCorrection(network, network, "", seed, len(inputs), math.inf, silent)
-    with running(network.model, inputs, network.wanted) as runs:
-        network.look_ahead(inputs[0])
-        while True:
-            calls = [run.advance() for run in runs]
-            stop = calls[0].tag if calls[0] is not None else None
-            if stop is None or any(call is None or call.tag.key != stop.key for call in calls):
-                return
-            if stop.product is None or stop.key in job.seen:
-                continue
-            job.seen.add(stop.key)
-            moments: list[Moments] = []
-            for index, call in enumerate(calls):
-                assert call is not None  # as was seen
-                call.compute()
-                job._gather(moments, call, call, None, (index, len(calls)))
-            name = str(stop.key[0])
-            if moments and name not in network.looked_up:
-                both = moments[0] + moments[1]
-                both = both.centred() if job._moves(stop) else both
-                if both.energy:
-                    yield name, stop.product, both
-
-
-def _match(stop: Stop, inputs: Sequence[tuple[Tensor, Tensor]], shift: Tensor | float = 0.0) -> None:
-    """Move a batch norm's statistics as its inputs have moved: means by the difference to dense, variances by the ratio.
-
-    Args:
-        shift: by how much the inputs should differ from the dense network's, a number a channel.
-    """
-    assert stop.mean is not None
-    assert stop.variance is not None
-    (mean, variance), (dense_mean, dense_variance) = (_moments([pair[which] for pair in inputs]) for which in range(2))
-    ratio = variance_ratio(variance, dense_variance, stop.variance)
-    stop.mean.add_((mean - dense_mean - shift).to(stop.mean.dtype))
-    stop.variance.mul_(ratio.to(stop.variance.dtype))
-
-
-def _moments(inputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Mean and variance of every channel, float64."""
-    count = sum(x.numel() // x.shape[1] for x in inputs)
-    others = [dim for dim in range(inputs[0].dim()) if dim != 1]
-    mean = torch.stack([x.sum(others, dtype=torch.float64) for x in inputs]).sum(0) / count
-    centre = mean.view(-1, *[1] * (inputs[0].dim() - 2)).to(inputs[0].dtype)
-    squares = torch.stack([(x - centre).square_().sum(others, dtype=torch.float64) for x in inputs]).sum(0)
-    return mean, squares / count
+        At a time there are second moments of one block (five of `BLOCK` squared numbers, 80 MiB, while they are factorised),
+        and of one batch the inputs at the positions that are looked at.
+        """
+        whole, weight = self._centred(stop, outputs)[1].energy, weight.clone()
+        dampings, errors = list[float](), list[float]()
+        for columns in blocks:
+            moments = self._centred(stop, self._sums(stop, waiting, weight, columns))
+            found = fit(moments, weight[..., columns], dense[..., columns], functools.partial(solver, columns=columns))
+            weight[..., columns] = found.weight
+            dampings += [] if found.damping is None else [found.damping]
+            errors += [error * moments[1].energy / max(whole, 1e-30) for error in (found.before, found.after)]
+        return Fit(weight, max(dampings, default=None), errors[0], errors[-1])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -79,6 +79,30 @@ def variance_ratio(now: Tensor, dense: Tensor, own: Tensor) -> Tensor:
         own: the norm's variance before; where the dense network's is a millionth of it, these pictures say nothing: 1.
     """
     return torch.where(dense > LEAST_VARIANCE * own, now / dense, 1.0).clamp(1 / MOST_CHANGE, MOST_CHANGE)
+
+
+def match_norm(mean: Tensor, variance: Tensor, inputs: Sequence[tuple[Tensor, Tensor]], shift: Tensor | float = 0.0) -> None:
+    """Move a batch norm's statistics as its inputs have moved: means by the difference to dense, variances by the ratio.
+
+    Args:
+        mean, variance: running statistics, changed in place.
+        inputs: of the norm in both networks, for each batch.
+        shift: by how much the inputs should differ from the dense network's, a number a channel.
+    """
+    (now, varies), (dense_mean, dense_variance) = (_moments([pair[which] for pair in inputs]) for which in range(2))
+    ratio = variance_ratio(varies, dense_variance, variance)
+    mean.add_((now - dense_mean - shift).to(mean.dtype))
+    variance.mul_(ratio.to(variance.dtype))
+
+
+def _moments(inputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Mean and variance of every channel, float64."""
+    count = sum(x.numel() // x.shape[1] for x in inputs)
+    others = [dim for dim in range(inputs[0].dim()) if dim != 1]
+    mean = torch.stack([x.sum(others, dtype=torch.float64) for x in inputs]).sum(0) / count
+    centre = mean.view(-1, *[1] * (inputs[0].dim() - 2)).to(inputs[0].dtype)
+    squares = torch.stack([(x - centre).square_().sum(others, dtype=torch.float64) for x in inputs]).sum(0)
+    return mean, squares / count
 
 
 def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:

@@ -7,9 +7,10 @@ import itertools
 import math
 import re
 import textwrap
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import wraps
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
 
@@ -119,8 +120,12 @@ def save_figure(figure: Figure, path: str | Path, *, force: bool = True) -> None
         write_atomic(path, lambda draft: figure.savefig(draft, format=kind, metadata=metadata), force=force)
 
 
-def inline_svg(figure: Figure, prefix: str) -> str:
-    """A figure as an ``<svg>`` element for a page: text stays text, ink is the page's own, ids begin with `prefix`."""
+def inline_svg(figure: Figure, prefix: str, words: Mapping[str, str] | None = None) -> str:
+    """A figure as an ``<svg>`` element for a page: text stays text, ink is the page's own, ids begin with `prefix`.
+
+    Args:
+        words: what is shown over elements, by their gid: the ``<title>`` that browsers show without a script.
+    """
     content = io.StringIO()
     with style(**{"svg.fonttype": "none"}):
         figure.savefig(content, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
@@ -128,6 +133,8 @@ def inline_svg(figure: Figure, prefix: str) -> str:
     svg = re.sub(r"<metadata>.*?</metadata>|<style[^>]*>.*?</style>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
     svg = re.sub(r' (?:xmlns(?::xlink)?|version)="[^"]*"', "", svg, count=3).replace("xlink:href", "href")
     svg = re.sub(r'( id="|href="#|url\(#)', rf"\g<1>{prefix}-", svg)
+    said = {f"{prefix}-{gid}": text for gid, text in (words or {}).items()}
+    svg = re.sub(r'<g id="([^"]+)">', lambda g: g[0] + (f"<title>{escape(said[g[1]])}</title>" if g[1] in said else ""), svg)
     return svg.replace(INK, "currentColor").strip()
 
 

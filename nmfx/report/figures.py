@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 Width = Literal["uniform", "weights", "macs"]
 FEW = int((WIDTH - 1) * POINTS / LINE)  # sites whose names fit below an axis
 LETTER = 0.075  # inches of an 8-point letter, about
+SITE = "site"  # with a number: the gid of a site's bar
 ROWS = 60  # sites whose names fit beside one
 WIDTHS: dict[str, Callable[[Site], int]] = {
     "uniform": lambda site: 1,
@@ -126,7 +127,7 @@ def _density_height(report: Report) -> float:
 
 def _density(figure: FigureBase, report: Report, width: Width = "uniform") -> None:
     axes = figure.subplots()
-    edges = _bars(axes, report, [report.pattern(site) for site in report.sites], width)
+    edges = _bars(axes, report, [report.pattern(site) for site in report.sites], width, named=True)
     stages = stages_of(site.name for site in report.sites)
     if len(report.sites) <= FEW and width == "uniform":
         axes.set_xticks(_centres(edges), [_brief(site.name) for site in report.sites], rotation=90)
@@ -143,8 +144,10 @@ def _density(figure: FigureBase, report: Report, width: Width = "uniform") -> No
     axes.set_title(f"{len(report.sites)} sites in network order{said}; hatched: dense")
 
 
-def _bars(axes: Axes, report: Report, patterns: Sequence[Pattern], width: Width = "uniform") -> list[float]:
-    """One bar a site, from the floor of the axis to its density; gives the edges of the bars."""
+def _bars(
+    axes: Axes, report: Report, patterns: Sequence[Pattern], width: Width = "uniform", *, named: bool = False
+) -> list[float]:
+    """One bar a site, from the floor of the axis to its density, with a gid where they are `named`; gives the bars' edges."""
     sizes = [WIDTHS[width](site) for site in report.sites]
     edges = [0.0, *map(float, accumulate(sizes))]
     floor = set_density_axis(axes, patterns)
@@ -157,7 +160,8 @@ def _bars(axes: Axes, report: Report, patterns: Sequence[Pattern], width: Width 
         color=[color_of(report.pattern(site)) for site in report.sites],
         linewidth=0,
     )
-    for bar, site in zip(bars, report.sites, strict=True):
+    for index, (bar, site) in enumerate(zip(bars, report.sites, strict=True)):
+        bar.set_gid(f"{SITE}{index}" if named else None)
         if report.pattern(site).is_dense:
             bar.set_hatch("////")
     axes.set_xlim(edges[0], edges[-1] or 1)

@@ -1,8 +1,16 @@
-"""One self-contained HTML file: figures as inline SVG, tables as HTML, no scripts, nothing fetched from anywhere."""
+"""One self-contained HTML file: figures as inline SVG, tables as HTML, nothing fetched from anywhere.
+
+One script of ours sorts tables and leads from a bar to its row; its digest is in the page's content security policy, so that
+a browser runs no other, whatever a model or a file is called. Without scripts everything is there, in network order.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import base64
+import hashlib
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +19,7 @@ from nmfx.errors import NmfxError
 from nmfx.files.atomic import write_text
 from nmfx.models.site import Site
 from nmfx.report.canvas import inline_svg
-from nmfx.report.figures import draw_comparison, draw_curve, draw_density, draw_stages, draw_timeline
+from nmfx.report.figures import SITE, draw_comparison, draw_curve, draw_density, draw_stages, draw_timeline
 from nmfx.report.measured import draw_accuracy
 from nmfx.report.record import Point, Report
 
@@ -44,7 +52,65 @@ tbody tr:nth-child(even) { background: var(--band); }
 tr.differs td { font-weight: 600; }
 summary { cursor: pointer; }
 footer { margin-top: 2.5rem; font-size: .85rem; }
-@media print { body { margin: 0; max-width: none; } figure { break-inside: avoid; } }
+th[aria-sort] { cursor: pointer; }
+th[aria-sort]:hover, th[aria-sort]:focus-visible { color: var(--ink); text-decoration: underline; outline: none; }
+th[aria-sort="ascending"]::after { content: " \\2191"; }
+th[aria-sort="descending"]::after { content: " \\2193"; }
+g[id*="-site"] { cursor: pointer; }
+g[id*="-site"]:hover { opacity: .65; }
+tr.found td { outline: 2px solid var(--soft); outline-offset: -1px; }
+@media print {
+  :root { color-scheme: light; --ink: #000; --soft: #444; --paper: #fff; --line: #bbb; --band: #fff; }
+  body { margin: 0; max-width: none; font-size: 10pt; }
+  figure, tr { break-inside: avoid; }
+  h2 { break-after: avoid; }
+  thead { display: table-header-group; }
+  .scroll, figure { overflow: visible; }
+  svg { min-width: 0; }
+  table { font-size: 8pt; }
+  td, th { padding-right: .4rem; }
+  th[aria-sort]::after { content: none; }
+  tr.found td { outline: none; }
+}
+@page { margin: 15mm; }
+"""
+SCRIPT = """
+"use strict";
+for (const table of document.querySelectorAll("table.sorts")) {
+  const body = table.tBodies[0], rows = [...body.rows], heads = [...table.tHead.rows[0].cells];
+  const value = (row, i) => row.cells[i].dataset.v === undefined ? row.cells[i].textContent : Number(row.cells[i].dataset.v);
+  const sort = (head) => {
+    const i = heads.indexOf(head), before = head.ariaSort;
+    const after = before === "none" ? "ascending" : before === "ascending" ? "descending" : "none";
+    for (const other of heads) other.ariaSort = "none";
+    head.ariaSort = after;
+    const sign = after === "descending" ? -1 : 1, sorted = [...rows];
+    if (after !== "none") sorted.sort((a, b) => {
+      const x = value(a, i), y = value(b, i);
+      if (typeof x === typeof y) return sign * (typeof x === "number" ? x - y : x.localeCompare(y, "en", {numeric: true}));
+      return typeof x === "number" ? -1 : 1;
+    });
+    body.append(...sorted);
+  };
+  for (const head of heads) {
+    head.ariaSort = "none";
+    head.tabIndex = 0;
+    head.title = "sort; a third time: network order";
+    head.addEventListener("click", () => sort(head));
+    head.addEventListener("keydown", (event) => {
+      if (event.key === "Enter" || event.key === " ") { event.preventDefault(); sort(head); }
+    });
+  }
+}
+for (const bar of document.querySelectorAll("g[id*='-site']")) {
+  const row = document.getElementById("row" + bar.id.replace(/.*-site/, ""));
+  if (row) bar.addEventListener("click", () => {
+    for (const other of document.querySelectorAll("tr.found")) other.classList.remove("found");
+    row.classList.add("found");
+    row.scrollIntoView({block: "center"});
+  });
+}
+addEventListener("beforeprint", () => { for (const part of document.querySelectorAll("details")) part.open = true; });
 """
 
 
@@ -65,7 +131,8 @@ def search_page(report: Report, points: Sequence[Point] = ()) -> str:
     facts |= {"method": report.method} if report.method else {}
     took = f"{len(report.steps)} steps in" if report.steps else "decided at once, in"
     facts |= {"search": f"{took} {report.seconds:.2f} s"} if report.seconds is not None else {}
-    parts = [_facts({**facts, **report.facts}), _figure("Density of each site", draw_density(report), "density")]
+    words = {f"{SITE}{index}": _words(report, site) for index, site in enumerate(report.sites)}
+    parts = [_facts({**facts, **report.facts}), _figure("Density of each site", draw_density(report), "density", words)]
     if report.steps:
         parts.append(_figure("Which site stepped when", draw_timeline(report), "timeline"))
     if report.curve:
@@ -74,7 +141,7 @@ def search_page(report: Report, points: Sequence[Point] = ()) -> str:
     parts += [_figure("Accuracy, measured", draw_accuracy(points), "accuracy")] if points else []
     head = ("site", "operation", "shape", "pattern", "weights kept", "of", "MACs kept", "of", "why")
     rows = [_site_row(report, site) for site in report.sites]
-    parts.append(f"<h2>{len(report.sites)} sites</h2>{_table(head, rows, numbers=(3, 4, 5, 6, 7), wide=(8,))}")
+    parts.append(f"<h2>{len(report.sites)} sites</h2>{_table(head, rows, numbers=(3, 4, 5, 6, 7), wide=(8,), name='row')}")
     if report.steps:
         steps = [
             (f"{number}", step.site, f"{step.before} → {step.after}", f"{step.cost:,}", step.reason)
@@ -109,7 +176,11 @@ def comparison_page(reports: Sequence[Report]) -> str:
     ]
     differ = {index for index, row in enumerate(rows) if len(set(row[2:])) > 1}
     table = _table(
-        ("site", "shape", *(report.label for report in reports)), rows, numbers=range(2, 2 + len(reports)), bold=differ
+        ("site", "shape", *(report.label for report in reports)),
+        rows,
+        numbers=range(2, 2 + len(reports)),
+        bold=differ,
+        name="row",
     )
     parts.append(f"<h2>{len(differ)} of {len(rows)} sites differ</h2>{table}")
     return _document(f"{first.model}: {len(reports)} schemes", parts)
@@ -134,20 +205,34 @@ def save_page(page: str, path: str | Path, *, force: bool = True) -> None:
 
 def _document(title: str, parts: Iterable[str]) -> str:
     name = escape(title)
-    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{name}</title><style>{CSS}</style>'
+    digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
+    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
+    head = (
+        f'<meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{policy}">'
+        f'<meta name="viewport" content="width=device-width"><title>{name}</title><style>{CSS}</style>'
+    )
     foot = "<footer>Made by nmfx. A pattern N:M keeps N weights of every M; one multiply-add is one MAC, per sample.</footer>"
     body = "\n".join((f"<h1>{name}</h1>", *parts, foot))
-    return f'<!DOCTYPE html>\n<html lang="en">\n<head>{head}</head>\n<body>\n{body}\n</body>\n</html>\n'
+    return (
+        f'<!DOCTYPE html>\n<html lang="en">\n<head>{head}</head>\n<body>\n{body}\n<script>{SCRIPT}</script>\n</body>\n</html>\n'
+    )
 
 
 def _facts(facts: dict[str, str]) -> str:
     return f"<dl>{''.join(f'<dt>{escape(key)}</dt><dd>{escape(value)}</dd>' for key, value in facts.items())}</dl>"
 
 
-def _figure(title: str, figure: Figure, name: str) -> str:
+def _words(report: Report, site: Site) -> str:
+    """What is shown over a site's bar: its name, shape, pattern and share of all weights."""
+    pattern, shape = report.scheme.get(site.name, "dense"), "x".join(map(str, site.shape))
+    share = f"{site.weights / report.totals.weights:.2%} of all weights"
+    return f"{site.name}: {shape}, {pattern}, {report.density(site):.1%} kept, {share}"
+
+
+def _figure(title: str, figure: Figure, name: str, words: Mapping[str, str] | None = None) -> str:
     said = escape(figure.get_suptitle() or title)
     figure.suptitle("")  # the page says it already
-    return f'<h2>{escape(title)}</h2>\n<figure role="img" aria-label="{said}">{inline_svg(figure, name)}</figure>'
+    return f'<h2>{escape(title)}</h2>\n<figure role="img" aria-label="{said}">{inline_svg(figure, name, words)}</figure>'
 
 
 def _table(
@@ -157,17 +242,35 @@ def _table(
     numbers: Iterable[int] = (),
     wide: Iterable[int] = (),
     bold: Iterable[int] = (),
+    name: str = "",
 ) -> str:
-    """A table of text cells; columns of `numbers` to the right, `wide` ones may wrap, `bold` rows stand out."""
+    """A table of text cells; columns of `numbers` to the right, `wide` ones may wrap, `bold` rows stand out. One with a `name`
+    can be sorted, and its rows have ids: the name and their number.
+    """
     kinds = dict.fromkeys(numbers, ' class="n"') | dict.fromkeys(wide, ' class="w"')
     strong = set(bold)
     lines = []
     for number, row in enumerate(rows):
-        cells = "".join(f"<td{kinds.get(i, '')}>{escape(cell)}</td>" for i, cell in enumerate(row))
-        lines.append(f'<tr class="differs">{cells}</tr>' if number in strong else f"<tr>{cells}</tr>")
+        values = [f' data-v="{key:.12g}"' if name and (key := _sort_key(cell)) is not None else "" for cell in row]
+        cells = "".join(f"<td{kinds.get(i, '')}{values[i]}>{escape(cell)}</td>" for i, cell in enumerate(row))
+        known = f' id="{name}{number}"' if name else ""
+        known += ' class="differs"' if number in strong else ""
+        lines.append(f"<tr{known}>{cells}</tr>")
     top = "".join(f"<th{kinds.get(i, '')}>{escape(cell)}</th>" for i, cell in enumerate(head))
     body = "\n".join(lines)
-    return f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>\n{body}\n</tbody></table></div>'
+    sorts = ' class="sorts"' if name else ""
+    return f'<div class="scroll"><table{sorts}><thead><tr>{top}</tr></thead><tbody>\n{body}\n</tbody></table></div>'
+
+
+def _sort_key(cell: str) -> float | None:
+    """What a cell is sorted by: a number, the density of a pattern, the size of a shape; None: its letters."""
+    if cell == "dense":
+        return 1.0
+    if found := re.fullmatch(r"(\d+):(\d+)(x\d+)?", cell):
+        return int(found[1]) / int(found[2])
+    if re.fullmatch(r"\d+(x\d+)*", cell):
+        return float(math.prod(map(int, cell.split("x"))))
+    return float(cell.replace(",", "")) if re.fullmatch(r"\d{1,3}(,\d{3})+", cell) else None
 
 
 def _site_row(report: Report, site: Site) -> tuple[str, ...]:

@@ -155,8 +155,8 @@ class CompiledModel(nn.Module):
         """A lowering for inputs of this size, kept for the next call."""
         came = f"{_kind(x.dtype)} {tuple(x.shape)}"
         if not self._original:
-            way = "and save it" if self._is_loaded else "or without shapes=0"
-            raise NmfxError(f"{self._made_for()}, got {came}: compile with an example of that size, {way}")
+            way = ", and save it" if self._is_loaded else "" if self.agreement else ", or without shapes=0"
+            raise NmfxError(f"{self._made_for()}, got {came}: compile with an example of that size{way}")
         with EXPORTING:
             known = next((one for one in self.others if one.domain.takes(x)), None)
             if known is not None:  # by another thread

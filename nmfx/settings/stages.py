@@ -1,4 +1,7 @@
-"""What each stage of a job can be told: the network, pictures, training under the scheme, what is exported and evaluated."""
+"""What each stage of a job can be told: the network, pictures, training under the scheme, what is exported and evaluated.
+
+A few lines over 300, so that the options of all stages are in one place.
+"""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from nmfx.errors import NmfxError
 from nmfx.export.checkpoint import load_checkpoint
+from nmfx.export.hub import is_hub
 from nmfx.export.onnx import save_onnx
 from nmfx.export.start import is_compressed
 from nmfx.models.census import find_sites
@@ -45,13 +46,15 @@ class Pair:
 
 
 def load_pair(what: str, model: ModelSettings, settings: BenchSettings, scheme: str | None = None) -> Pair:
-    """A work directory's network, a compressed checkpoint's, or a model by name under a scheme that is searched.
+    """A work directory's network, that of a compressed checkpoint or of a folder for a model hub, or a model by name under a
+    scheme that is searched.
 
     Raises:
         NmfxError: plain weights, no scheme, a model that cannot be had or takes more than pictures.
     """
     path = Path(what)
-    if path.is_dir():
+    shared = is_hub(path)
+    if path.is_dir() and not shared:
         work = open_work(path)
         dense = work.load()
         sites, pictures = work.sites(dense), pictures_of(example_of(dense, model.size or work.input_size))
@@ -64,7 +67,7 @@ def load_pair(what: str, model: ModelSettings, settings: BenchSettings, scheme: 
         raise NmfxError(f"{path}: plain weights; bench takes a compressed checkpoint, a work directory or a model's name")
     one = load_candidate(what, model)
     dense, example = one.model, example_of(one.model, one.size)
-    if path.is_file():
+    if path.is_file() or shared:
         return Pair(bake(dense), dense, pictures_of(example), str(path))
     sites = find_sites(dense, example)
     if scheme:

@@ -31,6 +31,7 @@ from nmfx.stages.measured import MEASURED
 from nmfx.stages.stamp import build_values, search_values
 from nmfx.stages.work import (
     CORRECTED,
+    CORRECTING,
     EXPORT,
     HUB,
     RECALIBRATED,
@@ -52,7 +53,7 @@ from nmfx.text import nearest
 KNOWN = ("auto", "pretrained", "none")  # words for weights; anything else is a file
 EXPORTS = (".safetensors", *(one.ending for one in FORMATS.values()), ".onnx.data")
 OURS = {
-    *(WORK, WEIGHTS, START, SCHEME, "scheme.txt", f"scheme{SEARCHING}", CORRECTED, RECALIBRATED, SCORES, MEASURED),
+    *(WORK, WEIGHTS, START, SCHEME, "scheme.txt", f"scheme{SEARCHING}", CORRECTED, CORRECTING, RECALIBRATED, SCORES, MEASURED),
     *(f"{TUNING}/{name}" for name in FILES),
     *(f"{EXPORT}/{SCHEME}", f"{EXPORT}/scheme.txt", *(f"{EXPORT}/{HUB}/{name}" for name in NAMES)),
     *(f"stages/{name}.json" for name in ("build", "search", "correct", "finetune", "export", "evaluate", "written")),

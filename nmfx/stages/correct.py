@@ -12,7 +12,7 @@ from nmfx.processes import rank
 from nmfx.progress import Progress, silent
 from nmfx.settings.stages import CorrectSettings, DataSettings
 from nmfx.stages.data import sample_for
-from nmfx.stages.work import WorkDirectory
+from nmfx.stages.work import CORRECTING, WorkDirectory
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,11 @@ class CorrectRecord:
         return sum(one.chosen.startswith("corrected") for one in self.weights)
 
 
+def state_beside(path: Path) -> Path:
+    """Where a correction that writes `path` keeps what it has done."""
+    return path.with_name(Path(CORRECTING).name)
+
+
 def correct_weights(
     work: WorkDirectory,
     settings: CorrectSettings,
@@ -45,22 +50,24 @@ def correct_weights(
 
     Args:
         work, settings, pictures: the network, how, and the training pictures.
-        path: of the compressed checkpoint.
+        path: of the compressed checkpoint; `state_beside` it is, until then, what a run that was stopped goes on with.
         scheme: the file of another scheme.
         device: where it runs.
         force: overwrite `path`.
         progress: told of each weight.
 
     Raises:
-        NmfxError: no scheme, or pictures that do not fit.
+        NmfxError: no scheme, pictures that do not fit, or the state of another correction.
     """
     dense, model, chosen = work.masked(scheme)
+    state = state_beside(path)
     name, count, batches = sample_for(settings, pictures, model, work.input_size, least=8)  # the last is held back
     weights = correct(
         model.to(device), batches, dense=dense.to(device), method=settings.method, seed=settings.seed,
-        memory=settings.memory * 2**30, progress=progress,
+        memory=settings.memory * 2**30, checkpoint=state if rank() == 0 else None, progress=progress,
     )  # fmt: skip
     said = {**chosen.info, "weights": f"corrected ({settings.method}), {work.weights}"}
     if rank() == 0:
         save_checkpoint(model.cpu(), path, info=said, force=force)
+        state.unlink(missing_ok=True)
     return CorrectRecord(weights, count, name, path)

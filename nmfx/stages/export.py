@@ -44,6 +44,7 @@ class ExportRecord:
         dense_bytes: of the dense weights.
         verified: the check of the masks; None without any.
         runs: what will run sparse on the platform that was named; None without one.
+        told: lines on what was written, such as how near int8 comes to float32.
     """
 
     files: dict[str, str]
@@ -56,6 +57,7 @@ class ExportRecord:
     verified: Verified | None
     notes: list[str]
     runs: Runs | None = None
+    told: list[str] = field(default_factory=list)
 
 
 def stamp_export(work: WorkDirectory, settings: ExportSettings, done: ExportRecord, *, own: bool) -> None:
@@ -129,9 +131,14 @@ def export(
         transform(model, chosen, sites=sites, inplace=True)
     weights = done.weights if done is not None else work.weights
     verified = verify(model, example_input=example) if len(chosen) else None
+    told = list[str]()
     with all_or_nothing(folder) as draft:
         written, said = save_scheme(chosen, draft / names["scheme"], sites)
-        files = names | ({"published": written[1].name} if len(written) > 1 else {})
+        if len(written) > 1:
+            files = names | {"published": written[1].name}
+        else:
+            files = names
+            check_free([folder / "scheme.txt"], force=force)  # it would contradict the scheme beside it
         save_checkpoint(model, draft / files["checkpoint"], info={**chosen.info, "weights": weights})
         kept = [] if force else _leave_same(draft, folder)
         plain = bake(model, inplace=True)
@@ -140,7 +147,7 @@ def export(
         for kind in settings.formats:
             one = FORMATS[kind]
             options = {name: given[name] for name in one.takes}
-            notes += resolve(one.function)(plain, draft / files[kind], example, **options) or []
+            told += resolve(one.function)(plain, draft / files[kind], example, **options) or []
             if (beside := draft / f"{files[kind]}.data").is_file():
                 files[f"{kind} data"] = beside.name
         if settings.folder:
@@ -152,7 +159,7 @@ def export(
         there = settings.platform
         runs = runs_on(there, sites, chosen, draft / files[PLATFORMS[there].format]) if there is not None else None
         notes += [*said, *make_way(list(files.values()))]
-    return ExportRecord(files, kept, weights, done.path if done else None, chosen, sites, dense, verified, notes, runs)
+    return ExportRecord(files, kept, weights, done.path if done else None, chosen, sites, dense, verified, notes, runs, told)
 
 
 def _leave_same(draft: Path, folder: Path) -> list[str]:

@@ -42,6 +42,7 @@ from nmfx.stages.stamp import (
 )
 from nmfx.stages.work import (
     CORRECTED,
+    CORRECTING,
     EXPORT,
     HUB,
     SCHEME,
@@ -177,7 +178,7 @@ class Stage:
 STAGES = {
     "build": Stage(lambda job: build_values(job.model), _build),
     "search": Stage(lambda job: search_values(job.search, job.data), _search, (LOOP,), together=True),
-    "correct": Stage(lambda job: correct_values(job.correct or CorrectSettings(), job.data), _correct),
+    "correct": Stage(lambda job: correct_values(job.correct or CorrectSettings(), job.data), _correct, (CORRECTING,)),
     "finetune": Stage(
         lambda job: finetune_values(job.finetune or FinetuneSettings(), job.data),
         _finetune,

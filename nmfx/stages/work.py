@@ -41,6 +41,7 @@ WORK, WEIGHTS, START, SCHEME = "work.yaml", "weights.safetensors", "start.yaml",
 RECALIBRATED, CORRECTED = "recalibrated/model.safetensors", "corrected/model.safetensors"
 TUNING, EXPORT, SCORES = "finetune", "export", "evaluation.json"
 HUB = "hub"  # the folder for model hubs, within that of the exports
+CORRECTING = "corrected/state.safetensors"  # what a correction that was stopped goes on with
 SEARCHING = ".search.safetensors"  # in the place of a scheme's ending: what the published loop goes on with
 HUBS = ("timm/", "torchvision/", "hf-hub:", "hf_hub:")  # names of models that look like paths
 FILES = (".nmfx", ".safetensors", ".yaml", ".yml", ".txt", ".pth", ".pt", ".bin", ".ckpt", ".tar")  # no model is called so

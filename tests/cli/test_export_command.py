@@ -82,6 +82,14 @@ def test_what_is_there_is_not_overwritten_by_a_format(digits: Path, nmfx: Run, c
     assert library.load_compiled(OUT / "digits.nmfxc").batch in (1, 2)
 
 
+def test_a_published_scheme_that_is_there_contradicts_none(nmfx: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    nmfx("convert", "digits", "--pattern", "2:4x4")  # which the published format cannot say
+    OUT.mkdir()
+    (OUT / "scheme.txt").write_text("mine")
+    assert "scheme.txt exists already; give --force" in complaint(capsys, "export", "--baked")
+    assert [path.name for path in OUT.iterdir()] == ["scheme.txt"]
+
+
 def test_a_batch_is_of_a_compiled_model(digits: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "--batch says nothing without --compiled" in complaint(capsys, "export", "--batch", "2")
     Path("mine.yaml").write_text("model:\n  name: digits\nsearch:\n  target: 0.75\nexport:\n  batch: 2\n")

@@ -6,6 +6,7 @@ import argparse
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -70,9 +71,7 @@ def test_every_hint_can_be_typed(nmfx: Run) -> None:
         tried.append(argv[0])
         out = nmfx(*argv, *(["--epochs", "1"] if argv[0] == "finetune" else []))
         if argv[0] == "search":
-            assert [offer[0] for offer in hints(out)] == ["finetune", "correct", "export"], (
-                "what brings accuracy back is first"
-            )
+            assert [offer[0] for offer in hints(out)] == ["finetune", "correct", "export"], "what brings accuracy back is first"
             for offer in hints(out)[2:]:
                 nmfx(*offer, "--out", "as-it-is")
     assert tried == ["search", "correct", "evaluate"]
@@ -188,6 +187,42 @@ def test_corrected_weights_go_into_the_export_and_train_on(nmfx: Run, fails: Run
     assert float(rows["corrected"]) > float(rows["masked, untrained"]) + 20
     nmfx("finetune", "--data", "digits", "--from", "digits.nmfx/corrected/model.safetensors", "--epochs", "1")
     assert "weights: fine-tuned from model.safetensors" in nmfx("export", "--force")
+
+
+KILLED = """
+import os, signal
+from nmfx.cli.main import main
+from nmfx.passes import resuming
+resuming.SHARE = 0
+save, times = resuming.Ledger.save, []
+def killed(self, *given):
+    save(self, *given)
+    times.append(1)
+    len(times) == 4 and os.kill(os.getpid(), signal.SIGKILL)
+resuming.Ledger.save = killed
+main(["correct", "--data", "digits", "--pictures", "96"])
+"""
+
+
+def test_a_correction_that_is_killed_goes_on(nmfx: Run, fails: Run) -> None:
+    nmfx("convert", "digits")
+    nmfx("search", "--target", "0.8")
+    nmfx("correct", "--data", "digits", "--pictures", "96", "-o", "whole")
+    wanted, path = Path("whole/model.safetensors").read_bytes(), Path("digits.nmfx/corrected/model.safetensors")
+    here = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", KILLED], capture_output=True, text=True, env=here)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    said = fails("correct", "--data", "digits", "--pictures", "96", "--seed", "1")
+    assert "is of a correction with other settings (seed 0 -> 1; pictures" in said
+    again = nmfx("correct", "--data", "digits", "--pictures", "96")
+    assert "going on with digits.nmfx/corrected/state.safetensors; --force starts anew" in again
+    assert "corrected 5 of 6 weights" in again
+    assert path.read_bytes() == wanted
+    assert [file.name for file in path.parent.iterdir()] == ["model.safetensors"]
+    path.unlink()
+    subprocess.run([sys.executable, "-c", KILLED], capture_output=True, env=here)
+    assert "going on" not in nmfx("correct", "--data", "digits", "--pictures", "96", "--force", "--seed", "1")
+    assert path.read_bytes() != wanted
 
 
 def test_another_scheme_leaves_recalibrated_weights_out(nmfx: Run, capsys: pytest.CaptureFixture[str]) -> None:

@@ -57,7 +57,7 @@ def hub(nmfx: Run) -> Path:
 def test_timm_loads_it_as_it_loads_any_folder(hub: Path) -> None:
     model = timm.create_model(f"local-dir:{hub}", pretrained=True)
     assert model.num_classes == 3
-    assert model.pretrained_cfg["input_size"] == (3, 32, 32)
+    assert tuple(model.pretrained_cfg["input_size"]) == (3, 32, 32)
     wanted = load_checkpoint(hub.parent / "test_resnet.safetensors")
     assert same(model, wanted, torch.rand(2, 3, 32, 32))
     zeros = sum(int((p == 0).sum()) for p in model.parameters())
@@ -101,6 +101,9 @@ def test_measured_accuracies_come_from_the_work_directory(nmfx: Run) -> None:
     model = load_checkpoint("digits.nmfx/export/hub")
     assert same(model, load_checkpoint("digits.nmfx/export/digits.safetensors"), torch.rand(2, 1, 8, 8))
     assert f"{found['corrected']['top1']:.2%}" in nmfx("evaluate", "digits.nmfx/export/hub", "--data", "digits")
+    assert json.loads(nmfx("inspect", "digits.nmfx/export/hub", "--json"))["patterns"]["classifier.weight"] == "4:16"
+    out = nmfx("bench", "digits.nmfx/export/hub", "--batch", "1", "--threads", "1", "--turns", "1", "--engines", "none")
+    assert "of 6 sites are computed by the sparse kernel" in out
     nmfx("correct", "--data", "digits", "--pictures", "64", "--force")
     nmfx("export", "--folder", "--force")
     card = Path("digits.nmfx/export/hub/README.md").read_text()

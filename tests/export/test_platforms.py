@@ -179,6 +179,21 @@ def test_search_and_export_for_a_platform(nmfx: Run) -> None:
     assert "nothing of DigitsNet runs faster sparse there" in nmfx("search", "--for", "onnxruntime", "--force", fails=True)
 
 
+def test_a_recipe_is_for_a_platform(nmfx: Run) -> None:
+    recipe = "model: {name: digits}\nsearch: {platform: tensorrt}\nexport: {platform: tensorrt, opset: 19}\n"
+    Path("mine.yaml").write_text(recipe)
+    out = nmfx("run", "mine.yaml")
+    assert "tensor cores (Ampere and later): 5 of 6 sites run sparse" in out
+    assert Path("mine.nmfx/export/digits.onnx").is_file()
+    assert nmfx("run", "mine.yaml").count("skipped") == 3
+    Path("mine.yaml").write_text(recipe.replace("opset: 19", "opset: 20"))
+    out = nmfx("run", "mine.yaml")
+    assert out.count("skipped") == 2
+    assert "changed: opset 19 -> 20" in out
+    Path("mine.yaml").write_text(recipe.replace("search: {platform: tensorrt", "search: {platform: tensorrt, m: 16"))
+    assert "mine.yaml: search: 'platform' tensorrt: 4:16 may keep" in nmfx("run", "mine.yaml", fails=True)
+
+
 def test_our_own_runtime_says_what_it_measured(nmfx: Run) -> None:
     nmfx("convert", "digits", "--pattern", "2:16")
     found = json.loads(nmfx("export", "--for", "nmfx", "--json"))["runs"]

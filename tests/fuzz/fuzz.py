@@ -2,7 +2,7 @@
 an independent reading of the file agrees with; within 1 GiB and 10 s of a processor, and a given model unchanged by an error.
 
     python tests/fuzz/fuzz.py --seed 0 --checkpoints 10000 --schemes 10000 --recipes 3000 --states 3000 \\
-        --work 1000 --stamps 1000 --times 1000 --compiled 3000
+        --work 1000 --stamps 1000 --times 1000 --compiled 3000 --int8 3000
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ from nmfx.passes.transform import transform
 from nmfx.passes.verification import verify
 from nmfx.recipe.loader import find_recipe, load_recipe
 from nmfx.runtime.compiled import CompiledModel, Lowered
+from nmfx.runtime.compiler import compile
 from nmfx.runtime.layers import Depthwise, dense_layers, sparse_layer
 from nmfx.runtime.layout.tiles import Tile
 from nmfx.runtime.lowering.exporting import export
@@ -485,6 +486,19 @@ def compiled(folder: Path) -> Case:
         graph.add_submodule(str(node.target), next(iter(dense_layers(fused).values())) if number == 0 else sparse)
     graph.recompile()
     CompiledModel(Lowered(graph, domain, (), 2), shapes=0).save(path)
+    return called(path, x)
+
+
+def compiled_int8(folder: Path) -> Case:
+    """Compiled models in int8, loaded and called."""
+    path, x = folder / "model.nmfxc", torch.randn(2, 3, 32, 32)
+    torch.manual_seed(0)
+    compile(Pictures().eval(), x, precision="int8", calibration=x).save(path)
+    return called(path, x)
+
+
+def called(path: Path, x: Tensor) -> Case:
+    """What comes of a damaged compiled model that is called."""
     original, whole = Sealed.of(path), path.read_bytes()
 
     def case(pick: random.Random) -> str:
@@ -512,6 +526,7 @@ KINDS: dict[str, Callable[[Path], Case]] = {
     "stamps": stamps,
     "times": times,
     "compiled": compiled,
+    "int8": compiled_int8,
 }
 
 

@@ -16,6 +16,7 @@ COUNTS = {
     "stamps": 60,
     "times": 60,
     "compiled": 200,
+    "int8": 200,
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from pathlib import Path
 
 import pytest
 import timm
@@ -17,9 +18,12 @@ from nmfx.demo.resnet import CifarResNet
 from nmfx.errors import NmfxError
 from nmfx.masking.sites import masked_sites
 from nmfx.models.census import find_sites
+from nmfx.passes import layerwise, resuming
 from nmfx.passes.correction import correct
-from nmfx.passes.layerwise import Network, products_of, solve
+from nmfx.passes.fitting import solve
+from nmfx.passes.gathering import products_of
 from nmfx.passes.lockstep import Run
+from nmfx.passes.network import Network
 from nmfx.passes.transform import transform
 from nmfx.scheme import Scheme
 from nmfx.sparsity.correction import Quadratic, Scaled
@@ -266,6 +270,66 @@ def test_batches_that_do_not_fit_in_memory_join_later() -> None:
     assert any(not torch.equal(a, b) for a, b in zip(few.state_dict().values(), masked.state_dict().values(), strict=True))
 
 
+class Stopping:
+    """Told of each weight that is done; stops the process after so many."""
+
+    def __init__(self, most: float = math.inf) -> None:
+        self.most, self.told = most, 0
+
+    def __call__(self, share: float, line: str = "") -> None:
+        self.told += 1
+        if self.told > self.most:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(("name", "memory"), [("kinds", 1.5e9), ("residuals", 1.0)])
+def test_a_correction_that_is_stopped_goes_on_to_the_same_result(
+    name: str, memory: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resuming, "SHARE", 0)  # written after every weight
+    _, masked, _, sites = converted(name)
+    batches, others = pictures(MODELS[name][1], 96), []
+    for _ in range(2):
+        others.append(nmfx.transform(masked, nmfx.scheme_of(masked), sites=sites))
+    whole, path = Stopping(), tmp_path / "state.safetensors"
+    records = correct(masked, batches, memory=memory, progress=whole)
+    start = copy.deepcopy(others[0].state_dict())
+    for most in (1, 3, 2):  # stopped three times
+        with pytest.raises(KeyboardInterrupt):
+            correct(others[0], batches, memory=memory, checkpoint=path, progress=Stopping(most))
+    assert all(torch.equal(value, start[key]) for key, value in others[0].state_dict().items())
+    rest = Stopping()
+    again = correct(others[0], batches, memory=memory, checkpoint=path, progress=rest)
+    assert rest.told == whole.told - 6
+    assert [str(one) for one in again] == [str(one) for one in records]
+    for one, two in zip(masked.state_dict().values(), others[0].state_dict().values(), strict=True):
+        assert torch.equal(one, two)
+    correct(others[1], batches, memory=memory, checkpoint=path, progress=Stopping(0))  # nothing is left to do
+    for one, two in zip(masked.state_dict().values(), others[1].state_dict().values(), strict=True):
+        assert torch.equal(one, two)
+
+
+def test_only_the_same_correction_goes_on(tmp_path: Path) -> None:
+    _, masked, batches, sites = converted("kinds")
+    before, path = copy.deepcopy(masked.state_dict()), tmp_path / "state.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        correct(masked, batches, checkpoint=path, progress=Stopping(2))
+    other = nmfx.transform(masked, {"grouped.weight": "4:8"}, sites=sites)
+    for network, given, message in (
+        (masked, {"seed": 1}, "settings .seed 0 -> 1"),
+        (masked, {"method": "sweep"}, "settings .method admm -> sweep"),
+        (masked, {"batches": [x + 1 for x in batches]}, "settings .pictures .* -> "),
+        (masked, {"dense": nmfx.bake(masked)}, "settings .dense weights .* -> "),
+        (other, {}, "settings .scheme .* -> "),
+    ):
+        with pytest.raises(NmfxError, match=message):
+            correct(network, **({"batches": batches, "checkpoint": path} | given))
+    path.write_bytes(path.read_bytes()[:-5])
+    with pytest.raises(NmfxError, match="not a correction to resume"):
+        correct(masked, batches, checkpoint=path)
+    assert all(torch.equal(value, before[key]) for key, value in masked.state_dict().items())
+
+
 class Shortcut(nn.Module):
     """A shortcut that masking spoils, and a product after it, with a bias or a batch norm, that can make up for it."""
 
@@ -336,6 +400,62 @@ def test_biases_take_up_means() -> None:
     with torch.no_grad():
         answers, wanted = (torch.cat([net(x) for x in batches]).mean(0) for net in (masked, model))
     torch.testing.assert_close(answers, wanted, rtol=0, atol=1e-3 * float(wanted.abs().max()))
+
+
+def wide() -> nn.Module:
+    """A first linear as VGG's: more columns than second moments are kept for at once."""
+    return nn.Sequential(nn.Conv2d(3, 36, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(36 * 16 * 16, 8))
+
+
+@pytest.mark.parametrize("pattern", ["2:8", "1:4x4"])
+def test_a_weight_of_many_columns_is_corrected_in_blocks(pattern: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layerwise, "BLOCK", 512)  # for speed
+    torch.manual_seed(0)
+    model, batches = wide().eval(), pictures((3, 16, 16), 128)
+    masked = nmfx.transform(model, {"3.weight": pattern}, sites=nmfx.find_sites(model, batches[0]))
+    before, other = distance(masked, model, batches), pictures((3, 16, 16), 160)[16:]
+    before_other = distance(masked, model, other)
+    records = {one.name: one for one in correct(masked, batches)}
+    assert records["3.weight"].chosen.endswith("in 18 blocks of columns")
+    assert records["3.weight"].after < 0.5 * records["3.weight"].before
+    assert distance(masked, model, batches) < 0.3 * before
+    assert distance(masked, model, other) < 0.6 * before_other
+    (site,) = masked_sites(masked)
+    check_groups("3.weight", site.value, site.spec.pattern.n, site.spec.grouping)
+
+
+@pytest.mark.parametrize("name", ["kinds", "timm vit"])
+def test_small_blocks_come_near_what_all_columns_together_reach(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, masked, batches, sites = converted(name)
+    before, other = distance(masked, model, batches), nmfx.transform(model, nmfx.scheme_of(masked), sites=sites)
+    correct(masked, batches)
+    monkeypatch.setattr(layerwise, "MOST_COLUMNS", 47)
+    monkeypatch.setattr(layerwise, "BLOCK", 48)
+    records = correct(other, batches)
+    assert any("blocks" in one.chosen for one in records)
+    whole, parts = (distance(network, model, batches) for network in (masked, other))
+    assert parts < whole + 0.5 * (before - whole)
+
+
+def test_one_block_of_all_columns_is_the_whole_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, masked, batches, sites = converted("kinds")
+    other = nmfx.transform(model, nmfx.scheme_of(masked), sites=sites)
+    correct(masked, batches)
+    monkeypatch.setattr(layerwise, "MOST_COLUMNS", 0)
+    records = correct(other, batches)
+    assert sum("in 1 blocks" in one.chosen for one in records) > 4
+    for one, two in zip(masked.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-3 * float(two.detach().abs().max()))
+
+
+def test_many_columns_in_groups_that_cross_rows_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    dense, batches = nn.Sequential(nn.Conv2d(3, 8, 4)).eval(), [torch.randn(8, 3, 8, 8) for _ in range(8)]
+    sites = find_sites(dense, batches[0])
+    masked = transform(dense, Scheme.uniform(sites, "2:8", layout="flat"), sites=sites)
+    monkeypatch.setattr(layerwise, "MOST_COLUMNS", 40)
+    (record,) = correct(masked, batches)
+    assert record.chosen == "plain: more than 40 columns, in groups that cross rows"
 
 
 @pytest.mark.parametrize("method", ["admm", "sweep", "magnitude"])

@@ -13,6 +13,7 @@ from nmfx.data.loader import validation_loader
 from nmfx.data.source import open_data
 from nmfx.errors import ModelError, NmfxError
 from nmfx.export.checkpoint import load_checkpoint, read_checkpoint
+from nmfx.passes import resuming
 from nmfx.recipe.check import check_recipe
 from nmfx.recipe.loader import load_recipe
 from nmfx.recipe.schema import Recipe
@@ -25,7 +26,7 @@ from nmfx.stages.build import build, build_weights, create
 from nmfx.stages.data import open_pictures
 from nmfx.stages.evaluate import read_scores
 from nmfx.stages.pipeline import Pipeline
-from nmfx.stages.work import open_work
+from nmfx.stages.work import CORRECTING, open_work
 from nmfx.training.evaluation import evaluate
 
 ALL = ["build", "search", "finetune", "export", "evaluate"]
@@ -64,6 +65,47 @@ def test_what_is_done_is_skipped_and_what_changed_runs_with_all_after_it(tmp_pat
     assert not (folder / "export" / "digits.baked.safetensors").exists()
     assert run(replace(recipe, search=replace(recipe.search, target=0.75)), folder) == ALL[1:]
     assert run(replace(recipe, model=replace(recipe.model, weights="auto")), folder) == ALL  # all after it, the same or not
+
+
+def test_a_correction_that_was_stopped_goes_on_in_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe, folder = replace(quick(), correct=CorrectSettings(pictures=96), finetune=None), tmp_path / "run"
+    assert run(recipe, tmp_path / "whole")[2] == "correct"
+    lines: list[str] = []
+
+    def stop(share: float, line: str = "") -> None:
+        lines.append(line)
+        if len(lines) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(resuming, "SHARE", 0)
+    for stage in ("build", "search"):
+        Pipeline(recipe, folder).run(stage)
+    with pytest.raises(KeyboardInterrupt):
+        Pipeline(recipe, folder).run("correct", stop)
+    assert Pipeline(recipe, folder).reason("correct") == "it was stopped before its end"
+    Pipeline(recipe, folder).run("correct", lambda share, line="": lines.append(line))
+    assert len(lines) == len({line.partition(":")[0] for line in lines}) + 1 == 7  # only the one that was told last comes again
+    for name in ("corrected/model.safetensors", CORRECTING):
+        there, wanted = (place / name for place in (folder, tmp_path / "whole"))
+        assert there.exists() == wanted.exists() == (name != CORRECTING)
+        assert not there.exists() or there.read_bytes() == wanted.read_bytes()
+
+
+def test_the_state_of_another_correction_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe, folder = replace(quick(), correct=CorrectSettings(pictures=96), finetune=None), tmp_path / "run"
+
+    def stop(share: float, line: str = "") -> None:
+        if share > 0.4:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(resuming, "SHARE", 0)
+    for stage in ("build", "search"):
+        Pipeline(recipe, folder).run(stage)
+    with pytest.raises(KeyboardInterrupt):
+        Pipeline(recipe, folder).run("correct", stop)
+    assert (folder / CORRECTING).exists()
+    assert run(replace(recipe, correct=CorrectSettings(pictures=97)), folder) == ["correct", "export", "evaluate"]
+    assert not (folder / CORRECTING).exists()
 
 
 def test_weights_are_corrected_before_they_train_and_without_training(tmp_path: Path) -> None:

@@ -124,7 +124,7 @@ def test_a_variant_under_the_name_of_another_is_refused(tmp_path: Path) -> None:
     for name in VARIANTS:
         said = said_of(loaded().path.read_bytes(), tmp_path, name)
         assert bool(said) == (name != loaded().name)
-        assert (f"nmfx_kernel_{name}.so is another variant than its name says, of vectors of" in said) == bool(said)
+        assert (f"nmfx_kernel_{name}.so is another variant than its name says" in said) == bool(said)
         (tmp_path / f"nmfx_kernel_{name}.so").unlink()
 
 

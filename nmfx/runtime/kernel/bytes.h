@@ -2,6 +2,9 @@
 
 #pragma once
 
+#include <array>
+#include <cmath>
+
 #include "vectors.h"
 
 #if defined(__ARM_NEON)
@@ -125,6 +128,46 @@ INLINE inline void store_pixels(float* to, vec x0, vec x1, vec x2, vec x3) {
   store(to, x0), store(to + 4, x1), store(to + 8, x2), store(to + 12, x3);
 }
 INLINE inline vec load_pixels(const float* from, int i) { return load(from + 4 * i); }
+
+#else  // any other processor, right and slow: vectors of 16 bytes and 4 sums
+
+constexpr int32_t BIAS = 0;
+constexpr int64_t SUMS = 8;
+
+inline void interleave(bytes a, bytes b, bytes c, bytes d, bytes& x0, bytes& x1, bytes& x2, bytes& x3) {
+  bytes* const to[] = {&x0, &x1, &x2, &x3};
+  for (int i = 0; i < 16; ++i) {
+    const uint8_t four[] = {a[i], b[i], c[i], d[i]};
+    for (int channel = 0; channel < 4; ++channel) (*to[i / 4])[i % 4 * 4 + channel] = four[channel];
+  }
+}
+inline ints dot(ints sum, bytes x, int32_t weights) {
+  for (int i = 0; i < 16; ++i) sum[i / 4] += x[i] * static_cast<int8_t>(weights >> 8 * (i % 4));
+  return sum;
+}
+inline vec fma(vec a, vec b, vec c) {
+  for (int i = 0; i < VL; ++i) a[i] = std::fma(a[i], b[i], c[i]);
+  return a;
+}
+inline ints nearest(vec v) {
+  ints rounded{};
+  for (int i = 0; i < VL; ++i) rounded[i] = static_cast<int32_t>(std::nearbyint(v[i]));
+  return rounded;
+}
+inline void widen(bytes v, ints& x0, ints& x1, ints& x2, ints& x3) {
+  ints* const to[] = {&x0, &x1, &x2, &x3};
+  for (int i = 0; i < 16; ++i) (*to[i / 4])[i % 4] = v[i];
+}
+inline bytes narrow(ints x0, ints x1, ints x2, ints x3) {
+  const ints from[] = {x0, x1, x2, x3};
+  bytes v{};
+  for (int i = 0; i < 16; ++i) v[i] = static_cast<uint8_t>(std::clamp(from[i / 4][i % 4], 0, 255));
+  return v;
+}
+inline void store_pixels(float* to, vec x0, vec x1, vec x2, vec x3) {
+  store(to, x0), store(to + 4, x1), store(to + 8, x2), store(to + 12, x3);
+}
+inline vec load_pixels(const float* from, int i) { return load(from + 4 * i); }
 
 #endif
 

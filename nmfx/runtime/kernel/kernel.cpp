@@ -141,6 +141,10 @@ nmfx_status guarded(const F& f) noexcept {
 extern "C" {
 
 int32_t nmfx_version(void) { return NMFX_VERSION; }
+#ifndef NMFX_VARIANT
+#define NMFX_VARIANT ""
+#endif
+const char* nmfx_variant(void) { return NMFX_VARIANT; }
 int64_t nmfx_vector_length(void) { return VL; }
 const char* nmfx_operator_name(int64_t code) { return 0 <= code && code < int64_t(std::size(NAMES)) ? NAMES[code] : nullptr; }
 const char* nmfx_error(void) { return said; }

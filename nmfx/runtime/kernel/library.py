@@ -26,8 +26,8 @@ from nmfx.runtime.kernel.record import damage_of, digest_of
 
 VERSION, DIMS = 1, 8  # NMFX_VERSION, NMFX_DIMS
 FOLDER = Path(__file__).parent / "lib"
-LENGTHS = {"avx512_vnni": 16, "avx512": 16, "avx2_vnni": 8, "avx2": 8, "neon": 4}  # floats of a vector, by variant
-VARIANTS = tuple(LENGTHS)  # the best first
+VARIANTS = ("avx512_vnni", "avx512", "avx2_vnni", "avx2", "neon")  # the best first
+NAMED = frozenset(VARIANTS)  # files whose names say what they were built for
 KINDS = {  # DLPack's code and bits
     torch.float32: (2, 32),
     torch.int16: (0, 16),
@@ -88,7 +88,7 @@ class Library:
         if c.nmfx_version() != VERSION:
             raise NmfxError(f"{path} is of another version of nmfx: install nmfx anew")
         c.nmfx_vector_length.restype = ctypes.c_int64
-        c.nmfx_operator_name.restype = c.nmfx_error.restype = ctypes.c_char_p
+        c.nmfx_operator_name.restype = c.nmfx_error.restype = c.nmfx_variant.restype = ctypes.c_char_p
         c.nmfx_operator_name.argtypes = [ctypes.c_int64]
         number, tensors = ctypes.c_int64, ctypes.POINTER(_DLTensor)
         c.nmfx_program_new.restype, c.nmfx_program_free.restype = ctypes.c_void_p, None
@@ -97,10 +97,9 @@ class Library:
         c.nmfx_program_run.argtypes = [ctypes.c_void_p, tensors, number, number, number, ctypes.c_void_p, number]
         c.nmfx_use_openmp.argtypes, c.nmfx_use_openmp.restype = [ctypes.c_void_p] * 3, None
         self.vector_length: int = c.nmfx_vector_length()
-        if self.vector_length != LENGTHS.get(self.name, self.vector_length):
-            raise NmfxError(
-                f"{path} is another variant than its name says, of vectors of {self.vector_length}; install nmfx anew"
-            )
+        variant: str = c.nmfx_variant().decode()
+        if self.name in NAMED and variant not in ("", self.name):
+            raise NmfxError(f"{path} is another variant than its name says, {variant}; install nmfx anew")
         self.operators: dict[str, int] = {}
         while name := c.nmfx_operator_name(len(self.operators)):
             self.operators[name.decode()] = len(self.operators)

@@ -70,6 +70,8 @@ typedef struct nmfx_program nmfx_program;
 NMFX_API int32_t nmfx_version(void);
 /* 1 if this processor has the instructions that the library was built for. Until it has said so, call nothing else. */
 NMFX_API int32_t nmfx_supported(void);
+/* What it was built for, as the end of its file's name says it: avx2, avx512_vnni, ...; empty if its build did not say. */
+NMFX_API const char *nmfx_variant(void);
 /* Floats of a vector: pictures as lanes have so many lanes. */
 NMFX_API int64_t nmfx_vector_length(void);
 /* The name of operator `code` of a program; null beyond the last. */

@@ -14,6 +14,7 @@ SAMPLES = 1 << 15  # values of a node that its range is chosen by
 SHRINKS = [1.0 - step / 64 for step in range(48)]  # of the range of all values: those tried
 METHODS = ("mse", "percentile", "minmax")
 PERCENTILE = 0.9999
+SMALLEST = 1e-30  # range that bytes are spread over: steps have an inverse in float32
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Step:
     def between(low: float, high: float) -> Step:
         """For numbers from `low` to `high`, zero among them."""
         low, high = min(low, 0.0), max(high, 0.0)
-        scale = (high - low) / 255 if high > low else 1.0
+        scale = (high - low) / 255 if high - low > SMALLEST else 1.0
         return Step(scale, min(255, max(0, round(-low / scale))))
 
     def byte(self, value: float) -> int:

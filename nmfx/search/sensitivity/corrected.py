@@ -7,7 +7,9 @@ import torch
 from nmfx.masking.weight import MaskSpec
 from nmfx.models.site import weight_of
 from nmfx.passes.correction import inputs_of
-from nmfx.passes.layerwise import Network, products_of, solve
+from nmfx.passes.fitting import solve
+from nmfx.passes.gathering import products_of
+from nmfx.passes.network import Network
 from nmfx.search.tables import Table, Tables
 from nmfx.sparsity.correction import Quadratic, Scaled
 
@@ -18,8 +20,8 @@ DAMPING = 0.01
 def corrected_errors(tables: Tables) -> Table:
     """Squared error of each site's output after `nmfx.correct` with each option alone, as a share of its output's energy.
 
-    One forward pass of the dense network, and one eigendecomposition a site for all its options. Sites that no product reads as
-    they are stored have the share of the squared weights that is dropped.
+    One forward pass of the dense network; second moments of a site serve all its options. Sites that no product reads as they
+    are stored have the share of the squared weights that is dropped.
     """
     problem, first = tables.problem, next(tables.model.parameters())
     index = {site.name: i for i, site in enumerate(problem.sites)}
