@@ -313,7 +313,9 @@ def test_masks_stay_where_rows_share_with_another_product(method: str) -> None:
 def test_what_a_sweep_chooses_is_what_is_shared() -> None:
     """Masks chosen span by span are shared by the rows of the whole weight, whatever its outputs lie like."""
     from nmfx.masking.weight import MaskSpec
-    from nmfx.passes.layerwise import Network, products_of, solve
+    from nmfx.passes.fitting import solve
+    from nmfx.passes.gathering import products_of
+    from nmfx.passes.network import Network
     from nmfx.sparsity.correction import Quadratic, Scaled
 
     dense, model, _ = everything(4)

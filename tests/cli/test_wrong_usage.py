@@ -115,7 +115,7 @@ ROWS = [
     (f"recalibrate W {DATA} --pictures 5000", 1, "digits: 5000 pictures for calibration, but only 1198 for training"),
     (f"correct W {DATA} --method adm", 2, "did you mean 'admm'"),
     (f"correct W {DATA} --scheme notes.txt", 1, "notes.txt: expected a YAML mapping"),
-    (f"correct W {DATA} -o notes.txt --pictures 8", 1, "notes.txt/model.safetensors: cannot be written"),
+    (f"correct W {DATA} -o notes.txt --pictures 8", 1, "notes.txt/state.safetensors: cannot be written"),
     (f"correct W {DATA} --pictures 5000", 1, "digits: 5000 pictures for calibration, but only 1198 for training"),
     (f"finetune W {DATA} --scheme none.yaml", 1, "none.yaml: no scheme there"),
     (f"finetune W {DATA} --from none.safetensors -o f", 1, "none.safetensors: no such file"),

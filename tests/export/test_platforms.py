@@ -160,7 +160,8 @@ def test_groups_of_another_layout_do_not_run() -> None:
     assert "conv.weight" not in said
 
 
-def test_search_and_export_for_a_platform(nmfx: Run) -> None:
+def test_search_and_export_for_a_platform(nmfx: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "140")  # all columns
     out = nmfx("search", "--for", "tensorrt")
     assert "TensorRT on NVIDIA GPUs" in out
     assert "gains nothing on tensorrt: one input channel: stem.conv.weight" in out
