@@ -43,3 +43,8 @@ def quick_times(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "NETWORK_SECONDS", 0.0)
     monkeypatch.setattr(choices, "TILES", choices.TILES[::5])  # of every kind; all of them are built in test_kernel
     monkeypatch.setattr(choices, "REPEATS", 2)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes minutes comes first, so that no worker waits for it at the end."""
+    items.sort(key=lambda item: "with_sanitizers" not in item.name)

@@ -69,12 +69,10 @@ def _show(found: Bench, label: str, args: Namespace) -> None:
     out.print(f"\n{label}: {apart if found.agreement is None else found.agreement}", soft_wrap=True)
     batch, threads = combinations[-1] if not args.sites else min(combinations, key=lambda one: (one[0], -one[1]))
     choices = found.choices[batch, threads]
-    how = {"sparse kernel": sum(one.is_sparse for one in choices), "int8 kernel": sum(one.chosen == INT8 for one in choices)}
-    used = (
-        " and ".join(f"{count} of {len(choices)} sites by the {name}" for name, count in how.items() if count)
-        or "no site by a kernel"
-    )
-    out.print(f"computed: {used}, the rest dense in float32 (--sites lists them)")
+    sparse, int8 = (sum(test(one) for one in choices) for test in (lambda one: one.is_sparse, lambda one: one.chosen == INT8))
+    kernel = f"{sparse} of {len(choices)} sites are computed by the sparse kernel"
+    both = f"{int8} of {len(choices)} sites are computed in int8, {sparse} by the sparse kernel"
+    out.print(f"{both if int8 else kernel}, the rest dense (--sites lists them)")
     if not args.sites:
         return
     out.print(f"\nsites, batch {batch}, {threads} threads:")
