@@ -6,7 +6,6 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from nmfx.errors import NmfxError
@@ -20,6 +19,7 @@ from nmfx.passes.baking import bake
 from nmfx.passes.transform import transform
 from nmfx.progress import Progress, silent
 from nmfx.runtime.measuring.bench import Bench, bench
+from nmfx.runtime.measuring.latency import noise
 from nmfx.scheme import Scheme
 from nmfx.search.finder import find_scheme
 from nmfx.settings.stages import BenchSettings, DataSettings, ModelSettings, PrecisionSettings
@@ -94,7 +94,7 @@ def time_pair(
         path, onnx, notes = Path(folder) / "dense.onnx", None, list[str]()
         calibration = None
         if precision.precision == "int8" and pictures is None:
-            calibration = torch.randn(8, *pair.pictures.shape[1:], generator=torch.Generator().manual_seed(0))
+            (calibration,) = noise(pair.pictures[:1].expand(8, *pair.pictures.shape[1:]))
             notes.append("int8 calibrated on noise: times are right, its outputs are not; --data says which pictures to take")
         elif precision.precision == "int8":
             calibration = calibration_for(precision, pictures, pair.dense, tuple(pair.pictures.shape[1:]))

@@ -68,10 +68,15 @@ def sample_for(
         NmfxError: no such pictures, fewer than are asked for, or of other classes than the model's.
     """
     data = open_pictures(pictures, labels=False)
-    count = settings.pictures or min(PICTURES, len(data.train) if isinstance(data.train, Sized) else PICTURES)
+    count = settings.pictures or _at_most(PICTURES, data)
     size = min(settings.batch_size, max(1, count // least))
     how = {"count": count, "batch_size": size, "seed": settings.seed, "workers": pictures.workers}
     return data.name, count, sample(data, model, input_size, labels=False, **how)
+
+
+def _at_most(count: int, data: Data) -> int:
+    """So many training pictures, or all where there are fewer."""
+    return min(count, len(data.train)) if isinstance(data.train, Sized) else count
 
 
 def calibration_for(
@@ -87,7 +92,7 @@ def calibration_for(
     if pictures is None:
         raise NmfxError("int8 looks at pictures: say which with --data")
     data = open_pictures(pictures, labels=False)
-    count = min(settings.calibrate, len(data.train)) if isinstance(data.train, Sized) else settings.calibrate
+    count = _at_most(settings.calibrate, data)
     how = {"count": count, "batch_size": count, "seed": 0, "workers": pictures.workers}
     return torch.cat([batch for batch, _ in sample(data, model, input_size, labels=False, **how)])
 

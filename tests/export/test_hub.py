@@ -14,28 +14,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from nmfx import bake, load_checkpoint, scheme_of, verify
-from nmfx.cli import console
-from nmfx.cli.main import main
 from nmfx.errors import CheckpointError
 from nmfx.export.hub import NAMES
 from nmfx.models.building import build_model
 
 SMALL = ("timm:test_resnet", "--weights", "none", "--classes", "3", "--input-size", "3x32x32", "--pattern", "2:4")
 Run = Callable[..., str]
-
-
-@pytest.fixture
-def nmfx(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run a command in an empty folder: its output, or its error where it `fails`."""
-    monkeypatch.chdir(tmp_path)
-    console.output.cache_clear()
-
-    def run(*argv: str, fails: bool = False) -> str:
-        assert main(argv) == (1 if fails else 0), capsys.readouterr().err
-        said = capsys.readouterr()
-        return said.err if fails else said.out
-
-    return run
 
 
 def same(one: nn.Module, other: nn.Module, x: Tensor) -> bool:

@@ -16,8 +16,6 @@ import torch
 from tflite import one_layer
 from torch import nn
 
-from nmfx.cli import console
-from nmfx.cli.main import main
 from nmfx.demo.digits import load_demo
 from nmfx.errors import NmfxError
 from nmfx.models.census import find_sites
@@ -36,20 +34,6 @@ from nmfx.stages.runs import runs_on
 
 ROOT = Path(__file__).parents[2]
 Run = Callable[..., str]
-
-
-@pytest.fixture
-def nmfx(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run a command in an empty folder: its output, or its error where it `fails`."""
-    monkeypatch.chdir(tmp_path)
-    console.output.cache_clear()
-
-    def run(*argv: str, fails: bool = False) -> str:
-        assert main(argv) == (1 if fails else 0)
-        said = capsys.readouterr()
-        return said.err if fails else said.out
-
-    return run
 
 
 class Layers(nn.Module):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -18,7 +18,7 @@ from nmfx.runtime.compiler import compile, fastest, with_and_without_lanes
 from nmfx.runtime.kernel.library import load_kernel, quiet
 from nmfx.runtime.layers import Fused
 from nmfx.runtime.lowering.exporting import copy_of, export
-from nmfx.runtime.lowering.fusion import Sites, lower
+from nmfx.runtime.lowering.fusion import lower
 from nmfx.runtime.measuring.choices import TimedSite, inputs_of, install_layers, time_site
 from nmfx.runtime.measuring.timing import NETWORK_SECONDS, Times, measure
 from nmfx.runtime.quantized.compiling import in_bytes
@@ -142,7 +142,7 @@ def measure_latency(
     times.save()
     runs = dict(rivals or {})
     if precision == "int8":
-        (dense,) = in_bytes(graph, domain, _sites(as_they_are), example, noise(example), passes=(0,))
+        (dense,) = in_bytes(graph, domain, sites, example, noise(example), passes=(0,))
         graph, domain = export(bake(model).eval(), example)
         again = zip(lower(graph), sparsest, strict=True)
         pruned_sites = [(node, timed.site.fused) for (node, _), timed in again]
@@ -177,10 +177,6 @@ def _seconds(node: fx.Node, fused: Fused, inputs: tuple[Tensor, ...], times: Tim
         return _Timed(TimedSite(node, fused, {}), seconds)
     site = time_site(node, fused, inputs, times)
     return _Timed(site, site.choice(lanes=not in_int8).seconds)
-
-
-def _sites(timed: Iterable[_Timed]) -> Sites:
-    return [(one.site.node, one.site.fused) for one in timed]
 
 
 def noise(example: Tensor) -> list[Tensor]:

@@ -12,7 +12,6 @@ from torch import Tensor, fx
 
 SAMPLES = 1 << 15  # values of a node that its range is chosen by
 SHRINKS = [1.0 - step / 64 for step in range(48)]  # of the range of all values: those tried
-METHODS = ("mse", "percentile", "minmax")
 PERCENTILE = 0.9999
 SMALLEST = 1e-30  # range that bytes are spread over: steps have an inverse in float32
 
